@@ -1,0 +1,140 @@
+"""Pure token functions: join prompt and completion, mark targets, sort by length, cut into micro-batches, pad.
+
+B rows, T tokens, N targets, D hidden size. A target is a position whose next token is trained on:
+`labels[:, 1:] != IGNORE`. Masks come from lengths, never from ids, so pad == eos changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gkd.source import SOURCES
+
+IGNORE = -100
+
+
+@dataclass
+class Sequence:
+    """One row of a window: token ids, what is trained on, and where it came from.
+
+    Attributes:
+        input_ids: prompt and completion.
+        labels: `input_ids` on trained tokens, `IGNORE` elsewhere; same length.
+        prompt_length: tokens before the (last) completion; a rollout starts from `input_ids[:prompt_length]`.
+        source: `"data"`, `"student"` or `"teacher"`.
+        row: row number in the data set.
+        truncated: the completion reached the cap without a stop token.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+    source: str = "data"
+    row: int = -1
+    truncated: bool = False
+
+    @property
+    def num_targets(self) -> int:
+        return sum(label != IGNORE for label in self.labels[1:])
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.input_ids) - self.prompt_length
+
+
+def join(prompt: list[int], completion: list[int], source: str, row: int, truncated: bool, train: bool) -> Sequence:
+    """A sequence from a rollout: every token of the completion is trained on, or none when `train` is false."""
+    labels = [IGNORE] * len(prompt) + (list(completion) if train else [IGNORE] * len(completion))
+    return Sequence([*prompt, *completion], labels, len(prompt), source, row, truncated)
+
+
+def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
+    """Take a collated batch apart again, row by row (any padding side).
+
+    Without `prompt_lengths` (a foreign collator), the prompt is what stands before the first trained token.
+    """
+    mask = batch["attention_mask"].bool()
+    prompt_lengths = batch.get("prompt_lengths")
+    rows = batch.get("rows")
+    sequences = []
+    for index in range(mask.shape[0]):
+        keep = mask[index]
+        input_ids = batch["input_ids"][index][keep].tolist()
+        labels = batch["labels"][index][keep].tolist()
+        if prompt_lengths is not None:
+            prompt_length = int(prompt_lengths[index])
+        else:
+            prompt_length = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+        row = int(rows[index]) if rows is not None else -1
+        sequences.append(Sequence(input_ids, labels, prompt_length, "data", row))
+    return sequences
+
+
+def cut(sequences: list[Sequence], sizes: Seq[int]) -> list[list[Sequence]]:
+    """Sort by length, then cut into micro-batches of the given sizes, so that each pads to its own longest row only.
+
+    Raises:
+        AssertionError: the sizes do not add up to the number of sequences.
+    """
+    assert sum(sizes) == len(sequences), (sizes, len(sequences))
+    ordered = sorted(sequences, key=lambda s: len(s.input_ids))
+    micro_batches, start = [], 0
+    for size in sizes:
+        micro_batches.append(ordered[start : start + size])
+        start += size
+    return micro_batches
+
+
+def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None) -> dict[str, Tensor]:
+    """Pad on the right to the longest row (rounded up to `multiple`).
+
+    Returns:
+        `input_ids`, `attention_mask`, `labels` [B, T] and `sources`, `rows` [B], all int64. A causal model's
+        hidden states at real positions do not see padding on their right.
+    """
+    longest = max(len(s.input_ids) for s in sequences)
+    if multiple:
+        longest = -(-longest // multiple) * multiple
+    shape = (len(sequences), longest)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        length = len(sequence.input_ids)
+        input_ids[i, :length] = torch.tensor(sequence.input_ids, dtype=torch.long)
+        labels[i, :length] = torch.tensor(sequence.labels, dtype=torch.long)
+        attention_mask[i, :length] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "sources": torch.tensor([SOURCES.index(s.source) for s in sequences]),
+        "rows": torch.tensor([s.row for s in sequences]),
+    }
+
+
+def target_mask(labels: Tensor) -> Tensor:
+    """[B, T] labels -> [B, T - 1] bool: position t is a target when token t + 1 is trained on."""
+    return labels[:, 1:] != IGNORE
+
+
+def select_targets(hidden: Tensor, labels: Tensor) -> Tensor:
+    """[B, T, D] hidden states, [B, T] labels -> [N, D]: the hidden states that predict a trained token."""
+    return hidden[:, :-1][target_mask(labels)]
+
+
+def sequence_weights(labels: Tensor) -> Tensor:
+    """[B, T] labels -> [N]: 1 / (targets of the row), so that a row's targets sum to one (GKD paper, Eq. 2)."""
+    mask = target_mask(labels)
+    counts = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (1.0 / counts).expand_as(mask)[mask]
+
+
+def per_target(values: Tensor, labels: Tensor) -> Tensor:
+    """[B] per-row values -> [N] per-target values."""
+    mask = target_mask(labels)
+    return values[:, None].expand_as(mask)[mask]
