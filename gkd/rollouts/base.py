@@ -1,0 +1,150 @@
+"""What every rollout backend shares: the sampling settings, the random numbers, and two measures of a completion.
+
+A rollout takes prompts (token ids) and gives completions (token ids): the stop token is part of a completion when it
+was sampled, nothing follows it, and there is never any padding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+# What `generation_kwargs` may hold beside the fields of SamplingSettings: rules on the next token that transformers
+# applies row by row, without state between steps. Everything else is refused by name, so that a typo cannot be lost.
+EXTRA_OPTIONS = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "exponential_decay_length_penalty",
+        "logits_processor",
+        "min_new_tokens",
+        "no_repeat_ngram_size",
+        "prefill_chunk_size",
+        "remove_invalid_values",
+        "sequence_bias",
+        "suppress_tokens",
+        "top_h",
+        "typical_p",
+    }
+)
+# Options that a field of ours already decides, and which field that is.
+_OWNED_OPTIONS = {
+    "do_sample": "temperature (0 takes the most likely token)",
+    "eos_token_id": "the stop token ids",
+    "max_length": "max_new_tokens",
+    "max_new_tokens": "max_new_tokens",
+    "min_p": "min_p",
+    "pad_token_id": "the tokenizer's padding token",
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are sampled. Complete: nothing is taken from a model's own generation config.
+
+    Attributes:
+        max_new_tokens: cap on the completion, stop token included.
+        temperature: divides the logits before sampling; 0 takes the most likely token (greedy).
+        top_p: keep the smallest set of tokens with this much probability; 1 keeps all.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        min_p: drop tokens below this share of the most likely token's probability; None keeps all.
+        repetition_penalty: divides positive, multiplies negative logits of tokens already in the row; 1 is off.
+        stop_ids: a completion ends with the first of these tokens.
+        pad_id: fills short rows; never read as a token, so it may equal a stop token.
+        extra: further rules, see `EXTRA_OPTIONS`.
+
+    Raises:
+        ValueError: a value out of range, or an option in `extra` that is unknown or belongs to another field.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "use 1 or more")
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "use a number above 0, or 0 for the most likely token",
+        )
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "use a share above 0 and up to 1 (1 keeps all tokens)")
+        _require(self.top_k >= 0, "top_k", self.top_k, "use 0 (keep all tokens) or a number of tokens")
+        if self.min_p is not None:
+            _require(0 <= self.min_p <= 1, "min_p", self.min_p, "use a share from 0 to 1, or None for off")
+        _require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "use a number above 0 (1 is off)",
+        )
+        _require(all(i >= 0 for i in self.stop_ids), "stop_ids", self.stop_ids, "use token ids, 0 or more")
+        _require(self.pad_id >= 0, "pad_id", self.pad_id, "use a token id, 0 or more")
+        for key in self.extra:
+            if key in _OWNED_OPTIONS:
+                raise ValueError(f"generation_kwargs[{key!r}] is decided by {_OWNED_OPTIONS[key]}: set it there")
+            if key not in EXTRA_OPTIONS:
+                raise ValueError(f"generation_kwargs[{key!r}] is unknown here: use {', '.join(sorted(EXTRA_OPTIONS))}")
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is taken instead of a sample."""
+        return self.temperature == 0
+
+
+def _require(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is out of range: {remedy}")
+
+
+class Rollout(Protocol):
+    """A backend that samples completions."""
+
+    def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
+        """Sample one completion for each prompt.
+
+        Args:
+            prompts: token ids, one list per row; may be empty, a prompt may not.
+            step: number of the optimizer step; part of the key of the random numbers.
+            rows: each prompt's number in the window of all ranks (default 0, 1, ...); the rest of that key.
+
+        Returns:
+            Completions in the order of the prompts: the ids after the prompt, with the stop token when it was sampled.
+        """
+        ...
+
+
+def row_uniforms(seed: int, step: int, row: int, source: str, count: int) -> list[float]:
+    """The random numbers of one completion: `count` draws from U[0, 1), one for each token, float64.
+
+    A function of its arguments only, so a completion depends neither on the rank nor on the rows next to it, and a
+    longer cap keeps the start of the stream. A string seed goes through SHA-512, so neighbouring keys are unrelated.
+    """
+    rng = random.Random(f"gkd rollout {source} {seed} {step} {row}")
+    return [rng.random() for _ in range(count)]
+
+
+def is_truncated(completion: list[int], stop_ids: tuple[int, ...], max_new_tokens: int) -> bool:
+    """True when the cap, not a stop token, ended the completion."""
+    return len(completion) >= max_new_tokens and completion[-1] not in stop_ids
+
+
+def repeated_ngram_share(ids: list[int], n: int = 4) -> float:
+    """Share of the n-grams of `ids` that occurred before: 0 when all differ (or there is none), near 1 in a loop."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

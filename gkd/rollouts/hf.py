@@ -1,0 +1,258 @@
+"""Rollouts in the training process, with the model that is being trained.
+
+transformers prepares everything (cache, masks, positions, rules on the next token); the decoding loop is ours, for
+three reasons: a row's tokens come from the row's own random numbers, so they do not depend on the rows next to it;
+a finished row leaves the batch, so one long row costs one row's time; and no global random generator is touched.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import RepetitionPenaltyLogitsProcessor
+
+from gkd.rollouts.base import SamplingSettings, row_uniforms
+from gkd.rollouts.modes import generation_mode
+
+# Rules that read the row's earlier tokens: left padding would be read as tokens, so such rows are not padded.
+_READS_IDS = frozenset({"bad_words_ids", "logits_processor", "no_repeat_ngram_size", "sequence_bias"})
+# What a step gives for a row without a finite logit: seen on the host, where the tokens arrive anyway.
+NOT_A_TOKEN = -1
+
+
+class HFRollout:
+    """Sample completions with the model itself.
+
+    Args:
+        get_model: gives the model as the trainer holds it (bare, DDP, DeepSpeed engine) at the time of the call.
+        accelerator: for its autocast; None runs without.
+        settings: how to sample.
+        seed: the run's seed, part of the key of the random numbers.
+        source: `"student"` or `"teacher"`, so that the two draw different numbers for the same row.
+        batch_size: rows decoded at once, which bounds the memory of the KV cache; None takes all.
+
+    Raises:
+        ValueError: `batch_size` below 1.
+    """
+
+    def __init__(
+        self,
+        get_model: Callable[[], nn.Module],
+        accelerator: Accelerator | None,
+        settings: SamplingSettings,
+        *,
+        seed: int,
+        source: str = "student",
+        batch_size: int | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"rollout_batch_size={batch_size} is out of range: use 1 or more, or None for all rows")
+        self.get_model = get_model
+        self.accelerator = accelerator
+        self.settings = settings
+        self.seed = seed
+        self.source = source
+        self.batch_size = batch_size
+
+    def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
+        """Sample one completion for each prompt, see `Rollout.generate`.
+
+        Under ZeRO-3 every rank must call this for every step, with no prompts if it has none.
+
+        Raises:
+            ValueError: an empty prompt, or a prompt that leaves no room for `max_new_tokens`; the row is named.
+        """
+        rows = list(range(len(prompts))) if rows is None else rows
+        assert len(rows) == len(prompts), f"{len(prompts)} prompts with {len(rows)} row numbers"
+        for prompt, row in zip(prompts, rows, strict=True):
+            if not prompt:
+                raise ValueError(f"row {row} of step {step} has an empty prompt: give it at least one token")
+        completions: list[list[int]] = [[] for _ in prompts]
+        with generation_mode(self.get_model(), self.accelerator) as model:
+            self._check_lengths(model, prompts, rows)
+            for chunk in self._chunks(prompts):
+                sampled = self._generate_chunk(model, [prompts[i] for i in chunk], step, [rows[i] for i in chunk])
+                for i, completion in zip(chunk, sampled, strict=True):
+                    completions[i] = completion
+        return completions
+
+    def _check_lengths(self, model: PreTrainedModel, prompts: list[list[int]], rows: list[int]) -> None:
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for prompt, row in zip(prompts, rows, strict=True):
+            if room is not None and len(prompt) + self.settings.max_new_tokens > room:
+                raise ValueError(
+                    f"row {row}: a prompt of {len(prompt)} tokens and max_new_tokens={self.settings.max_new_tokens} "
+                    f"exceed the model's {room} positions: lower max_new_tokens or max_prompt_length"
+                )
+
+    def _chunks(self, prompts: list[list[int]]) -> Iterator[list[int]]:
+        """Indices of the prompts decoded together: longest first, so that memory runs out at once or never."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        unpadded = not _READS_IDS.isdisjoint(self.settings.extra)
+        start = 0
+        for end in range(1, len(order) + 1):
+            full = end - start == self.batch_size
+            new_length = end < len(order) and len(prompts[order[end]]) != len(prompts[order[start]])
+            if end == len(order) or full or (unpadded and new_length):
+                yield order[start:end]
+                start = end
+
+    def _generate_chunk(self, model: Any, prompts: list[list[int]], step: int, rows: list[int]) -> list[list[int]]:
+        settings, device = self.settings, model.device
+        width = max(map(len, prompts))
+        # Masked positions hold the row's own first token: nothing that counts the row's tokens sees a foreign one.
+        input_ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        processors = LogitsProcessorList(settings.extra.get("logits_processor", ()))
+        if settings.repetition_penalty != 1:
+            # transformers' own setting is bound to the rows it starts with, and rows leave.
+            processors.insert(0, RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        numbers = [row_uniforms(self.seed, step, row, self.source, settings.max_new_tokens) for row in rows]
+        # Apple's GPUs know no float64; there the cumulative sums are a little coarser.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        decoding = _Decoding(settings, torch.tensor(numbers, dtype=wide, device=device))
+        model.generate(
+            inputs=input_ids,
+            attention_mask=mask,
+            generation_config=_generation_config(settings),
+            logits_processor=processors,
+            custom_generate=decoding.run,
+            synced_gpus=False,
+        )
+        return decoding.completions
+
+
+def _generation_config(settings: SamplingSettings) -> GenerationConfig:
+    options = {key: value for key, value in settings.extra.items() if key != "logits_processor"}
+    if not settings.greedy:
+        options |= {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "min_p": settings.min_p,
+        }
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=not settings.greedy,
+        eos_token_id=list(settings.stop_ids) or None,
+        pad_token_id=settings.pad_id,
+        use_cache=True,
+        **options,
+    )
+
+
+class _Decoding:
+    """The decoding loop of one chunk, in the form `generate(custom_generate=...)` calls."""
+
+    def __init__(self, settings: SamplingSettings, uniforms: Tensor) -> None:
+        self.settings = settings
+        self.uniforms = uniforms  # [B, max_new_tokens]
+        self.completions: list[list[int]] = [[] for _ in range(len(uniforms))]
+
+    def run(
+        self,
+        model: Any,  # a PreTrainedModel; nn.Module hides its methods from the type checker
+        input_ids: Tensor,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Decode until every row has a stop token or the cap; the tokens are in `completions`."""
+        rows = list(range(len(self.completions)))  # rows[i]: the row at place i of the batch
+        finished: set[int] = set()
+        uniforms = self.uniforms
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        for position in range(self.settings.max_new_tokens):
+            if position > 0:
+                inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+                outputs = model(**inputs, return_dict=True)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            scores = logits_processor(input_ids, outputs.logits[:, -1].float())
+            del outputs  # they hold the logits, and after the prefill perhaps those of every position
+            tokens = most_likely(scores) if self.settings.greedy else sample(scores, uniforms[:, position])
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+            self._record(rows, finished, tokens.tolist())
+            running = [place for place, row in enumerate(rows) if row not in finished]
+            if not running:
+                break
+            if len(running) < len(rows) and isinstance(model_kwargs.get("past_key_values"), Cache):
+                keep = torch.tensor(running, device=input_ids.device)
+                input_ids, uniforms = input_ids[keep], uniforms[keep]
+                _keep_rows(model_kwargs, keep, len(rows))
+                rows = [rows[place] for place in running]
+        return input_ids
+
+    def _record(self, rows: list[int], finished: set[int], tokens: list[int]) -> None:
+        """Append each running row's token; a stop token finishes its row."""
+        for row, token in zip(rows, tokens, strict=True):
+            if token == NOT_A_TOKEN:
+                raise FloatingPointError(
+                    "a rollout met logits that are NaN, infinite or all excluded: the weights have diverged, or "
+                    "generation_kwargs leave no token to choose from"
+                )
+            if row not in finished:
+                self.completions[row].append(token)
+                if token in self.settings.stop_ids:
+                    finished.add(row)
+
+
+def _keep_rows(model_kwargs: dict[str, Any], keep: Any, size: int) -> None:
+    """Keep some rows, of `size`, of everything that `generate` carries from step to step, in place."""
+    for key, value in model_kwargs.items():
+        if isinstance(value, Cache):
+            value.reorder_cache(keep)
+        elif key == "position_ids" and isinstance(value, Tensor) and value.shape[-2] == size:
+            model_kwargs[key] = value.index_select(-2, keep)  # [B, T], or [axes, B, T] in models for images
+        elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size:
+            model_kwargs[key] = value[keep]
+
+
+def sample(scores: Tensor, uniforms: Tensor, block: int = 1024) -> Tensor:
+    """One token per row by inverse CDF: the first token whose cumulative probability exceeds the row's number.
+
+    The sum goes by blocks of the vocabulary, then inside one block, in float64: one pass over the probabilities, and a
+    rounding error far below the probability of any token. A token of probability 0 is never taken.
+
+    Args:
+        scores: logits [B, V], -inf where a rule excludes a token.
+        uniforms: [B], from U[0, 1).
+
+    Returns:
+        Token ids [B].
+    """
+    probabilities = torch.softmax(scores.float(), dim=-1)
+    rows, vocab = probabilities.shape
+    blocks = nn.functional.pad(probabilities, (0, -vocab % block)).view(rows, -1, block)
+    masses = blocks.sum(-1, dtype=uniforms.dtype)  # [B, ceil(V / block)]
+    total = masses.sum(-1)
+    which, rest = _first_above(masses, uniforms * total)
+    inside = blocks[torch.arange(rows, device=scores.device), which].to(uniforms.dtype)
+    token, _ = _first_above(inside, rest)
+    return torch.where(total.isfinite(), which * block + token, NOT_A_TOKEN)
+
+
+def _first_above(masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row, the first place where the running sum of `masses` exceeds `target`, and what of `target` is left there.
+
+    Where rounding leaves the whole sum at or below the target it is the last place with a positive mass.
+    """
+    cumulative = masses.cumsum(-1)
+    places = torch.arange(masses.shape[-1], device=masses.device)
+    last = torch.where(masses > 0, places, 0).amax(-1)
+    index = torch.minimum((cumulative <= target[:, None]).sum(-1), last)
+    before = nn.functional.pad(cumulative, (1, 0)).gather(-1, index[:, None]).squeeze(-1)
+    return index, target - before
+
+
+def most_likely(scores: Tensor) -> Tensor:
+    """The most likely token of each row: [B, V] -> [B]."""
+    best, tokens = scores.max(-1)
+    return torch.where(best.isfinite(), tokens, NOT_A_TOKEN)
