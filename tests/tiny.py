@@ -24,7 +24,7 @@ CHATML = (
     "{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif -%}"
     "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') + '<|im_end|>\n' }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
@@ -33,7 +33,8 @@ CHATML = (
 def tiny_tokenizer(
     pad_is_eos: bool = False, padding_side: str = "right", chat_template: str | None = CHATML
 ) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: ids 0..255 are the bytes, 256 <|endoftext|>, 257 <|im_start|>, 258 <|im_end|> (eos)."""
+    """A byte-level tokenizer: ids 0..255 are bytes (in ByteLevel's order), then <|endoftext|>, <|im_start|>,
+    and the eos <|im_end|>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

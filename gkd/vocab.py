@@ -1,0 +1,158 @@
+"""Vocabularies: may these two models be compared token by token, and which ids end an answer?
+
+A divergence over the vocabulary means something only if id v stands for the same token in both models. Sizes do not
+show that: Qwen2.5 has heads of 151,936 and 152,064 rows for one and the same token map (the rest is padding), and two
+different tokenizers may well have heads of equal size. So the token -> id maps are compared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "Take a teacher of the student's family, whose tokenizer gives every token the same id; "
+    "distillation between different tokenizers is not supported"
+)
+
+
+def shared_vocabulary(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    student_rows: int,
+    teacher_rows: int,
+) -> int | None:
+    """The number of leading ids on which student and teacher are compared.
+
+    Args:
+        teacher_tokenizer: None says that the teacher uses the student's.
+        student_rows, teacher_rows: rows of the two output heads, padding rows included.
+
+    Returns:
+        None when the heads have equally many rows (nothing to restrict), else the smaller number of rows: both
+        distributions are then restricted to these ids and renormalised, which one log line tells.
+
+    Raises:
+        ValueError: a head has fewer rows than its tokenizer has ids; an id stands for different tokens; the student's
+            tokenizer has ids that the teacher cannot read.
+    """
+    student_ids = student_tokenizer.get_vocab()
+    teacher_ids = student_ids if teacher_tokenizer is None else teacher_tokenizer.get_vocab()
+    for who, ids, rows in (("student", student_ids, student_rows), ("teacher", teacher_ids, teacher_rows)):
+        if max(ids.values()) >= rows:
+            raise ValueError(
+                f"the {who}'s output head has {rows:,} rows but its tokenizer has ids up to {max(ids.values()):,}. "
+                f"Call resize_token_embeddings on that model, or use the tokenizer that it was trained with"
+            )
+    if max(student_ids.values()) >= teacher_rows:
+        raise ValueError(
+            f"the student's tokenizer has ids up to {max(student_ids.values()):,}, of which the teacher's head of "
+            f"{teacher_rows:,} rows knows nothing. Remove the tokens that were added to the student's tokenizer"
+        )
+    if teacher_ids is not student_ids:
+        _check_same_tokens(student_ids, teacher_ids)
+    if student_rows == teacher_rows:
+        return None
+    shared = min(student_rows, teacher_rows)
+    logger.warning(
+        "The heads differ in size (student %s rows, teacher %s) and the tokenizers agree: both distributions are "
+        "restricted to the first %s ids and renormalised.",
+        *(f"{rows:,}" for rows in (student_rows, teacher_rows, shared)),
+    )
+    return shared
+
+
+def _check_same_tokens(student_ids: dict[str, int], teacher_ids: dict[str, int]) -> None:
+    student_tokens = {i: token for token, i in student_ids.items()}
+    teacher_tokens = {i: token for token, i in teacher_ids.items()}
+    common = student_tokens.keys() & teacher_tokens.keys()
+    moved = (i for token, i in student_ids.items() if teacher_ids.get(token, i) != i)
+    different = min([i for i in common if student_tokens[i] != teacher_tokens[i]] + list(moved), default=None)
+    sizes = f"the student has {len(student_ids):,} tokens, the teacher {len(teacher_ids):,}"
+    if different is not None:
+        raise ValueError(
+            f"student and teacher have different tokenizers: {sizes}, and the first id that differs is {different}: "
+            f"{student_tokens.get(different)!r} for the student, {teacher_tokens.get(different)!r} for the teacher. "
+            f"{_REMEDY}"
+        )
+    if not common:
+        raise ValueError(f"student and teacher have different tokenizers: {sizes}, and they share no id. {_REMEDY}")
+    for who, extra in (("student", len(student_ids) - len(common)), ("teacher", len(teacher_ids) - len(common))):
+        if extra:
+            logger.info("%s; only the %s's tokenizer names %d of the ids.", sizes, who, extra)
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """What a chat template writes after an assistant's content.
+
+    `closing` is all of it ("<|im_end|>\\n"), `kept` the part that ends with the end-of-turn token ("<|im_end|>"),
+    `token_id` that token's id. Without a special token there, `kept` is "" and `token_id` None.
+    """
+
+    closing: str
+    kept: str
+    token_id: int | None
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
+    """Reads the end of an assistant's turn off the chat template, by rendering a two-turn conversation.
+
+    None: there is no template, or it cannot render a plain question and answer.
+    """
+    if not tokenizer.chat_template:
+        return None
+    marker = "MarkOfTheAnswer"
+    conversation = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": marker}]
+    try:
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+    except (jinja2.TemplateError, TypeError):
+        return None
+    _, found, closing = text.rpartition(marker)
+    if not found:
+        return None
+    ids: list[int] = tokenizer(closing.lstrip(), add_special_tokens=False)["input_ids"]
+    if not ids or not _is_special(tokenizer, ids[0]):
+        return EndOfTurn(closing, "", None)
+    token = str(tokenizer.convert_ids_to_tokens(ids[0]))
+    return EndOfTurn(closing, closing[: closing.index(token) + len(token)], ids[0])
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return token_id in tokenizer.all_special_ids or (token_id in added and added[token_id].special)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> tuple[int, ...]:
+    """The ids that end an answer, sorted: those of the generation config, the tokenizer's eos, the template's end of
+    turn. All three, because a base model's eos (Qwen2.5: 151,643) is not its chat template's end of turn (151,645)."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, (list, tuple)) else [configured])
+    turn = end_of_turn(tokenizer)
+    ids |= {tokenizer.eos_token_id, turn.token_id if turn else None}
+    return tuple(sorted(int(i) for i in ids if i is not None))
+
+
+def compare_stop_ids(student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A warning when student and teacher end their answers with different tokens, else None.
+
+    A student that waits for a token that its teacher never writes does not learn to stop: its answers grow to the cap
+    within a few dozen steps.
+    """
+    if set(student) == set(teacher):
+        return None
+    named = [
+        ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)})" for i in sorted(ids)) for ids in (student, teacher)
+    ]
+    return (
+        f"student and teacher end their answers differently: stop ids of the student {named[0]}; of the teacher "
+        f"{named[1]}. Watch the completion lengths; if they grow, give the student the teacher's chat template and "
+        f"train it on data or on teacher-written answers (seq_kd) first"
+    )
