@@ -1,0 +1,197 @@
+"""`GKDConfig`: TRL's `SFTConfig` plus the fields of generalized knowledge distillation, with their range checks.
+
+Field names and defaults of `trl.experimental.gkd.GKDConfig` are kept; the others are ours. Options of `SFTConfig` that
+this trainer cannot honour are refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from gkd.divergence import DIVERGENCES
+from gkd.source import MIXINGS
+
+_OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
+_OVERLONG_ROW = ("cut", "drop")
+_TURNS = ("last", "all")
+_REDUCTIONS = ("token", "sequence")
+_TAILS = ("bucket", "renormalize")
+
+# SFTConfig fields that have no effect here: (field, the value that is fine, what to do instead).
+_INEFFECTIVE = (
+    ("packing", False, "rows are sorted by length and trimmed per micro-batch instead"),
+    ("padding_free", False, "rows are sorted by length and trimmed per micro-batch instead"),
+    ("eval_packing", None, "leave it out"),
+    ("assistant_only_loss", False, "use assistant_turns='all' to train on every assistant turn"),
+    ("completion_only_loss", None, "only completions are trained on, always"),
+    ("loss_type", "nll", "name the divergence with `divergence`, mix in cross-entropy with `ce_weight`"),
+    ("label_smoothing_factor", 0.0, "use loss_temperature or a divergence instead"),
+    ("use_liger_kernel", False, "the fused divergence of this package is always on"),
+    ("truncation_mode", "keep_start", "use overlong_prompt and overlong_row"),
+    ("average_tokens_across_devices", True, "the loss is always the mean over the targets of all ranks"),
+)
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class GKDConfig(SFTConfig):
+    """Arguments of [`GKDTrainer`]. Every field is a command-line flag and a YAML key of a recipe.
+
+    Raises:
+        ValueError: a value out of range, or an option that this trainer cannot honour; the message names the field,
+            the value and the remedy.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
+
+    # --- names and defaults of trl.experimental.gkd ---
+    temperature: float = _field(0.9, "Sampling temperature of rollouts; 0 is greedy. Does not touch the loss.")
+    lmbda: float = _field(0.5, "Share of the sequences whose completion the student writes, 0 to 1.")
+    beta: float = _field(
+        0.5, "JSD interpolation: 0 = KL(teacher||student), 1 = KL(student||teacher). Only for divergence='jsd'."
+    )
+    max_new_tokens: int = _field(128, "Most tokens of a rollout, the stop token included.")
+    teacher_model_name_or_path: str | None = _field(None, "Teacher to load when no teacher_model is passed.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _field(
+        None, "Keyword arguments for loading the teacher by name, as a dict or JSON (dtype as string or torch.dtype)."
+    )
+    disable_dropout: bool = _field(
+        True, "Turn dropout off in student and teacher. A LoRA adapter's own lora_dropout is left alone."
+    )
+    seq_kd: bool = _field(
+        False, "Sequences that the student does not write are written by the teacher instead of taken from the data."
+    )
+
+    # --- the loss ---
+    divergence: str = _field("jsd", f"Per-token divergence, one of: {', '.join(DIVERGENCES)}.")
+    skew_lambda: float = _field(0.1, "Mixing share of the skew divergences (DistiLLM's alpha).")
+    ab_alpha: float = _field(0.5, "Alpha of divergence='alpha_beta'.")
+    ab_beta: float = _field(0.5, "Beta of divergence='alpha_beta'.")
+    loss_temperature: float = _field(1.0, "Temperature of both softmaxes in the divergence.")
+    teacher_loss_temperature: float | None = _field(None, "The teacher's, when it differs from loss_temperature.")
+    scale_by_temperature_squared: bool = _field(
+        False, "Multiply the divergence by loss_temperature^2 (Hinton et al.), in value and in gradient."
+    )
+    loss_reduction: str = _field(
+        "token", "token: mean over all targets of the global batch. sequence: mean over each sequence, then over them."
+    )
+    ce_weight: float = _field(0.0, "w of loss = (1 - w) divergence + w cross-entropy on the given token.")
+    ce_on_student_tokens: bool = _field(False, "Apply ce_weight to tokens that the student wrote, too.")
+    teacher_top_k: int | None = _field(None, "Keep only the teacher's K most likely tokens. None = all.")
+    top_k_tail: str = _field("bucket", "bucket: K + 1 outcomes with the exact tail mass. renormalize: no tail.")
+    mask_truncated_completions: bool = _field(False, "Do not train on rollouts that were cut off at max_new_tokens.")
+    loss_chunk_size: int | None = _field(None, "Targets per chunk of the fused loss. None = from a byte budget.")
+
+    # --- sampling, all explicit: nothing leaks in from a model's own generation config ---
+    mixing: str = _field(
+        "sample", "sample: exactly the share lmbda in every optimizer step. batch: one coin per step (the paper)."
+    )
+    top_p: float = _field(1.0, "Nucleus sampling of rollouts; 1 = off.")
+    top_k: int = _field(0, "Top-k sampling of rollouts; 0 = off.")
+    min_p: float | None = _field(None, "Min-p sampling of rollouts; None = off.")
+    repetition_penalty: float = _field(1.0, "Repetition penalty of rollouts; 1 = off.")
+    generation_kwargs: dict[str, Any] | str | None = _field(
+        None, "Further GenerationConfig fields for rollouts, as a dict or JSON. An unknown one is an error."
+    )
+    rollout_batch_size: int | None = _field(
+        None, "Most sequences generated at a time: bounds the KV cache. None = per_device_train_batch_size x 4."
+    )
+
+    # --- data ---
+    max_prompt_length: int | None = _field(
+        None, "Most tokens of a prompt. None = max_length - max_new_tokens when anything is generated."
+    )
+    overlong_prompt: str = _field("drop", "A prompt over max_prompt_length: drop, keep_start or keep_end.")
+    overlong_row: str = _field("cut", "A data row over max_length: cut (the end of the answer) or drop.")
+    assistant_turns: str = _field("last", "Train on the last assistant turn, or on all of them (data rows).")
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available() and self.bf16 is None:
+            # Without an accelerator the Trainer refuses bf16=True, TRL's default, unless it is told use_cpu; and
+            # accelerate does not start several CPU processes without it either.
+            self.use_cpu, self.bf16 = True, False
+        super().__post_init__()
+        self._check_ranges()
+        self._check_choices()
+        self._check_ineffective()
+
+    def _check_ranges(self) -> None:
+        _within("lmbda", self.lmbda, 0, 1, "0 trains on the data only, 1 on rollouts only")
+        _within("beta", self.beta, 0, 1, "0 is forward KL, 1 is reverse KL")
+        _within("ce_weight", self.ce_weight, 0, 1, "0 is the divergence only, 1 is cross-entropy only")
+        _within("skew_lambda", self.skew_lambda, 0, 1, "DistiLLM uses 0.1")
+        _within("top_p", self.top_p, 0, 1, "1 turns it off", low_open=True)
+        _within("temperature", self.temperature, 0, math.inf, "0 is greedy, the paper samples at 1")
+        _within("loss_temperature", self.loss_temperature, 0, math.inf, "1 is the plain softmax", low_open=True)
+        if self.teacher_loss_temperature is not None:
+            _within("teacher_loss_temperature", self.teacher_loss_temperature, 0, math.inf, "1", low_open=True)
+        _within("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 turns it off", low_open=True)
+        if self.min_p is not None:
+            _within("min_p", self.min_p, 0, 1, "None turns it off")
+        _whole("max_new_tokens", self.max_new_tokens, 1)
+        _whole("top_k", self.top_k, 0)
+        for name in ("teacher_top_k", "loss_chunk_size", "rollout_batch_size", "max_prompt_length", "max_length"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+
+    def _check_choices(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "divergence": tuple(DIVERGENCES),
+            "mixing": MIXINGS,
+            "loss_reduction": _REDUCTIONS,
+            "top_k_tail": _TAILS,
+            "overlong_prompt": _OVERLONG_PROMPT,
+            "overlong_row": _OVERLONG_ROW,
+            "assistant_turns": _TURNS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
+
+    def _check_ineffective(self) -> None:
+        for name, fine, remedy in _INEFFECTIVE:
+            value = getattr(self, name, fine)
+            # transformers itself turns average_tokens_across_devices off when there is one process
+            if value != fine and not (name == "average_tokens_across_devices" and self.world_size == 1):
+                raise ValueError(f"{name}={value!r} has no effect in GKDTrainer: {remedy}")
+        defaults = {"beta": ("jsd", 0.5), "skew_lambda": ("skew", 0.1), "ab_alpha": ("alpha_beta", 0.5)}
+        defaults["ab_beta"] = ("alpha_beta", 0.5)
+        for name, (family, default) in defaults.items():
+            if getattr(self, name) != default and not self.divergence.startswith(family):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect with divergence={self.divergence!r}: "
+                    f"leave it out, or choose a divergence of the {family} family"
+                )
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens of a prompt: `max_prompt_length`, else what `max_length` leaves for it."""
+        if self.max_prompt_length is not None or self.max_length is None:
+            return self.max_prompt_length
+        room = self.max_length - (self.max_new_tokens if self.lmbda > 0 or self.seq_kd else 1)
+        if room < 1:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a prompt beside max_new_tokens="
+                f"{self.max_new_tokens}: raise max_length, or set max_prompt_length"
+            )
+        return room
+
+
+def _within(name: str, value: float, low: float, high: float, hint: str, low_open: bool = False) -> None:
+    inside = (low < value if low_open else low <= value) and value <= high and not math.isnan(value)
+    if not inside or math.isinf(value):
+        bracket = "(" if low_open else "["
+        raise ValueError(f"{name}={value} is out of range {bracket}{low}, {high}]: {hint}")
+
+
+def _whole(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")

@@ -1,0 +1,62 @@
+"""Everything that is loaded by name: tokenizer and teacher (the student is loaded by SFTTrainer)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import create_model_from_path
+
+
+def model_name(model: Any) -> str | None:
+    """The name or path that a model was loaded from, None for one made in memory."""
+    if isinstance(model, str):
+        return model
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", None) or None
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        ValueError: there is none under that name; with the remedy.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"no tokenizer found at {name!r}: pass processing_class, or save the tokenizer beside the model ({error})"
+        ) from error
+
+
+def load_teacher(name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a teacher; `init_kwargs` is not changed.
+
+    Args:
+        name: model name or path.
+        init_kwargs: keyword arguments of `from_pretrained`; `dtype` as a string or a `torch.dtype`.
+        trust_remote_code: whether code from the model's repository may run; off unless the user says so.
+
+    Raises:
+        ValueError: the model is not there, or `dtype` is not one.
+    """
+    kwargs = dict(init_kwargs or {})
+    if "torch_dtype" in kwargs:  # the older spelling
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        resolved = getattr(torch, dtype, None)
+        if not isinstance(resolved, torch.dtype):
+            raise ValueError(
+                f"teacher_model_init_kwargs: dtype={dtype!r} is no torch dtype: use 'auto', 'bfloat16', 'float16' or 'float32'"
+            )
+        kwargs["dtype"] = resolved
+    kwargs.setdefault("trust_remote_code", trust_remote_code)
+    kwargs.setdefault("dtype", "auto")  # as saved: a bfloat16 teacher is not blown up to float32
+    kwargs.setdefault("device_map", None)  # placed later: on this rank, or sharded
+    try:
+        return create_model_from_path(name, **kwargs)
+    except OSError as error:
+        raise ValueError(f"teacher_model_name_or_path={name!r} cannot be loaded: {error}") from error

@@ -1,0 +1,165 @@
+"""Sums and counts by source, reduced over ranks once per logged step; and the ledger of what was trained on.
+
+Every average is token-weighted (or sequence-weighted) over all ranks: sums travel, means are taken at the end. Ranks
+add to their own sums and meet in one collective that all of them enter, `Meter.flush`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gkd.batch import Sequence
+from gkd.source import SOURCES
+
+# Per-target quantities: (log name, attribute of FusedOutput).
+TOKEN_METRICS = (
+    ("loss", "divergence"),
+    ("student/entropy", "student_entropy"),
+    ("teacher/entropy", "teacher_entropy"),
+    ("student/agreement", "agreement"),
+    ("teacher/log_prob", "teacher_log_prob"),
+    ("student/cross_entropy", "cross_entropy"),
+)
+PHASES = ("rollout", "teacher", "student")
+_ROLLOUT = ("sequences", "length", "ended", "truncated", "repetitive")
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Ledger:
+    """What the model has been trained on so far: sequences and target tokens by source, over all ranks."""
+
+    sequences: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
+    targets: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
+
+    def add(self, counts: Tensor) -> None:
+        """Add one window: `counts` [2, 3] int, sequences and targets in the order of SOURCES."""
+        for i, source in enumerate(SOURCES):
+            self.sequences[source] += int(counts[0, i])
+            self.targets[source] += int(counts[1, i])
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        return {"sequences": dict(self.sequences), "targets": dict(self.targets)}
+
+    def load(self, state: dict[str, dict[str, int]]) -> None:
+        self.sequences.update(state["sequences"])
+        self.targets.update(state["targets"])
+
+
+class Meter:
+    """Collects one logging period's metrics on this rank; `flush` reduces them over all ranks and starts anew."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._token_sums = [torch.zeros(len(SOURCES), dtype=torch.float64, device=self.device) for _ in TOKEN_METRICS]
+        self._token_counts = [torch.zeros_like(sums) for sums in self._token_sums]
+        self._rollouts = torch.zeros(len(_ROLLOUT), len(SOURCES), dtype=torch.float64)
+        self._longest = torch.zeros(len(SOURCES), dtype=torch.float64)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    def add_targets(self, output: Any, sources: Tensor) -> None:
+        """Add per-target values of a `FusedOutput`; `sources` [N] holds indices into SOURCES."""
+        membership = torch.nn.functional.one_hot(sources, len(SOURCES)).double()  # [N, 3]
+        for i, (_, attribute) in enumerate(TOKEN_METRICS):
+            values = getattr(output, attribute)
+            if values is not None:  # stays on the device: no synchronisation per micro-batch
+                self._token_sums[i] = self._token_sums[i] + values.double() @ membership
+                self._token_counts[i] = self._token_counts[i] + membership.sum(dim=0)
+
+    def add_sequence(self, sequence: Sequence, ended: bool, repetitive: bool = False) -> None:
+        """Add one sequence after the rollout."""
+        j = SOURCES.index(sequence.source)
+        length = sequence.completion_length
+        values = (1, length, ended, sequence.truncated, repetitive)
+        self._rollouts[:, j] += torch.tensor([float(v) for v in values], dtype=torch.float64)
+        self._longest[j] = max(float(self._longest[j]), float(length))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to a phase (waiting for the device, so that the time is the phase's own)."""
+        _synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _synchronize()
+            self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self, name: str) -> float:
+        """Seconds of a phase so far in this period."""
+        return self._seconds[name]
+
+    def subtract(self, name: str, seconds: float) -> None:
+        """Take back seconds that another phase, nested inside, has counted."""
+        self._seconds[name] -= seconds
+
+    def flush(self, sum_over_ranks: Reduce, max_over_ranks: Reduce) -> dict[str, float]:
+        """Reduce over ranks (every rank calls this), return the means by log name, and start a new period.
+
+        Args:
+            sum_over_ranks: elementwise sum of a float64 tensor over ranks.
+            max_over_ranks: elementwise maximum.
+
+        Returns:
+            `name` over all sources and `name/source` for each source that occurred; seconds are the slowest rank's.
+        """
+        sums = torch.cat([*self._token_sums, *self._token_counts, self._rollouts.flatten().to(self.device)])
+        sums = sum_over_ranks(sums).cpu()
+        peaks = torch.cat([self._longest, torch.tensor([self._seconds[p] for p in PHASES], dtype=torch.float64)])
+        peaks = max_over_ranks(peaks.to(self.device)).cpu()
+        self._reset()
+        n = len(TOKEN_METRICS) * len(SOURCES)
+        token_sums, token_counts, rollouts = sums[:n].view(-1, 3), sums[n : 2 * n].view(-1, 3), sums[2 * n :].view(-1, 3)
+        logs = _token_means(token_sums, token_counts)
+        logs.update(_rollout_means(rollouts, peaks[: len(SOURCES)]))
+        logs.update({f"time/{name}": round(float(s), 4) for name, s in zip(PHASES, peaks[len(SOURCES) :], strict=True)})
+        return logs
+
+
+def _token_means(sums: Tensor, counts: Tensor) -> dict[str, float]:
+    logs: dict[str, float] = {}
+    for i, (name, _) in enumerate(TOKEN_METRICS):
+        if name != "loss" and counts[i].sum() > 0:  # the overall loss is the Trainer's own `loss`
+            logs[name] = float(sums[i].sum() / counts[i].sum())
+        for j, source in enumerate(SOURCES):
+            if counts[i, j] > 0:
+                logs[f"{name}/{source}"] = float(sums[i, j] / counts[i, j])
+    return logs
+
+
+def _rollout_means(sums: Tensor, longest: Tensor) -> dict[str, float]:
+    logs: dict[str, float] = {}
+    total = sums[0].sum()
+    if total > 0:
+        logs["lmbda_realised"] = float(sums[0, SOURCES.index("student")] / total)
+    for j, source in enumerate(SOURCES):
+        count = sums[0, j]
+        if count > 0:
+            logs[f"rollout/length_mean/{source}"] = float(sums[1, j] / count)
+            logs[f"rollout/length_max/{source}"] = float(longest[j])
+            for i, name in enumerate(_ROLLOUT[2:], start=2):
+                logs[f"rollout/{name}/{source}"] = float(sums[i, j] / count)
+    written = [SOURCES.index("student"), SOURCES.index("teacher")]
+    count = sums[0, written].sum()
+    if count > 0:  # over everything that was generated
+        logs["rollout/length_mean"] = float(sums[1, written].sum() / count)
+        logs["rollout/length_max"] = float(longest[written].max())
+        for i, name in enumerate(_ROLLOUT[2:], start=2):
+            logs[f"rollout/{name}"] = float(sums[i, written].sum() / count)
+    return logs
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

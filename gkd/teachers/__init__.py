@@ -1,0 +1,10 @@
+"""Teachers by name: to add one, write a class with `score` and put it into the dict."""
+
+from __future__ import annotations
+
+from gkd.teachers.base import Teacher
+from gkd.teachers.local import LocalTeacher
+
+TEACHERS: dict[str, type] = {"local": LocalTeacher}
+
+__all__ = ["TEACHERS", "LocalTeacher", "Teacher"]

@@ -1,0 +1,38 @@
+"""A teacher in this process: any causal language model, frozen.
+
+It stays in eval mode without gradients, belongs to no optimizer and is in no checkpoint. Only its last hidden states
+leave it; the fused divergence projects them, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from gkd.batch import select_targets
+from gkd.distributed import place_frozen
+from gkd.hidden import last_hidden
+from gkd.signals import DenseSignal, TeacherSignal, head_of
+
+
+class LocalTeacher:
+    """Scores with a model held by this rank (sharded over the ranks under ZeRO-3)."""
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
+        self.head = head_of(model)
+        self._head_module = model.get_output_embeddings()
+        self.accelerator = accelerator
+        self.model = place_frozen(model, accelerator)
+
+    @torch.no_grad()
+    def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():  # the teacher is not prepared by accelerate, so nothing else enters it
+            hidden, _ = last_hidden(self.model, self._head_module, inputs)
+        return DenseSignal(select_targets(hidden, batch["labels"]), self.head)
+
+    def head_parameters(self) -> Iterable[Tensor | None]:
+        return (self.head.weight, self.head.bias)

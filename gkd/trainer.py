@@ -1,0 +1,381 @@
+"""`GKDTrainer`: TRL's `SFTTrainer` with sequences from three sources and a teacher's distribution as the target.
+
+What differs from the paper (Agarwal et al., arXiv 2306.13649) by default: the loss is the mean over all target tokens
+of the global batch rather than over sequences (`loss_reduction="sequence"` is the paper's Eq. 2), and exactly the share
+`lmbda` of every step's sequences is student-written rather than all or none by one coin (`mixing="batch"`).
+
+What differs from `trl.experimental.gkd`: the rollout happens once per optimizer step, before anything is counted, so the
+loss is divided by the number of tokens that are trained on; see the README for the list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from gkd import setup_checks as checks
+from gkd.batch import collate, cut, per_target, select_targets, sequence_weights, target_mask
+from gkd.config import GKDConfig
+from gkd.distributed import gathered, max_over_ranks, sum_over_ranks
+from gkd.divergence import generalized_jsd_loss
+from gkd.fused import FusedOutput, fused_divergence
+from gkd.hidden import last_hidden
+from gkd.loading import load_teacher, load_tokenizer, model_name
+from gkd.metrics import Ledger, Meter
+from gkd.preparation import loss_settings, prepare_rows, sampling_settings
+from gkd.random_state import preserved_random_state
+from gkd.rollouts import ROLLOUTS
+from gkd.signals import head_of
+from gkd.source import SOURCES, choose_sources
+from gkd.teachers import TEACHERS
+from gkd.trainer_card import CardMixin
+from gkd.vocab import shared_vocabulary, stop_token_ids
+from gkd.window import count, open_window, write_completions
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "gkd_state.json"
+
+
+class GKDTrainer(CardMixin, SFTTrainer):
+    """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
+
+    Args:
+        model: the student: a model, or the name to load it from.
+        teacher_model: the teacher: a model or a name; None takes `args.teacher_model_name_or_path`.
+        args: a `GKDConfig`; None takes the defaults.
+        data_collator: None takes the one made for the prepared rows. A foreign one must give `input_ids`,
+            `attention_mask` and `labels` (-100 off target); the prompt is then what stands before the first target.
+        train_dataset: rows as described in the README ("Data").
+        eval_dataset: the same; `eval_loss` is the divergence on its own completions.
+        processing_class: the tokenizer; None loads the student's.
+        compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics: as in `transformers.Trainer`.
+        peft_config: a LoRA configuration; None trains the model as it is passed.
+        formatting_func: row -> text, as in `SFTTrainer`.
+        teacher_processing_class: the teacher's tokenizer, to compare token maps with; None loads it by the teacher's
+            name where it has one.
+
+    Raises:
+        ValueError: a combination that cannot be honoured; the message names the field, the values and the remedy.
+    """
+
+    _tag_names = ["trl", "gkd"]
+    _name = "GKD"
+
+    generalized_jsd_loss = staticmethod(generalized_jsd_loss)
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: GKDConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable[..., Any] | None = None,
+        teacher_processing_class: Any = None,
+    ) -> None:
+        if model is None:
+            raise ValueError("model is missing: pass the student, a model or a name")
+        args = checks.resolve_config(args, model)
+        teacher = self._resolve_teacher(model, teacher_model, args)
+        tokenizer = processing_class
+        if tokenizer is None:
+            name = model_name(model)
+            if name is None:
+                raise ValueError("processing_class is missing and the student has no name to load it from: pass it")
+            tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        tokenizer = checks.check_tokenizer(tokenizer)
+        self._formatting_func = formatting_func
+        train_dataset, eval_dataset, collator = prepare_rows(
+            train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator
+        )
+        args.remove_unused_columns = False  # the collator needs prompt_length and row
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__init__(
+            model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+        )
+        if self.is_fsdp_enabled:
+            raise ValueError("FSDP is not supported: the heads would be sharded away; use DDP or DeepSpeed ZeRO")
+        checks.check_student(self.model)
+        self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
+        self.model_accepts_loss_kwargs = True
+        self._set_up_models(teacher, teacher_processing_class)
+        self.ledger = Ledger()
+        self._meters = {"train": Meter(self.accelerator.device), "eval": Meter(self.accelerator.device)}
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+
+    # ---------------------------------------------------------------------------------------------- set-up
+
+    def _resolve_teacher(self, model: Any, teacher_model: Any, args: GKDConfig) -> Any:
+        """A teacher model; loads it by name. Raises ValueError when there is none or it is given twice."""
+        checks.refuse_same_model(model, teacher_model)
+        if teacher_model is None:
+            teacher_model = args.teacher_model_name_or_path
+        if teacher_model is None:
+            raise ValueError(
+                "there is no teacher: pass teacher_model (a model or a name) or set args.teacher_model_name_or_path"
+            )
+        if isinstance(teacher_model, str):
+            kwargs = args.teacher_model_init_kwargs
+            assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
+            return load_teacher(teacher_model, kwargs, trust_remote_code=args.trust_remote_code)
+        if args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} has no effect: teacher_model is already a "
+                "model; leave it out, or pass the teacher by name"
+            )
+        return teacher_model
+
+    def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
+        args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
+        student = self.accelerator.unwrap_model(self.model)
+        self._head = head_of(student)
+        self._head_module = student.get_output_embeddings()
+        if args.disable_dropout:
+            checks.disable_dropout(self.model)
+        name = model_name(teacher_model)
+        if teacher_tokenizer is None and name is not None and name != model_name(student):
+            with contextlib.suppress(ValueError):  # a teacher saved without a tokenizer cannot be compared
+                teacher_tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        shared = shared_vocabulary(
+            tokenizer, teacher_tokenizer, _vocabulary_rows(student), _vocabulary_rows(teacher_model)
+        )
+        self.teacher = TEACHERS["local"](teacher_model, accelerator)
+        self.loss_settings = loss_settings(args, shared)
+        self.stop_ids = {
+            "student": stop_token_ids(tokenizer, student.generation_config),
+            "teacher": stop_token_ids(teacher_tokenizer or tokenizer, teacher_model.generation_config),
+        }
+        models = {"student": lambda: self.model_wrapped, "teacher": lambda: self.teacher.model}
+        self.rollouts = {
+            source: ROLLOUTS["hf"](
+                models[source],
+                accelerator,
+                sampling_settings(args, self.stop_ids[source], tokenizer.pad_token_id),
+                seed=args.seed,
+                source=source,
+                batch_size=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
+            )
+            for source in models
+        }
+        logger.info("rollouts: %s", self.rollouts["student"].settings)
+        logger.info("loss: %s", self.loss_settings)
+
+    @property
+    def teacher_model(self) -> nn.Module:
+        """The frozen teacher, as `trl.experimental.gkd.GKDTrainer` names it."""
+        return self.teacher.model
+
+    # ---------------------------------------------------------------------------------------- one optimizer step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+        """One window: choose sources, write completions, sort, cut into micro-batches, count what is trained on."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return [], None
+        args, step = self.args, self.state.global_step
+        window = open_window(batches, self.accelerator.process_index, self.accelerator.num_processes)
+        sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
+        with self._meters["train"].phase("rollout"):
+            sequences = write_completions(
+                window,
+                sources,
+                self.rollouts,
+                step,
+                stop_ids=self.stop_ids,
+                max_new_tokens=args.max_new_tokens,
+                train_truncated=not args.mask_truncated_completions,
+            )
+        for sequence in sequences:
+            ended = sequence.input_ids[-1] in self.stop_ids["teacher" if sequence.source == "teacher" else "student"]
+            self._meters["train"].add_sequence(sequence, ended)
+        counts = count(sequences)
+        tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
+        totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
+        self.ledger.add(totals[:6].view(2, len(SOURCES)).cpu())
+        self._total_train_tokens += int(totals[6])
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
+        micro_batches = [
+            collate(rows, self.processing_class.pad_token_id, args.pad_to_multiple_of)
+            for rows in cut(sequences, window.sizes)
+        ]
+        return micro_batches, trained.clamp(min=1).to(device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
+        meter = self._meters["train"]
+        before = meter.seconds("teacher")
+        with meter.phase("student"):
+            loss = super().training_step(*args, **kwargs)
+        meter.subtract("student", meter.seconds("teacher") - before)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The divergence of this micro-batch: sum over its targets / `num_items_in_batch`, x ranks (DDP's mean).
+
+        `num_items_in_batch` is the number of targets (or sequences, `loss_reduction="sequence"`) of the whole optimizer
+        step over all ranks; None (evaluation) takes this micro-batch's own.
+        """
+        mode = "train" if self.model.training else "eval"
+        with self._meters[mode].phase("teacher"):
+            signal = self.teacher.score(inputs)
+        model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        hidden, outputs = last_hidden(model, self._head_module, model_inputs)
+        output, sources = self._divergence(hidden, signal, inputs, num_items_in_batch)
+        self._meters[mode].add_targets(output, sources)
+        loss = output.loss
+        if mode == "eval":
+            self._count_evaluation(output, inputs)
+        elif num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            # a mean per micro-batch, which DDP averages over ranks: average it over the window, as SFTTrainer does
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            self._metrics[mode]["aux_loss"].append(outputs.aux_loss.item())
+        if return_outputs:  # compute_metrics wants logits, which the loss never builds
+            with torch.no_grad():
+                outputs = model(**model_inputs, use_cache=False)
+            return loss, outputs
+        return loss
+
+    def _divergence(
+        self, hidden: Tensor, signal: Any, inputs: dict[str, Tensor], num_items: Tensor | int | None
+    ) -> tuple[FusedOutput, Tensor]:
+        """The fused divergence of the N targets, and their sources [N]."""
+        labels, args = inputs["labels"], self.args
+        mask = target_mask(labels)
+        targets = labels[:, 1:][mask]
+        if "sources" in inputs:
+            sources = per_target(inputs["sources"], labels)
+        else:
+            sources = torch.zeros_like(targets)
+        by_sequence = args.loss_reduction == "sequence"
+        weights = sequence_weights(labels) if by_sequence else torch.ones_like(targets, dtype=torch.float32)
+        own = mask.any(dim=1).sum() if by_sequence else mask.sum()
+        weights = weights.float() / (own.clamp(min=1) if num_items is None else num_items)
+        ce_weights = None
+        if args.ce_weight > 0:
+            given = torch.ones_like(sources, dtype=torch.bool)
+            if not args.ce_on_student_tokens:
+                given = sources != SOURCES.index("student")
+            ce_weights = weights * args.ce_weight * given
+            weights = weights * (1 - args.ce_weight)
+        with gathered({id(p): p for p in self._head_parameters()}.values()):
+            output = fused_divergence(
+                select_targets(hidden, labels), self._head, signal, targets, weights, self.loss_settings, ce_weights
+            )
+        return output, sources
+
+    def _head_parameters(self) -> list[Tensor | None]:
+        return [self._head.weight, self._head.bias, *self.teacher.head_parameters()]
+
+    # --------------------------------------------------------------------------------------------- evaluation
+
+    def _count_evaluation(self, output: FusedOutput, inputs: dict[str, Tensor]) -> None:
+        """Add this batch's sums, without the rows that accelerate repeats to make the ranks' last batches even."""
+        labels = inputs["labels"]
+        mask = target_mask(labels)
+        per_row = torch.zeros(labels.shape[0], 2, dtype=torch.float64, device=labels.device)
+        rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(mask)[mask]
+        per_row[:, 0].index_add_(0, rows, output.divergence.double())
+        per_row[:, 1] = mask.sum(dim=1)
+        if self.args.loss_reduction == "sequence":
+            per_row = torch.stack([per_row[:, 0] / per_row[:, 1].clamp(min=1), (per_row[:, 1] > 0).double()], dim=1)
+        self._eval_sums += self.accelerator.gather_for_metrics(per_row).sum(dim=0).cpu()
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Data source only, nothing generated, the same normalisation as in training, no random stream moved."""
+        self._eval_sums.zero_()
+        with preserved_random_state():
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, number = self._eval_sums.tolist()
+        logs = self._flush("eval")
+        output.metrics.update(
+            {f"{metric_key_prefix}_{name}": value for name, value in logs.items() if not name.startswith("time/")}
+        )
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(number, 1.0)
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`; raw rows are prepared first."""
+        if isinstance(eval_dataset, Dataset) and "input_ids" not in eval_dataset.column_names:
+            _, eval_dataset, _ = prepare_rows(
+                None, eval_dataset, self.processing_class, self.args, self._formatting_func, self.data_collator
+            )
+        return super().evaluate(eval_dataset=eval_dataset, **kwargs)
+
+    # ----------------------------------------------------------------------------------- logging, saving, resuming
+
+    def _flush(self, mode: str) -> dict[str, float]:
+        return self._meters[mode].flush(
+            lambda values: sum_over_ranks(self.accelerator, values),
+            lambda values: max_over_ranks(self.accelerator, values),
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add our metrics to a training log. The Trainer calls this on every rank, so the reduction meets."""
+        if "loss" in logs and self.model.training:
+            logs.update(self._flush("train"))
+            logs.update({f"ledger/targets/{s}": float(n) for s, n in self.ledger.targets.items() if n})
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump({"ledger": self.ledger.as_dict(), "num_tokens": self._total_train_tokens}, file)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, STATE_FILE)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                state = json.load(file)
+            self.ledger.load(state["ledger"])
+            self._total_train_tokens = state["num_tokens"]
+
+
+def _vocabulary_rows(model: Any) -> int:
+    """Rows of the output head; the config's number, which also holds for a sharded model."""
+    return int(model.config.get_text_config().vocab_size)

@@ -1,0 +1,95 @@
+"""The trainer's model card: what it knows of itself, handed to `gkd.card`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from peft import PeftModel
+
+from gkd.card import CardInfo, Repo, describe_hardware, installed_versions, write_card
+from gkd.loading import model_name as name_of
+
+SETTINGS = (
+    "lmbda",
+    "seq_kd",
+    "mixing",
+    "divergence",
+    "beta",
+    "skew_lambda",
+    "loss_temperature",
+    "teacher_loss_temperature",
+    "loss_reduction",
+    "ce_weight",
+    "teacher_top_k",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "max_length",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "seed",
+)
+
+
+class CardMixin:
+    """Adds `create_model_card` to the trainer.
+
+    `card_extras` holds what only a run knows (data set, evaluation, plots, wall time): fields of `CardInfo` by name.
+    """
+
+    card_extras: dict[str, Any]
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` into the output folder (main process only)."""
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        extras = dict(getattr(self, "card_extras", {}))
+        if dataset_name is not None:
+            extras["datasets"] = [Repo(dataset_name)]
+        if tags is not None:
+            extras["tags"] = [tags] if isinstance(tags, str) else list(tags)
+        write_card(self._card_info(model_name, extras), self.args.output_dir)  # type: ignore[attr-defined]
+
+    def _card_info(self, model_name: str | None, extras: dict[str, Any]) -> CardInfo:
+        args: Any = self.args  # type: ignore[attr-defined]
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        student = accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        lora = None
+        if isinstance(student, PeftModel):
+            config = student.active_peft_config
+            names = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+            lora = {name: getattr(config, name) for name in names if hasattr(config, name)}
+            lora = {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
+        skipped = set() if args.divergence == "jsd" else {"beta"}
+        if not args.divergence.startswith("skew"):
+            skipped.add("skew_lambda")
+        values = {
+            "model_name": model_name or args.output_dir.rstrip("/").split("/")[-1],
+            "student": Repo(name_of(student) or "in memory", _revision(student)),
+            "teacher": Repo(name_of(self.teacher_model) or "in memory", _revision(self.teacher_model)),  # type: ignore[attr-defined]
+            "settings": {name: getattr(args, name) for name in SETTINGS if name not in skipped},
+            "lora": lora,
+            "ledger": self.ledger.as_dict(),  # type: ignore[attr-defined]
+            "hardware": describe_hardware(),
+            "versions": installed_versions(),
+            "command": list(sys.argv),
+            "steps": self.state.global_step,  # type: ignore[attr-defined]
+            "num_processes": accelerator.num_processes,
+            "hub_model_id": args.hub_model_id,
+        }
+        return CardInfo(**{**values, **extras})
+
+
+def _revision(model: Any) -> str | None:
+    return getattr(model.config, "_commit_hash", None)
