@@ -1,0 +1,181 @@
+"""The student before and after training, the teacher beside them: a table for the console, Markdown, and plain values.
+
+All models were measured on the same prompts, so a change is judged by the paired residuals of the two estimates,
+which is a good deal sharper than adding the two standard errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from gkd.markdown import markdown_table, shorten
+from gkd.measures import METRICS, Estimate, Measures, Metric, difference_estimate, finite
+
+GOAL_SIGNS = {"lower": "↓", "higher": "↑", "teacher": "≈"}
+LEGEND = "↓ lower is better, ↑ higher is better, ≈ the nearer the teacher the better; ± one standard error"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of the three models. `verdict` is `"better"`, `"worse"`, `"same"` or, lacking a value, `"unknown"`.
+
+    `clear` says whether the change exceeds two standard errors of the paired difference; None without an error.
+    """
+
+    metric: Metric
+    before: Estimate | None
+    after: Estimate | None
+    teacher: Estimate | None
+    difference: float | None
+    difference_error: float | None
+    verdict: str
+    clear: bool | None
+
+    @property
+    def improved(self) -> bool | None:
+        return None if self.verdict == "unknown" else self.verdict == "better"
+
+
+def compare(
+    before: Measures, after: Measures, teacher: Measures | None = None, keys: Sequence[str] | None = None
+) -> list[Row]:
+    """One row for each metric that was measured before or after, in the order of METRICS (or of `keys`).
+
+    Raises:
+        ValueError: a key that is no metric.
+    """
+    unknown = [key for key in keys or () if key not in METRICS]
+    if unknown:
+        raise ValueError(f"keys: {unknown} are no metrics; choose from {list(METRICS)}")
+    chosen = [key for key in keys or METRICS if key in before.values or key in after.values]
+    return [
+        _row(METRICS[key], *(model.values.get(key) if model else None for model in (before, after, teacher)))
+        for key in chosen
+    ]
+
+
+def _row(metric: Metric, before: Estimate | None, after: Estimate | None, teacher: Estimate | None) -> Row:
+    if before is None or after is None or not math.isfinite(after.value - before.value):
+        return Row(metric, before, after, teacher, None, None, "unknown", None)
+    change = difference_estimate(after, before)
+    gain = _gain(metric.goal, before.value, after.value, teacher.value if teacher else math.nan)
+    clear = None if change.error is None else abs(change.value) > 2 * change.error
+    if math.isnan(gain):
+        verdict = "unknown"
+    elif gain == 0:
+        verdict = "same"
+    else:
+        verdict = "better" if gain > 0 else "worse"
+    return Row(metric, before, after, teacher, change.value, change.error, verdict, clear)
+
+
+def _gain(goal: str, before: float, after: float, teacher: float) -> float:
+    """Positive when `after` is nearer the goal than `before`."""
+    if goal == "teacher":
+        return abs(before - teacher) - abs(after - teacher)
+    return before - after if goal == "lower" else after - before
+
+
+def format_estimate(metric: Metric, estimate: Estimate | None) -> str:
+    """`0.412 ± 0.013`, a share as `41.2 % ± 1.3`, an absent value as a dash."""
+    if estimate is None or math.isnan(estimate.value):
+        return "–"
+    scale, unit = (100.0, " %") if metric.unit == "share" else (1.0, "")
+    value, error = estimate.value * scale, estimate.error
+    digits = 1 if unit or abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    text = f"{value:.{digits}f}{unit}"
+    return text if error is None else f"{text} ± {error * scale:.{digits}f}"
+
+
+def format_verdict(row: Row) -> str:
+    """`yes`, `no`, `same` or a dash; a change within two standard errors says so."""
+    word = {"better": "yes", "worse": "no", "same": "same", "unknown": "–"}[row.verdict]
+    return f"{word} (within noise)" if row.clear is False and row.verdict in ("better", "worse") else word
+
+
+def format_label(metric: Metric) -> str:
+    unit = f", {metric.unit}" if metric.unit not in ("", "share") else ""
+    return f"{metric.label}{unit} {GOAL_SIGNS[metric.goal]}"
+
+
+def table(
+    before: Measures, after: Measures, teacher: Measures | None = None, keys: Sequence[str] | None = None
+) -> Table:
+    """The comparison for the console, a colour on each verdict."""
+    out = Table(title="Student before and after, teacher beside them", title_justify="left", caption=LEGEND)
+    out.add_column("Measure")
+    for heading in (before.name, after.name, teacher.name if teacher else "teacher"):
+        out.add_column(Text(heading), justify="right", no_wrap=True)
+    out.add_column("Improved")
+    colours = {"better": "green", "worse": "red"}
+    for row in compare(before, after, teacher, keys):
+        cells = [Text(format_estimate(row.metric, est)) for est in (row.before, row.after, row.teacher)]
+        out.add_row(
+            Text(format_label(row.metric)), *cells, Text(format_verdict(row), style=colours.get(row.verdict, ""))
+        )
+    return out
+
+
+def samples_table(before: Measures, after: Measures, limit: int = 400) -> Table:
+    """Sample completions before and after, each text cut at `limit` characters."""
+    out = Table(title="Sample completions", title_justify="left", show_lines=True)
+    for heading in ("Prompt (end)", before.name, after.name):
+        out.add_column(Text(heading), ratio=1)
+    for (prompt, old), (_, new) in zip(before.samples, after.samples, strict=False):
+        out.add_row(Text(prompt[-limit:]), Text(shorten(old, limit)), Text(shorten(new, limit)))
+    return out
+
+
+def as_dict(
+    before: Measures, after: Measures, teacher: Measures | None = None, keys: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The whole comparison as plain values: what `evaluation.json` holds and what the card and the plots read."""
+    models = {"before": before, "after": after} | ({"teacher": teacher} if teacher else {})
+    return {
+        "models": {place: model.name for place, model in models.items()},
+        "settings": after.settings,
+        "rows": [_row_dict(row) for row in compare(before, after, teacher, keys)],
+        "samples": [_sample_dict(models, i) for i in range(len(before.samples))],
+    }
+
+
+def _sample_dict(models: Mapping[str, Measures], i: int) -> dict[str, str]:
+    """The i-th sample prompt and each model's completion of it."""
+    texts = {place: model.samples[i][1] for place, model in models.items() if i < len(model.samples)}
+    return {"prompt": models["before"].samples[i][0], **texts}
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    estimates = {"before": row.before, "after": row.after, "teacher": row.teacher}
+    return {
+        "key": row.metric.key,
+        "label": row.metric.label,
+        "unit": row.metric.unit,
+        "goal": row.metric.goal,
+        **{place: est.as_dict() if est else None for place, est in estimates.items()},
+        "difference": finite(row.difference),
+        "difference_error": finite(row.difference_error),
+        "verdict": row.verdict,
+        "improved": row.improved,
+        "clear": row.clear,
+        "text": {place: format_estimate(row.metric, est) for place, est in estimates.items()},
+        "text_label": format_label(row.metric),
+        "text_verdict": format_verdict(row),
+    }
+
+
+def as_markdown(comparison: Mapping[str, Any]) -> str:
+    """The comparison of :func:`as_dict` as a GitHub table, its signs explained below it."""
+    places = ("before", "after", "teacher")
+    heading = ["Measure", *(comparison["models"].get(place, place) for place in places), "Improved"]
+    rows = [
+        [row["text_label"], *(row["text"][place] for place in places), row["text_verdict"]]
+        for row in comparison["rows"]
+    ]
+    return markdown_table(heading, rows, "lrrrl") + f"\n\n{LEGEND}."

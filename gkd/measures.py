@@ -1,0 +1,136 @@
+"""What an evaluation found of one model: numbers with standard errors. No model and no torch in here.
+
+Standard errors are over *sequences*, the things that were drawn at random, not over tokens, which hang together
+within a sequence: a token mean is a ratio of two sums over sequences, and its error comes from the linearised
+residuals of that ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured number. `error` is its standard error over `count` sequences, None where there is none to give.
+
+    `residuals` holds each sequence's share of the error, in the order of the prompts, for paired comparisons.
+    """
+
+    value: float
+    error: float | None = None
+    count: int = 0
+    residuals: tuple[float, ...] = field(default=(), repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON, which has no NaN: None stands for it."""
+        return {"value": finite(self.value), "error": finite(self.error), "count": self.count}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measure. `goal`: `"lower"`, `"higher"`, or `"teacher"` (the nearer the teacher's value the better)."""
+
+    key: str
+    label: str
+    unit: str
+    goal: str
+
+
+METRICS: dict[str, Metric] = {
+    metric.key: metric
+    for metric in (
+        Metric("divergence_own", "Divergence, own completions", "nats/token", "lower"),
+        Metric("divergence_teacher_text", "Divergence, teacher's completions", "nats/token", "lower"),
+        Metric("exposure_gap", "Exposure gap (own − teacher's)", "nats/token", "teacher"),
+        Metric("forward_kl_own", "Forward KL, own completions", "nats/token", "lower"),
+        Metric("forward_kl_teacher_text", "Forward KL, teacher's completions", "nats/token", "lower"),
+        Metric("agreement_own", "Top-1 agreement, own completions", "share", "higher"),
+        Metric("agreement_teacher_text", "Top-1 agreement, teacher's completions", "share", "higher"),
+        Metric("perplexity", "Perplexity, held-out text", "", "lower"),
+        Metric("ended", "Completions that end by themselves", "share", "teacher"),
+        Metric("length", "Completion length", "tokens", "teacher"),
+        Metric("repeated_4grams", "Repeated 4-grams", "share", "teacher"),
+        Metric("distinct_2", "Distinct 2-grams", "share", "teacher"),
+        Metric("score_greedy", "Task score, greedy", "", "higher"),
+        Metric("score_sampled", "Task score, sampled at T = 1", "", "higher"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Everything measured of one model. `values` is keyed as METRICS; `samples` are (prompt, completion) texts."""
+
+    name: str
+    values: dict[str, Estimate]
+    samples: tuple[tuple[str, str], ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def as_log(self, prefix: str) -> dict[str, float]:
+        """`{prefix/key: value}` with the finite values only, for the trainer's loggers."""
+        return {f"{prefix}/{key}": est.value for key, est in self.values.items() if math.isfinite(est.value)}
+
+
+# --------------------------------------------------------------------------------------------------- estimates
+
+
+def ratio_estimate(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
+    """`sum(sums) / sum(counts)`, for example the mean over tokens, with its standard error over sequences.
+
+    Args:
+        sums: per sequence, the sum over its tokens.
+        counts: per sequence, how many tokens (or 1 each for a plain mean over sequences).
+    """
+    assert len(sums) == len(counts), (len(sums), len(counts))
+    total, n = math.fsum(counts), len(sums)
+    if total == 0:
+        return Estimate(math.nan, None, n)
+    value = math.fsum(sums) / total
+    residuals = tuple((s - value * c) / total for s, c in zip(sums, counts, strict=True))
+    return Estimate(value, _error(residuals), n, residuals)
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one number per sequence, with its standard error."""
+    return ratio_estimate(values, [1.0] * len(values))
+
+
+def difference_estimate(a: Estimate, b: Estimate) -> Estimate:
+    """`a - b` of two estimates over the same sequences in the same order, with the paired standard error."""
+    if len(a.residuals) != len(b.residuals) or not a.residuals:
+        return Estimate(a.value - b.value, None, min(a.count, b.count))
+    residuals = tuple(x - y for x, y in zip(a.residuals, b.residuals, strict=True))
+    return Estimate(a.value - b.value, _error(residuals), a.count, residuals)
+
+
+def exponential_estimate(a: Estimate) -> Estimate:
+    """`exp(a)`: a perplexity from a mean in nats; the error by the delta method."""
+    value = math.exp(a.value) if a.value < 700 else math.inf
+    error = None if a.error is None else value * a.error
+    return Estimate(value, error, a.count, tuple(value * r for r in a.residuals))
+
+
+def _error(residuals: Sequence[float]) -> float | None:
+    """Standard error from the linearised residuals (which sum to 0): sqrt(n / (n - 1) * sum of squares)."""
+    n = len(residuals)
+    return None if n < 2 else math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals))
+
+
+def finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# ------------------------------------------------------------------------------------------- text statistics
+
+
+def distinct_ngrams(completions: Iterable[Sequence[int]], n: int = 2) -> float:
+    """Different n-grams / all n-grams over the whole set (distinct-n of Li et al. 2016, there per token).
+
+    It falls with the size of the set, so it compares models on one set of prompts and nothing else.
+    """
+    grams = [tuple(tokens[i : i + n]) for tokens in completions for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
