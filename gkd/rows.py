@@ -271,8 +271,12 @@ def _token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
     start = end if targets else len(ids)
     while targets and start > 0 and labels[start - 1] != -100:
         start -= 1
-    prompt_length = row.get("prompt_length") if isinstance(row.get("prompt_length"), int) else start
-    return TokenRow(ids[:end], labels[:end], int(prompt_length or 0))
+    prompt_length = row.get("prompt_length")
+    if prompt_length is None:
+        prompt_length = start
+    elif not isinstance(prompt_length, int) or not 0 <= prompt_length <= len(ids):
+        place.bad("prompt_length", f"should be a number of input_ids (0 to {len(ids)}), got {_shown(prompt_length)}")
+    return TokenRow(ids[:end], labels[:end], prompt_length)
 
 
 def _integers(row: Mapping[str, Any], column: str, place: Place) -> list[int]:
