@@ -262,6 +262,7 @@ def _bar_panel(axes: Axes, row: Mapping[str, Any]) -> None:
     axes.set_title(_wrap(row["label"]), fontsize=9)
     axes.set_ylabel({"share": "%", "": ""}.get(row["unit"], row["unit"]), fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
+    axes.yaxis.get_offset_text().set_fontsize(7)
     axes.spines[["top", "right"]].set_visible(False)
 
 

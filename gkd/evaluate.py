@@ -1,0 +1,281 @@
+"""One harness for the student before training, the student after, and the teacher: fixed prompts, fixed seeds.
+
+What decides about on-policy distillation is how far the student is from the teacher *on what the student itself
+writes*. So each model samples completions for the same prompts with the training's own sampling settings, and is
+compared there with the teacher token by token; the same on completions that the teacher wrote, once; the difference
+of the two is the exposure gap (GKD paper, section 1: the mismatch of training and inference sequences).
+
+The random numbers of a completion depend on (seed, prompt number) alone and are the same for every model, so a model
+equal to the teacher writes what the teacher writes, and differences between models are paired. No global random
+stream is moved, and the models come back in the mode they were in.
+
+Several processes: every rank measures everything and gets the same numbers. No share is split off, so a single
+process and eight agree exactly; under ZeRO-3 all ranks must call `measure` (parameters are gathered, a collective).
+
+B rows, T tokens, N targets, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gkd.batch import collate, join, select_targets, target_mask
+from gkd.fused import LossSettings, fused_divergence
+from gkd.hidden import last_hidden
+from gkd.measures import (
+    Estimate,
+    Measures,
+    difference_estimate,
+    distinct_ngrams,
+    exponential_estimate,
+    mean_estimate,
+    ratio_estimate,
+)
+from gkd.rollouts import HFRollout, SamplingSettings, repeated_ngram_share
+from gkd.rollouts.modes import generation_mode
+from gkd.signals import DenseSignal, Head, head_of
+
+Score = Callable[[int, str], float]
+CHUNK_LOGITS = 2**25  # numbers in one chunk of logits for the perplexity: 128 MiB in fp32
+TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # of FusedOutput
+
+
+@dataclass
+class Evaluator:
+    """Measures models on fixed prompts and texts; the teacher's completions are sampled once and kept.
+
+    Attributes:
+        teacher: the teacher, bare or prepared by accelerate.
+        tokenizer: for the sample texts and the task score.
+        prompts: token ids, one list for each prompt.
+        held_out: token ids of texts for the perplexity, each of at least two tokens; may be empty.
+        sampling: how the student samples: the training's own settings.
+        loss: the training's divergence, temperatures and shared vocabulary; the teacher's full distribution is used.
+        teacher_sampling: the teacher's settings where they differ (its stop ids); None = `sampling`.
+        seed: of the sampling.
+        score: (number of the prompt, text of the completion) -> task score, for the greedy completion and a sample at
+            T = 1; None without a task.
+        held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
+        batch_size: sequences per forward pass.
+        num_samples: prompts whose completions are kept as text.
+        accelerator: for its autocast; None runs in the models' own dtype.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, a held-out text without a target.
+    """
+
+    teacher: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    held_out: list[list[int]]
+    sampling: SamplingSettings
+    loss: LossSettings
+    teacher_sampling: SamplingSettings | None = None
+    seed: int = 0
+    score: Score | None = None
+    held_out_starts: list[int] | None = None
+    batch_size: int = 8
+    num_samples: int = 3
+    accelerator: Accelerator | None = None
+    _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(self.prompts):
+            empty = [i for i, prompt in enumerate(self.prompts) if not prompt]
+            raise ValueError(
+                f"evaluation prompts: {len(self.prompts)} given, empty ones at {empty}; give at least one"
+            )
+        starts = self.held_out_starts or [1] * len(self.held_out)
+        if len(starts) != len(self.held_out):
+            raise ValueError(
+                f"held_out_starts has {len(starts)} entries for {len(self.held_out)} texts: give one each"
+            )
+        bad = [
+            i for i, (ids, start) in enumerate(zip(self.held_out, starts, strict=True)) if not 1 <= start < len(ids)
+        ]
+        if bad:
+            raise ValueError(
+                f"held_out texts {bad} have no token to predict after their context: leave them out, or start at 1"
+            )
+        self.held_out_starts = starts
+        # As trained, but against all that the teacher says, and with the forward KL reported beside it.
+        self.loss = replace(self.loss, teacher_top_k=None, report_kls=True)
+
+    def measure(self, model: nn.Module, name: str) -> Measures:
+        """Everything there is to measure of one model (`model` may be the teacher itself).
+
+        Args:
+            model: a causal language model, bare or prepared by accelerate, with or without a LoRA adapter.
+            name: the heading of its column.
+        """
+        is_teacher = model is self.teacher
+        sampling = self._teacher_sampling if is_teacher else self.sampling
+        own = self.teacher_text() if is_teacher else self._generate(model, sampling)
+        values = {
+            **self._against_teacher(model, own),
+            **self._text_measures(own, sampling),
+            **self._perplexity(model),
+            **self._scores(model, sampling, own),
+        }
+        texts = zip(self.prompts[: self.num_samples], own, strict=False)
+        samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
+        return Measures(name, values, samples, self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """How everything was measured, for the table's footnote."""
+        return {
+            "prompts": len(self.prompts),
+            "held-out texts": len(self.held_out),
+            "divergence": self.loss.divergence.name,
+            "temperature": self.sampling.temperature,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "seed": self.seed,
+        }
+
+    def teacher_text(self) -> list[list[int]]:
+        """The teacher's completions of the prompts, sampled at the first call."""
+        if self._teacher_text is None:
+            self._teacher_text = self._generate(self.teacher, self._teacher_sampling)
+        return self._teacher_text
+
+    # --------------------------------------------------------------------------------------------------- parts
+
+    def _text(self, ids: list[int], plain: bool = False) -> str:
+        """Decoded text; `plain` leaves out the special tokens, which a sample shows (did it end by itself?)."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=plain))
+
+    @property
+    def _teacher_sampling(self) -> SamplingSettings:
+        return self.teacher_sampling or self.sampling
+
+    def _generate(self, model: nn.Module, sampling: SamplingSettings) -> list[list[int]]:
+        """Completions of all prompts. The source of the random numbers is no training source: none is used twice."""
+        rollout = HFRollout(
+            lambda: model,
+            self.accelerator,
+            sampling,
+            seed=self.seed,
+            source="evaluation",
+            batch_size=self.batch_size,
+        )
+        return rollout.generate(self.prompts, step=0)
+
+    def _against_teacher(self, model: nn.Module, own: list[list[int]]) -> dict[str, Estimate]:
+        """Divergences and agreement with the teacher on the model's own and on the teacher's completions."""
+        mine = self._target_means(model, own)
+        theirs = mine if own is self._teacher_text else self._target_means(model, self.teacher_text())
+        return {
+            "divergence_own": mine["divergence"],
+            "divergence_teacher_text": theirs["divergence"],
+            "exposure_gap": difference_estimate(mine["divergence"], theirs["divergence"]),
+            "forward_kl_own": mine["forward_kl"],
+            "forward_kl_teacher_text": theirs["forward_kl"],
+            "agreement_own": mine["agreement"],
+            "agreement_teacher_text": theirs["agreement"],
+        }
+
+    def _target_means(self, model: nn.Module, completions: list[list[int]]) -> dict[str, Estimate]:
+        """Token means of TARGET_VALUES over the completions."""
+        sums = torch.zeros(len(completions), len(TARGET_VALUES), dtype=torch.float64)
+        sequences = list(zip(self.prompts, completions, strict=True))
+        with (
+            generation_mode(model, self.accelerator) as student,
+            generation_mode(self.teacher, self.accelerator) as teacher,
+        ):
+            student_head, teacher_head = head_of(student), head_of(teacher)
+            for rows in _batches([len(p) + len(c) for p, c in sequences], self.batch_size):
+                batch = _collate([sequences[row] for row in rows], student.device)
+                targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
+                output = fused_divergence(
+                    _hidden(student, batch),
+                    student_head,
+                    DenseSignal(_hidden(teacher, batch, student.device), teacher_head),
+                    targets,
+                    torch.zeros(len(targets), device=student.device),
+                    self.loss,
+                )
+                values = torch.stack([getattr(output, value).double() for value in TARGET_VALUES], dim=1).cpu()
+                lengths = torch.tensor([len(sequences[row][1]) for row in rows])
+                sums.index_add_(0, torch.tensor(rows).repeat_interleave(lengths), values)
+        counts = [len(completion) for completion in completions]
+        return {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
+
+    def _perplexity(self, model: nn.Module) -> dict[str, Estimate]:
+        """exp of the mean negative log-likelihood per token of the held-out texts, over the whole vocabulary."""
+        if not self.held_out:
+            return {}
+        assert self.held_out_starts is not None
+        sums, counts = [0.0] * len(self.held_out), [0] * len(self.held_out)
+        with generation_mode(model, self.accelerator) as bare:
+            head = head_of(bare)
+            for rows in _batches([len(ids) for ids in self.held_out], self.batch_size):
+                parts = [
+                    (self.held_out[r][: self.held_out_starts[r]], self.held_out[r][self.held_out_starts[r] :])
+                    for r in rows
+                ]
+                batch = _collate(parts, bare.device)
+                targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
+                nll = token_nll(_hidden(bare, batch), head, targets).double().cpu()
+                for row, values in zip(rows, nll.split([len(text) for _, text in parts]), strict=True):
+                    sums[row], counts[row] = float(values.sum()), len(values)
+        return {"perplexity": exponential_estimate(ratio_estimate(sums, counts))}
+
+    def _text_measures(self, own: list[list[int]], sampling: SamplingSettings) -> dict[str, Estimate]:
+        """What can be seen from the completions alone; lengths count the stop token, as in training."""
+        return {
+            "ended": mean_estimate([float(ids[-1] in sampling.stop_ids) for ids in own]),
+            "length": mean_estimate([float(len(ids)) for ids in own]),
+            "repeated_4grams": mean_estimate([repeated_ngram_share(ids, 4) for ids in own]),
+            "distinct_2": Estimate(distinct_ngrams(own, 2), None, len(own)),
+        }
+
+    def _scores(self, model: nn.Module, sampling: SamplingSettings, own: list[list[int]]) -> dict[str, Estimate]:
+        """The task score of the greedy completions and of samples from the model's undistorted distribution."""
+        if self.score is None:
+            return {}
+        plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
+        sampled = own if plain == sampling else self._generate(model, plain)
+        greedy = self._generate(model, replace(plain, temperature=0.0))
+        return {"score_greedy": self._score(greedy), "score_sampled": self._score(sampled)}
+
+    def _score(self, completions: list[list[int]]) -> Estimate:
+        assert self.score is not None
+        return mean_estimate([float(self.score(i, self._text(ids, plain=True))) for i, ids in enumerate(completions)])
+
+
+# ------------------------------------------------------------------------------------------------ forward passes
+
+
+def token_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """-log p(target) [N] in nats, fp32, of hidden states [N, D]; only one chunk of logits exists at a time."""
+    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    chunks = zip(hidden.to(head.weight.dtype).split(rows), targets.split(rows), strict=True)
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [nn.functional.cross_entropy(head.logits(h).float(), t, reduction="none") for h, t in chunks]
+    return torch.cat(parts)
+
+
+def _hidden(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device | None = None) -> Tensor:
+    """Hidden states [N, D] that predict the batch's targets, on `device`."""
+    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    hidden, _ = last_hidden(model, model.get_output_embeddings(), inputs)
+    return select_targets(hidden, batch["labels"].to(hidden.device)).to(device or hidden.device)
+
+
+def _collate(sequences: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:
+    """(context, completion) pairs as one right-padded batch; the id of the padding does not matter."""
+    rows = [join(context, text, "data", row, False, True) for row, (context, text) in enumerate(sequences)]
+    return {key: value.to(device) for key, value in collate(rows, pad_id=0).items()}
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of `size`, longest first, so that rows of like length share their padding."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    yield from (order[start : start + size] for start in range(0, len(order), size))
