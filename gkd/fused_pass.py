@@ -1,0 +1,261 @@
+"""One call of the fused divergence at work: projections, chunks, blocks, and the gradients they add up to.
+
+Shapes: N target tokens, V vocabulary, D hidden size, K top-k, C rows of a chunk, R rows of a block of it.
+
+A chunk is what the matrix products see; on a CPU the elementwise work then goes through it in blocks small enough for
+the cache. What is scalar per token (its weight, 1 / temperature, the logit scale) is applied to the [C, D] product
+rather than to [C, V]: cheaper, and the [C, V] gradient keeps the scale of probabilities, which fp16 can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gkd import fused_rows as rows
+from gkd.loss_settings import FusedOutput, LossSettings
+from gkd.signals import Head, TeacherSignal, TopKSignal
+
+# Bytes of the two [C, V] logit buffers that decide the default chunk. A chunk reads both heads once and, with a
+# trained head, writes the head's gradient once, so a trained head wants more rows per chunk.
+_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
+# Bytes of one [R, V] buffer of a block on a CPU: a handful of them should stay in the cache.
+_BLOCK_BYTES = 5 * 2**19
+# torch.mm(..., out_dtype=) for bf16 and fp16 inputs, CUDA only.
+_MM_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+class Projection:
+    """One model's hidden states and head, in the dtype of the matrix products."""
+
+    def __init__(self, hidden: Tensor, head: Head, vocab: int, dtype: torch.dtype) -> None:
+        if hidden.shape[1] != head.weight.shape[1]:
+            raise ValueError(
+                f"hidden states {list(hidden.shape)} do not fit the head's weight {list(head.weight.shape)}"
+            )
+        compute = _compute_dtype(hidden)
+        self.hidden = hidden.detach().to(compute)
+        self.weight = head.weight.detach()[:vocab].to(compute)
+        self.bias = None if head.bias is None else head.bias.detach()[:vocab].to(compute)
+        self.logit_scale, self.softcap, self.dtype = head.logit_scale, head.softcap, dtype
+        # bf16 and fp16 products can leave fp32 logits behind on CUDA; elsewhere they are rounded like the model's own.
+        self.wide = compute != dtype and hidden.is_cuda and _MM_OUT_DTYPE
+
+    def buffer(self, chunk: int) -> Tensor:
+        dtype = self.dtype if self.wide else self.hidden.dtype
+        return torch.empty(chunk, self.weight.shape[0], dtype=dtype, device=self.hidden.device)
+
+    def project(self, at: slice, out: Tensor | None) -> Tensor:
+        """h W^T + bias of the rows `at`, written into the first rows of `out` [C, V]."""
+        assert out is not None
+        out = out[: at.stop - at.start]
+        if self.wide:
+            torch.mm(self.hidden[at], self.weight.t(), out_dtype=self.dtype, out=out)
+            return out if self.bias is None else out.add_(self.bias)
+        if self.bias is None:
+            return torch.mm(self.hidden[at], self.weight.t(), out=out)
+        return torch.addmm(self.bias, self.hidden[at], self.weight.t(), out=out)
+
+    def logits(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scaled and soft-capped logits in fp32 (in place if raw is fp32), and the slope of the cap or None."""
+        z = raw.to(self.dtype)
+        if self.logit_scale != 1:
+            z.mul_(self.logit_scale)
+        if self.softcap is None:
+            return z, None
+        z.div_(self.softcap).tanh_()
+        slope = 1 - z * z
+        return z.mul_(self.softcap), slope
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """Gradient [C, V] of the logits -> of the hidden states [C, D]."""
+        if self.wide:
+            return torch.mm(gradient, self.weight, out_dtype=self.dtype)
+        return torch.mm(gradient, self.weight).to(self.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> None:
+    """total += left @ (scale * right), accumulated in total's fp32 whatever the dtype of the factors."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right * scale)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype) * scale)
+
+
+@dataclass(eq=False)
+class Gradients:
+    """Gradients of the loss in fp32, filled chunk by chunk; None where nothing asks for one.
+
+    Attributes:
+        hidden: [N, Ds]. weight: [V, Ds]. bias: [V].
+    """
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, inputs: Iterable[Tensor | None], needs: Iterable[bool], dtype: torch.dtype) -> Gradients:
+        return cls(
+            *(
+                torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
+                for tensor, needed in zip(inputs, needs, strict=True)
+            )
+        )
+
+    @property
+    def any(self) -> bool:
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def add(self, student: Projection, at: slice, gradient: Tensor, scale: Tensor) -> None:
+        """Take in a chunk: gradient [C, V] with respect to the raw logits, up to each row's factor scale [C, 1]."""
+        vocab = student.weight.shape[0]
+        lowered = gradient.to(student.hidden.dtype)
+        if self.hidden is not None:
+            torch.mul(student.back(lowered), scale, out=self.hidden[at])
+        if self.weight is not None:
+            _add_product(self.weight[:vocab], lowered.t(), student.hidden[at], scale)
+        if self.bias is not None:
+            self.bias[:vocab].addmv_(gradient.to(self.bias.dtype).t(), scale[:, 0])
+
+
+class Pass:
+    """One call of `fused_divergence`: the buffers, the gradients and the per-token results it fills chunk by chunk."""
+
+    def __init__(
+        self,
+        student: Projection,
+        teacher: Projection | None,
+        signal: TeacherSignal,
+        targets: Tensor,
+        weights: Tensor,
+        ce_weights: Tensor | None,
+        settings: LossSettings,
+        gradients: Gradients,
+    ) -> None:
+        self.student, self.teacher, self.signal = student, teacher, signal
+        self.targets, self.settings, self.gradients = targets, settings, gradients
+        self.dtype, self.vocab, device = student.dtype, student.weight.shape[0], targets.device
+        n = targets.shape[0]
+        names = ["divergence", "student_entropy", "teacher_entropy", "agreement", "teacher_log_prob"]
+        names += ["cross_entropy"] * (ce_weights is not None) + ["forward_kl", "reverse_kl"] * settings.report_kls
+        self.tokens = {name: torch.zeros(n, dtype=self.dtype, device=device) for name in names}
+
+        self.squared = settings.loss_temperature**2 if settings.scale_by_temperature_squared else 1.0
+        self.weights = weights.to(self.dtype)
+        self.ce_weights = None if ce_weights is None else ce_weights.to(self.dtype)
+        # A token's gradient has one factor for the [C, D] products, and with CE two shares of at most 1 for [C, V].
+        self.scale = self.weights * (self.squared / settings.loss_temperature)
+        if self.ce_weights is not None:
+            of_divergence = self.scale
+            self.scale = torch.maximum(of_divergence.abs(), self.ce_weights.abs())
+            safe = self.scale.clamp_min(torch.finfo(self.dtype).tiny)
+            self.divergence_share, self.ce_share = of_divergence / safe, self.ce_weights / safe
+
+        self.chunk, self.block = self._sizes(n, device.type)
+        self.z_student = student.buffer(self.chunk)
+        self.z_teacher = None if teacher is None else teacher.buffer(self.chunk)
+        self.buffers = torch.empty(3, self.block, self.vocab, dtype=self.dtype, device=device)
+
+    def _sizes(self, n: int, device: str) -> tuple[int, int]:
+        row = self.vocab * self.dtype.itemsize
+        budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) * (2 if self.gradients.weight is not None else 1)
+        chunk = max(1, min(self.settings.chunk_size or budget // (2 * row), n))
+        return chunk, (min(max(1, _BLOCK_BYTES // row), chunk) if device == "cpu" else chunk)
+
+    def run_chunk(self, at: slice) -> None:
+        n = at.stop - at.start
+        z_student = self.student.project(at, self.z_student)
+        z_teacher = None if self.teacher is None else self.teacher.project(at, self.z_teacher)
+        for start in range(0, n, self.block):
+            stop = min(start + self.block, n)
+            here = slice(at.start + start, at.start + stop)
+            self._run_block(here, z_student[start:stop], None if z_teacher is None else z_teacher[start:stop])
+        if self.gradients.any:
+            scale = self.scale[at, None] * self.student.logit_scale
+            self.gradients.add(self.student, at, z_student, scale)
+
+    def _run_block(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> None:
+        r, targets, settings = at.stop - at.start, self.targets[at], self.settings
+        p, q, scratch = self.buffers[:, :r]
+        z, slope_of_cap = self.student.logits(z_student)
+        rows.shift_(z)
+        teacher, top = None, None
+        if self.teacher is not None:
+            assert z_teacher is not None
+            zt = rows.shift_(self.teacher.logits(z_teacher)[0])
+            self.tokens["agreement"][at] = rows.same_top(z, zt, scratch)
+            teacher = rows.side(zt, targets, settings.teacher_temperature, q, scratch)
+            self.tokens["teacher_entropy"][at] = teacher.entropy
+            self.tokens["teacher_log_prob"][at] = teacher.chosen
+            if settings.teacher_top_k is not None and settings.teacher_top_k < self.vocab:
+                top = rows.top_k_of_dense(teacher.log_p, q, settings.teacher_top_k, settings.top_k_tail)
+        else:
+            top = self._top_k_signal(at, z)
+        student = rows.side(z, targets, settings.loss_temperature, p, scratch)
+        self.tokens["student_entropy"][at] = student.entropy
+        if self.ce_weights is not None:
+            self.tokens["cross_entropy"][at] = -student.chosen
+        if top is not None:
+            value, gradient, *kls = rows.top_k_rows(settings.divergence, student, top, settings.report_kls)
+        else:
+            assert teacher is not None
+            kls = list(rows.both_kls(student.log_p, teacher.log_p, p, q)) if settings.report_kls else []
+            value, slope = settings.divergence.rows(student.log_p, teacher.log_p, p, q)
+            gradient = rows.softmax_gradient_(slope, p) if self.gradients.any else slope
+        self.tokens["divergence"][at] = value
+        for name, kl in zip(("forward_kl", "reverse_kl"), kls, strict=False):
+            self.tokens[name][at] = kl
+        if self.gradients.any:
+            self._finish_gradient(gradient, at, student, slope_of_cap)
+            if gradient.data_ptr() != z_student.data_ptr():
+                z_student.copy_(gradient)
+
+    def _finish_gradient(self, gradient: Tensor, at: slice, student: rows.Side, slope_of_cap: Tensor | None) -> None:
+        if self.ce_weights is not None:
+            share = self.ce_share[at, None]
+            gradient.mul_(self.divergence_share[at, None]).addcmul_(student.p_at_one, share)
+            gradient.scatter_add_(1, self.targets[at, None], -share)
+        if slope_of_cap is not None:
+            gradient.mul_(slope_of_cap)
+
+    def _top_k_signal(self, at: slice, shifted: Tensor) -> rows.TopK:
+        assert isinstance(self.signal, TopKSignal)
+        ids, log_q, targets = self.signal.ids[at], self.signal.log_probs[at].to(self.dtype), self.targets[at]
+        k = self.settings.teacher_top_k
+        if k is not None and k < ids.shape[1]:
+            log_q, order = log_q.topk(k, dim=-1)
+            ids = ids.gather(1, order)
+        exact = rows.top_k_of_signal(ids, log_q, self.vocab, "bucket")
+        outcomes = log_q if exact.log_tail is None else torch.cat([log_q, exact.log_tail], dim=1)
+        self.tokens["teacher_entropy"][at] = -(outcomes * outcomes.exp()).sum(dim=-1)
+        hit = ids == targets[:, None]
+        found = torch.where(hit, log_q, 0).sum(dim=-1)
+        outside = found if exact.log_tail is None else exact.log_tail[:, 0]
+        self.tokens["teacher_log_prob"][at] = torch.where(hit.any(dim=-1), found, outside)
+        top = ids.gather(1, log_q.argmax(dim=-1, keepdim=True))
+        self.tokens["agreement"][at] = shifted.gather(1, top)[:, 0].eq(0).to(self.dtype)
+        return (
+            exact
+            if self.settings.top_k_tail == "bucket"
+            else rows.top_k_of_signal(ids, log_q, self.vocab, "renormalize")
+        )
+
+    def output(self) -> FusedOutput:
+        tokens: dict[str, Any] = dict(self.tokens)
+        tokens["divergence"].mul_(self.squared)
+        loss = (self.weights * tokens["divergence"]).sum()
+        if self.ce_weights is not None:
+            loss = loss + (self.ce_weights * tokens["cross_entropy"]).sum()
+        for name in ("cross_entropy", "forward_kl", "reverse_kl"):
+            tokens.setdefault(name, None)
+        return FusedOutput(loss=loss, **tokens)

@@ -1,0 +1,189 @@
+"""What the teacher says about the N target tokens, and the output head that turns hidden states into logits.
+
+Shapes: N target tokens, V vocabulary, D hidden size (Dt the teacher's), K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """An output head: logits = softcap tanh(scale (h W^T + bias) / softcap), without the cap when it is None.
+
+    Attributes:
+        weight: [V, D]. bias: [V] or None.
+        logit_scale: multiplies the logits before the cap (Cohere; for Granite 1 / logits_scaling).
+        softcap: bound of the logits (Gemma-2 and later), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], all at once: for tests and for a few tokens."""
+        out = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True, eq=False)
+class DenseSignal:
+    """The teacher in the same process: its last hidden states [N, Dt] at the targets, and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass(frozen=True, eq=False)
+class TopKSignal:
+    """The teacher's K most likely tokens per target: ids [N, K] and their log-probabilities [N, K] fp32.
+
+    The log-probabilities are normalised over the full vocabulary at temperature 1, so 1 - sum(exp) is the tail's mass.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+TeacherSignal = DenseSignal | TopKSignal
+
+# Where the architectures keep the factor of their logits: (config field, power it is raised to).
+_SCALES = (("logit_scale", 1), ("output_multiplier", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)  # the others that have `logits_scaling` divide by it
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head of a causal language model from transformers, with or without PEFT adapters around it.
+
+    The weight is the model's own parameter (no copy): its gradient reaches the model. Soft-capping and logit scale
+    come from the text config; `check_head` verifies them against the model itself.
+
+    Raises:
+        ValueError: no output embeddings, a quantised head, a LoRA (or other adapter) layer on the head, a padded head
+            that the model cuts.
+    """
+    base = _base(model)
+    layer = _output_layer(base)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        raise ValueError(
+            f"the output head of {type(base).__name__} is quantised ({getattr(weight, 'dtype', type(weight))}): load "
+            "the model with the head left in floating point (llm_int8_skip_modules=['lm_head'])"
+        )
+    config = _text_config(base)
+    if getattr(config, "unpadded_vocab_size", None) not in (None, getattr(config, "vocab_size", None)):
+        raise ValueError(
+            f"{type(base).__name__} cuts its logits to unpadded_vocab_size={config.unpadded_vocab_size}, which is not "
+            "supported: choose another model"
+        )
+    return Head(weight, bias, _logit_scale(config), _softcap(config))
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _output_layer(base: Any) -> Any:
+    layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(
+            f"{type(base).__name__} has no output embeddings: pass a causal language model (AutoModelForCausalLM)"
+        )
+    if hasattr(layer, "modules_to_save"):  # PEFT modules_to_save: the adapter's own full copy of the head is what runs
+        active = layer.active_adapter if isinstance(layer.active_adapter, str) else layer.active_adapter[0]
+        if getattr(layer, "disable_adapters", False) or active not in layer.modules_to_save:
+            return layer.original_module
+        return layer.modules_to_save[active]
+    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+        raise ValueError(
+            "an adapter sits on the output head (lm_head), which the loss would not see: take 'lm_head' out of the "
+            "LoRA target_modules, or train the whole head with modules_to_save=['lm_head']"
+        )
+    if not hasattr(layer, "weight"):
+        raise ValueError(f"the output head of {type(base).__name__} is a {type(layer).__name__} without a weight")
+    return layer
+
+
+def _text_config(base: Any) -> Any:
+    return base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    if isinstance(value, str):
+        raise ValueError(f"config.{name}={value!r} is not a number: this model's logit scale is not supported")
+    return None if value is None else float(value)
+
+
+def _logit_scale(config: Any) -> float:
+    for name, power in _SCALES:
+        value = _number(config, name)
+        if value is not None:
+            if str(getattr(config, "model_type", "")).startswith(_MULTIPLY_BY_LOGITS_SCALING):
+                power = 1
+            return value**power
+    return 1.0
+
+
+def _softcap(config: Any) -> float | None:
+    for name in _SOFTCAPS:
+        value = _number(config, name)
+        if value is not None:
+            return value
+    return None
+
+
+def check_head(model: nn.Module, head: Head, input_ids: Tensor | None = None) -> None:
+    """Run the model on a few tokens and compare its logits with the head's: catches what no config field tells.
+
+    Args:
+        model: the causal language model, not partitioned (no ZeRO-3). head: what `head_of` gave.
+        input_ids: [1, T] to run on. None = a few small ids.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    if input_ids is None:
+        input_ids = torch.arange(1, min(5, head.weight.shape[0]), device=head.weight.device)[None]
+    base = _base(model)
+    with torch.no_grad(), _evaluating(model), _head_input(base) as seen:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        ours = head.logits(seen[-1])
+    # Two orders of the same few operations: apart by rounding of the model's dtype, not by more.
+    tolerance = 64 * torch.finfo(logits.dtype).eps * float(ours.abs().max().clamp_min(1))
+    if logits.shape != ours.shape or not torch.allclose(logits.float(), ours.float(), rtol=0, atol=tolerance):
+        raise ValueError(
+            f"{type(base).__name__} does something to its logits that gkd does not know (scale {head.logit_scale}, "
+            f"softcap {head.softcap} give other logits than the model's own): this model is not supported"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+
+
+@contextmanager
+def _head_input(base: nn.Module) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handle = _output_layer(base).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
