@@ -138,3 +138,38 @@ def per_target(values: Tensor, labels: Tensor) -> Tensor:
     """[B] per-row values -> [N] per-target values."""
     mask = target_mask(labels)
     return values[:, None].expand_as(mask)[mask]
+
+
+def target_weights(
+    labels: Tensor,
+    sources: Tensor,
+    num_items: Tensor | int | None,
+    reduction: str = "token",
+    ce_weight: float = 0.0,
+    ce_on_student_tokens: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What each target counts in loss = sum_n weights[n] D_n + ce_weights[n] CE_n.
+
+    Args:
+        labels: [B, T].
+        sources: [B], indices into SOURCES.
+        num_items: targets (or sequences, reduction="sequence") of the whole step; None = of these labels.
+        reduction: "token" (every target counts alike) or "sequence" (every sequence counts alike; GKD Eq. 2).
+        ce_weight: w of (1 - w) D + w CE; the cross-entropy is left out on tokens that the student wrote, unless
+            `ce_on_student_tokens`.
+
+    Returns:
+        weights [N] of the divergence and of the cross-entropy (None when `ce_weight` is 0), fp32.
+    """
+    mask = target_mask(labels)
+    if reduction == "sequence":
+        weights, own = sequence_weights(labels), mask.any(dim=1).sum()
+    else:
+        weights, own = torch.ones(int(mask.sum()), device=labels.device), mask.sum()
+    weights = weights / (own.clamp(min=1) if num_items is None else num_items)
+    if ce_weight == 0:
+        return weights, None
+    given = torch.ones_like(weights, dtype=torch.bool)
+    if not ce_on_student_tokens:
+        given = per_target(sources, labels) != SOURCES.index("student")
+    return weights * (1 - ce_weight), weights * ce_weight * given

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import SFTConfig
 
-from gkd.divergence import DIVERGENCES
+from gkd.divergence import DIVERGENCES, Divergence, make_divergence
 from gkd.source import MIXINGS
 
 _OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
@@ -50,7 +50,11 @@ class GKDConfig(SFTConfig):
             the value and the remedy.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+        "generation_kwargs",
+    ]
 
     # --- names and defaults of trl.experimental.gkd ---
     temperature: float = _field(0.9, "Sampling temperature of rollouts; 0 is greedy. Does not touch the loss.")
@@ -75,6 +79,7 @@ class GKDConfig(SFTConfig):
     skew_lambda: float = _field(0.1, "Mixing share of the skew divergences (DistiLLM's alpha).")
     ab_alpha: float = _field(0.5, "Alpha of divergence='alpha_beta'.")
     ab_beta: float = _field(0.5, "Beta of divergence='alpha_beta'.")
+    akl_mu: float = _field(0.5, "Mass of the teacher's head in divergence='adaptive_kl'.")
     loss_temperature: float = _field(1.0, "Temperature of both softmaxes in the divergence.")
     teacher_loss_temperature: float | None = _field(None, "The teacher's, when it differs from loss_temperature.")
     scale_by_temperature_squared: bool = _field(
@@ -114,20 +119,30 @@ class GKDConfig(SFTConfig):
     assistant_turns: str = _field("last", "Train on the last assistant turn, or on all of them (data rows).")
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available() and self.bf16 is None:
+        if not torch.accelerator.is_available() and getattr(self, "bf16", None) is None:
             # Without an accelerator the Trainer refuses bf16=True, TRL's default, unless it is told use_cpu; and
             # accelerate does not start several CPU processes without it either.
             self.use_cpu, self.bf16 = True, False
         super().__post_init__()
+        self.make_divergence()
         self._check_ranges()
         self._check_choices()
         self._check_ineffective()
 
+    def make_divergence(self) -> Divergence:
+        """The divergence that the fields name; ValueError for an unknown name, a parameter out of range or unused."""
+        return make_divergence(
+            self.divergence,
+            beta=self.beta,
+            skew_lambda=self.skew_lambda,
+            ab_alpha=self.ab_alpha,
+            ab_beta=self.ab_beta,
+            akl_mu=self.akl_mu,
+        )
+
     def _check_ranges(self) -> None:
         _within("lmbda", self.lmbda, 0, 1, "0 trains on the data only, 1 on rollouts only")
-        _within("beta", self.beta, 0, 1, "0 is forward KL, 1 is reverse KL")
         _within("ce_weight", self.ce_weight, 0, 1, "0 is the divergence only, 1 is cross-entropy only")
-        _within("skew_lambda", self.skew_lambda, 0, 1, "DistiLLM uses 0.1")
         _within("top_p", self.top_p, 0, 1, "1 turns it off", low_open=True)
         _within("temperature", self.temperature, 0, math.inf, "0 is greedy, the paper samples at 1")
         _within("loss_temperature", self.loss_temperature, 0, math.inf, "1 is the plain softmax", low_open=True)
@@ -144,7 +159,6 @@ class GKDConfig(SFTConfig):
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
-            "divergence": tuple(DIVERGENCES),
             "mixing": MIXINGS,
             "loss_reduction": _REDUCTIONS,
             "top_k_tail": _TAILS,
@@ -162,14 +176,6 @@ class GKDConfig(SFTConfig):
             # transformers itself turns average_tokens_across_devices off when there is one process
             if value != fine and not (name == "average_tokens_across_devices" and self.world_size == 1):
                 raise ValueError(f"{name}={value!r} has no effect in GKDTrainer: {remedy}")
-        defaults = {"beta": ("jsd", 0.5), "skew_lambda": ("skew", 0.1), "ab_alpha": ("alpha_beta", 0.5)}
-        defaults["ab_beta"] = ("alpha_beta", 0.5)
-        for name, (family, default) in defaults.items():
-            if getattr(self, name) != default and not self.divergence.startswith(family):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect with divergence={self.divergence!r}: "
-                    f"leave it out, or choose a divergence of the {family} family"
-                )
 
     @property
     def prompt_limit(self) -> int | None:

@@ -22,7 +22,7 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
-    """Make ZeRO-3 parameters whole inside, read-only; does nothing for ordinary ones. A collective: all ranks enter."""
+    """Make ZeRO-3 parameters whole inside, read-only; nothing for ordinary ones. A collective: all ranks enter."""
     sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     if not sharded:
         yield

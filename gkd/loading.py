@@ -17,7 +17,9 @@ def model_name(model: Any) -> str | None:
     return getattr(config, "_name_or_path", None) or None
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
     Raises:
@@ -50,7 +52,7 @@ def load_teacher(name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_
         resolved = getattr(torch, dtype, None)
         if not isinstance(resolved, torch.dtype):
             raise ValueError(
-                f"teacher_model_init_kwargs: dtype={dtype!r} is no torch dtype: use 'auto', 'bfloat16', 'float16' or 'float32'"
+                f"teacher_model_init_kwargs: dtype={dtype!r} is no torch dtype: use 'auto', 'bfloat16' or 'float32'"
             )
         kwargs["dtype"] = resolved
     kwargs.setdefault("trust_remote_code", trust_remote_code)

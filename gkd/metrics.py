@@ -120,10 +120,16 @@ class Meter:
         peaks = max_over_ranks(peaks.to(self.device)).cpu()
         self._reset()
         n = len(TOKEN_METRICS) * len(SOURCES)
-        token_sums, token_counts, rollouts = sums[:n].view(-1, 3), sums[n : 2 * n].view(-1, 3), sums[2 * n :].view(-1, 3)
+        token_sums, token_counts, rollouts = (
+            sums[:n].view(-1, 3),
+            sums[n : 2 * n].view(-1, 3),
+            sums[2 * n :].view(-1, 3),
+        )
         logs = _token_means(token_sums, token_counts)
         logs.update(_rollout_means(rollouts, peaks[: len(SOURCES)]))
-        logs.update({f"time/{name}": round(float(s), 4) for name, s in zip(PHASES, peaks[len(SOURCES) :], strict=True)})
+        logs.update(
+            {f"time/{name}": round(float(s), 4) for name, s in zip(PHASES, peaks[len(SOURCES) :], strict=True)}
+        )
         return logs
 
 

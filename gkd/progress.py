@@ -1,4 +1,4 @@
-"""One tidy progress bar: step, loss, realised lambda, tokens per second, time left. Everything else goes to loggers."""
+"""One tidy progress bar: step, loss, realised lambda, tokens per second, time left. The rest goes to loggers."""
 
 from __future__ import annotations
 

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from accelerate import PartialState
+from datasets import load_dataset
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, ScriptArguments, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from gkd.config import GKDConfig
-from gkd.data import read_rows
+from gkd.files import read_rows
 from gkd.loading import load_tokenizer
 from gkd.progress import ProgressBar
 from gkd.report import Report
@@ -110,7 +111,9 @@ def load_rows(name: str, config: str | None = None, split: str | None = None) ->
     try:
         return load_dataset(name, name=config, split=split)
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"dataset_name={name!r} is neither a local file nor a data set that can be loaded: {error}") from error
+        raise ValueError(
+            f"dataset_name={name!r} is neither a local file nor a data set that can be loaded: {error}"
+        ) from error
 
 
 def dataset_by_name(settings: Settings) -> dict[str, Any]:
@@ -120,6 +123,8 @@ def dataset_by_name(settings: Settings) -> dict[str, Any]:
         ValueError: no name, or no such split.
     """
     script = settings.script
+    if script.dataset_streaming:
+        raise ValueError("dataset_streaming=True is not supported: rows are counted and numbered before training")
     if not script.dataset_name:
         raise ValueError("dataset_name is missing: pass --dataset_name, a Hub name or a local .jsonl file")
     splits = load_rows(script.dataset_name, script.dataset_config)
@@ -173,7 +178,7 @@ def _run(settings: Settings, load_data: LoadData, score: Score | None) -> None:
     data = load_data(settings)
     trainer = build_trainer(settings, data)
     report = Report(trainer, data, score, settings.run.num_eval_prompts)
-    measure = settings.run.evaluate_before_and_after and report.possible
+    measure = settings.run.evaluate_before_and_after
     if measure:
         report.measure_before()
     start = time.perf_counter()
@@ -196,15 +201,17 @@ def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
     """Tokenizer, models and trainer from the settings."""
     args, model = settings.training, settings.model
     quantization = get_quantization_config(model)
-    shared = {
+    shared: dict[str, Any] = {
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-    args.trust_remote_code = args.trust_remote_code or model.trust_remote_code
     args.model_init_kwargs = {**shared, "revision": model.model_revision, **(args.model_init_kwargs or {})}
     if quantization is not None:
-        args.model_init_kwargs.update(device_map=get_kbit_device_map(), quantization_config=quantization)
-    args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
+        device_map = {"": PartialState().local_process_index}  # quantized weights cannot be moved later
+        args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
+    own = args.teacher_model_init_kwargs or {}
+    assert not isinstance(own, str)  # TrainingArguments has parsed it
+    args.teacher_model_init_kwargs = {**shared, **own}
     tokenizer = load_tokenizer(
         model.model_name_or_path, trust_remote_code=args.trust_remote_code, revision=model.model_revision
     )
@@ -242,8 +249,3 @@ def _write_history(trainer: GKDTrainer, output_dir: str) -> None:
     path = Path(output_dir) / "metrics.jsonl"
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-
-
-def rows_or_none(data: dict[str, Any], name: str) -> Dataset | None:
-    """An optional part of `load_data`'s result."""
-    return data.get(name)

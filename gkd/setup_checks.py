@@ -21,7 +21,9 @@ def resolve_config(args: Any, model: Any) -> GKDConfig:
         TypeError: some other kind of arguments, which would lack the distillation fields.
     """
     if args is None:
-        name = getattr(getattr(model, "config", None), "_name_or_path", None) or (model if isinstance(model, str) else "")
+        name = getattr(getattr(model, "config", None), "_name_or_path", None) or (
+            model if isinstance(model, str) else ""
+        )
         return GKDConfig(output_dir=f"{str(name).rstrip('/').split('/')[-1] or 'model'}-GKD")
     if not isinstance(args, GKDConfig):
         kind = "a plain TrainingArguments" if isinstance(args, TrainingArguments) else "no training arguments at all"
@@ -60,8 +62,8 @@ def check_student(model: nn.Module) -> None:
         for name, config in model.peft_config.items():
             if isinstance(config, PromptLearningConfig):
                 raise ValueError(
-                    f"adapter {name!r} is {config.peft_type}: prompt-learning adapters add virtual tokens that have no "
-                    "label and no teacher score; use LoRA"
+                    f"adapter {name!r} is {config.peft_type}: prompt-learning adapters add virtual tokens that have "
+                    "no label and no teacher score; use LoRA"
                 )
 
 

@@ -1,11 +1,11 @@
 """`GKDTrainer`: TRL's `SFTTrainer` with sequences from three sources and a teacher's distribution as the target.
 
 What differs from the paper (Agarwal et al., arXiv 2306.13649) by default: the loss is the mean over all target tokens
-of the global batch rather than over sequences (`loss_reduction="sequence"` is the paper's Eq. 2), and exactly the share
-`lmbda` of every step's sequences is student-written rather than all or none by one coin (`mixing="batch"`).
+of the global batch rather than over sequences (`loss_reduction="sequence"` is the paper's Eq. 2), and exactly the
+share `lmbda` of every step's sequences is student-written rather than all or none by one coin (`mixing="batch"`).
 
-What differs from `trl.experimental.gkd`: the rollout happens once per optimizer step, before anything is counted, so the
-loss is divided by the number of tokens that are trained on; see the README for the list.
+What differs from `trl.experimental.gkd`: the rollout happens once per optimizer step, before anything is counted, so
+the loss is divided by the number of tokens that are trained on; see the README for the list.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from gkd import setup_checks as checks
-from gkd.batch import collate, cut, per_target, select_targets, sequence_weights, target_mask
+from gkd.batch import collate, cut, per_target, select_targets, target_mask, target_weights
 from gkd.config import GKDConfig
 from gkd.distributed import gathered, max_over_ranks, sum_over_ranks
 from gkd.divergence import generalized_jsd_loss
@@ -34,12 +33,12 @@ from gkd.hidden import last_hidden
 from gkd.loading import load_teacher, load_tokenizer, model_name
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import loss_settings, prepare_rows, sampling_settings
-from gkd.random_state import preserved_random_state
 from gkd.rollouts import ROLLOUTS
 from gkd.signals import head_of
 from gkd.source import SOURCES, choose_sources
 from gkd.teachers import TEACHERS
 from gkd.trainer_card import CardMixin
+from gkd.trainer_evaluation import EvaluationMixin
 from gkd.vocab import shared_vocabulary, stop_token_ids
 from gkd.window import count, open_window, write_completions
 
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "gkd_state.json"
 
 
-class GKDTrainer(CardMixin, SFTTrainer):
+class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -70,7 +69,7 @@ class GKDTrainer(CardMixin, SFTTrainer):
         ValueError: a combination that cannot be honoured; the message names the field, the values and the remedy.
     """
 
-    _tag_names = ["trl", "gkd"]
+    _tag_names = ["trl", "gkd"]  # noqa: RUF012 - as the base class declares it
     _name = "GKD"
 
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
@@ -149,8 +148,8 @@ class GKDTrainer(CardMixin, SFTTrainer):
             return load_teacher(teacher_model, kwargs, trust_remote_code=args.trust_remote_code)
         if args.teacher_model_init_kwargs is not None:
             raise ValueError(
-                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} has no effect: teacher_model is already a "
-                "model; leave it out, or pass the teacher by name"
+                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} has no effect: teacher_model is already "
+                "a model; leave it out, or pass the teacher by name"
             )
         return teacher_model
 
@@ -250,13 +249,13 @@ class GKDTrainer(CardMixin, SFTTrainer):
     ) -> Any:
         """The divergence of this micro-batch: sum over its targets / `num_items_in_batch`, x ranks (DDP's mean).
 
-        `num_items_in_batch` is the number of targets (or sequences, `loss_reduction="sequence"`) of the whole optimizer
-        step over all ranks; None (evaluation) takes this micro-batch's own.
+        `num_items_in_batch` is the number of targets (or sequences, `loss_reduction="sequence"`) of the whole
+        optimizer step over all ranks; None (evaluation) takes this micro-batch's own.
         """
         mode = "train" if self.model.training else "eval"
         with self._meters[mode].phase("teacher"):
             signal = self.teacher.score(inputs)
-        model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         hidden, outputs = last_hidden(model, self._head_module, model_inputs)
@@ -283,23 +282,12 @@ class GKDTrainer(CardMixin, SFTTrainer):
     ) -> tuple[FusedOutput, Tensor]:
         """The fused divergence of the N targets, and their sources [N]."""
         labels, args = inputs["labels"], self.args
-        mask = target_mask(labels)
-        targets = labels[:, 1:][mask]
-        if "sources" in inputs:
-            sources = per_target(inputs["sources"], labels)
-        else:
-            sources = torch.zeros_like(targets)
-        by_sequence = args.loss_reduction == "sequence"
-        weights = sequence_weights(labels) if by_sequence else torch.ones_like(targets, dtype=torch.float32)
-        own = mask.any(dim=1).sum() if by_sequence else mask.sum()
-        weights = weights.float() / (own.clamp(min=1) if num_items is None else num_items)
-        ce_weights = None
-        if args.ce_weight > 0:
-            given = torch.ones_like(sources, dtype=torch.bool)
-            if not args.ce_on_student_tokens:
-                given = sources != SOURCES.index("student")
-            ce_weights = weights * args.ce_weight * given
-            weights = weights * (1 - args.ce_weight)
+        targets = labels[:, 1:][target_mask(labels)]
+        row_sources = inputs.get("sources", torch.zeros_like(labels[:, 0]))  # evaluation: all from the data
+        sources = per_target(row_sources, labels)
+        weights, ce_weights = target_weights(
+            labels, row_sources, num_items, args.loss_reduction, args.ce_weight, args.ce_on_student_tokens
+        )
         with gathered({id(p): p for p in self._head_parameters()}.values()):
             output = fused_divergence(
                 select_targets(hidden, labels), self._head, signal, targets, weights, self.loss_settings, ce_weights
@@ -308,41 +296,6 @@ class GKDTrainer(CardMixin, SFTTrainer):
 
     def _head_parameters(self) -> list[Tensor | None]:
         return [self._head.weight, self._head.bias, *self.teacher.head_parameters()]
-
-    # --------------------------------------------------------------------------------------------- evaluation
-
-    def _count_evaluation(self, output: FusedOutput, inputs: dict[str, Tensor]) -> None:
-        """Add this batch's sums, without the rows that accelerate repeats to make the ranks' last batches even."""
-        labels = inputs["labels"]
-        mask = target_mask(labels)
-        per_row = torch.zeros(labels.shape[0], 2, dtype=torch.float64, device=labels.device)
-        rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(mask)[mask]
-        per_row[:, 0].index_add_(0, rows, output.divergence.double())
-        per_row[:, 1] = mask.sum(dim=1)
-        if self.args.loss_reduction == "sequence":
-            per_row = torch.stack([per_row[:, 0] / per_row[:, 1].clamp(min=1), (per_row[:, 1] > 0).double()], dim=1)
-        self._eval_sums += self.accelerator.gather_for_metrics(per_row).sum(dim=0).cpu()
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Data source only, nothing generated, the same normalisation as in training, no random stream moved."""
-        self._eval_sums.zero_()
-        with preserved_random_state():
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, number = self._eval_sums.tolist()
-        logs = self._flush("eval")
-        output.metrics.update(
-            {f"{metric_key_prefix}_{name}": value for name, value in logs.items() if not name.startswith("time/")}
-        )
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(number, 1.0)
-        return output
-
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
-        """As in `transformers.Trainer`; raw rows are prepared first."""
-        if isinstance(eval_dataset, Dataset) and "input_ids" not in eval_dataset.column_names:
-            _, eval_dataset, _ = prepare_rows(
-                None, eval_dataset, self.processing_class, self.args, self._formatting_func, self.data_collator
-            )
-        return super().evaluate(eval_dataset=eval_dataset, **kwargs)
 
     # ----------------------------------------------------------------------------------- logging, saving, resuming
 

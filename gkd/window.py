@@ -40,7 +40,10 @@ def open_window(batches: list[dict[str, Tensor]], rank: int, world_size: int) ->
     accelerate deals batches out in turn: micro-batch i of rank r is batch i * world_size + r of the stream, and its
     even_batches makes the ranks' batches equally large. So the numbering is the same for any number of ranks.
     """
-    sequences, sizes, indices, start = [], [], [], 0
+    sequences: list[Sequence] = []
+    sizes: list[int] = []
+    indices: list[int] = []
+    start = 0
     for batch in batches:
         rows = unpad(batch)
         sequences += rows

@@ -7,10 +7,11 @@ leave it; the fused divergence projects them, chunk by chunk.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from gkd.batch import select_targets
 from gkd.distributed import place_frozen
@@ -21,7 +22,7 @@ from gkd.signals import DenseSignal, TeacherSignal, head_of
 class LocalTeacher:
     """Scores with a model held by this rank (sharded over the ranks under ZeRO-3)."""
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
+    def __init__(self, model: Any, accelerator: Accelerator) -> None:
         self.head = head_of(model)
         self._head_module = model.get_output_embeddings()
         self.accelerator = accelerator

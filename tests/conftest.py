@@ -1,0 +1,36 @@
+"""Shared by all tests: no network, one thread, quiet libraries."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def student():
+    return tiny_model(seed=1)
+
+
+@pytest.fixture
+def teacher():
+    return tiny_model(hidden=48, layers=3, seed=2)
+
+
+@pytest.fixture
+def rows():
+    return Dataset.from_list(tiny_rows(16))
