@@ -99,7 +99,7 @@ def _is_whole(folder: Path, made_of: dict[str, Any]) -> bool:
 def _convert_glass(out: Path) -> None:
     """glassllm's NumPy arrays as a LlamaForCausalLM: the same tokens and, to rounding, the same logits."""
     import numpy as np
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     arrays = np.load(io.BytesIO(read_member(GLASS, "glassllm/weights/en.npz")))
     shape = json.loads(str(arrays["__config__"]))
@@ -124,7 +124,8 @@ def _convert_glass(out: Path) -> None:
     # The books are running text: the model never writes <eos>. A completion here is the rest of a sentence, so every
     # token that ends one is a stop token.
     ends = [index for token, index in tokenizer.get_vocab().items() if token.rstrip("”").endswith((".", "!", "?"))]
-    model.generation_config.eos_token_id = sorted([config.eos_token_id, *ends])
+    stops = sorted([config.eos_token_id, *ends])
+    model.generation_config = GenerationConfig(bos_token_id=2, pad_token_id=0, eos_token_id=stops)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

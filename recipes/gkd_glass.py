@@ -1,0 +1,62 @@
+"""About a minute on two CPU cores: a 0.85M-parameter model distilled into the half of it, with no model hub.
+
+Teacher: glassllm, trained on Lewis Carroll's books. Student: the same model without two of its four layers, LoRA on
+all linear layers. Prompts: the first words of everyday English sentences; a completion is the rest of the sentence.
+
+    python recipes/gkd_glass.py
+    python recipes/gkd_glass.py --lmbda 1 --beta 1 --output_dir outputs/glass-on-policy
+    python recipes/gkd_glass.py --seq_kd false          # half of the completions from the data instead of the teacher
+"""
+
+from typing import Any
+
+from datasets import Dataset
+
+from gkd.demo import glass_student, glass_teacher
+from gkd.demo_data import translation_sentences
+from gkd.run import run
+
+DEFAULTS = {
+    "model_name_or_path": glass_student,
+    "teacher_model_name_or_path": glass_teacher,
+    "output_dir": "outputs/gkd_glass",
+    # Half of the completions from the student, half from the teacher: the student starts out broken.
+    "lmbda": 0.5,
+    "seq_kd": True,
+    "beta": 0.5,
+    "temperature": 1.0,
+    "max_new_tokens": 40,
+    "max_length": 96,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_modules": ["all-linear"],
+    "learning_rate": 5e-3,
+    "warmup_steps": 10,
+    "max_steps": 150,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "gradient_checkpointing": False,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+    "num_eval_prompts": 256,
+}
+PROMPT_WORDS = 4
+
+
+def load_data(settings: Any) -> dict[str, Any]:
+    """Sentences of six words and more, cut after the fourth; the first four are plain words."""
+    rows = []
+    for sentence in translation_sentences():
+        words = sentence.split()
+        if len(words) >= 6 and all(word.isascii() and word.isalpha() for word in words[:PROMPT_WORDS]):
+            start, rest = " ".join(words[:PROMPT_WORDS]), " ".join(words[PROMPT_WORDS:])
+            rows.append({"prompt": start, "completion": " " + rest})
+    split = Dataset.from_list(rows).train_test_split(test_size=256, seed=0)
+    sentences = [row["prompt"] + row["completion"] for row in split["test"]]
+    return {"train": split["train"], "eval": split["test"], "held_out_text": sentences}
+
+
+if __name__ == "__main__":
+    run(load_data, defaults=DEFAULTS, description=__doc__)
