@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from transformers import PreTrainedTokenizerBase
 
 from gkd import batch as batches
+from gkd._version import __version__
 from gkd.encode import Limits, RowEncoder
 from gkd.files import read_rows
 from gkd.rows import Place, TextRow, canonical_row
@@ -155,6 +156,7 @@ def prepare_dataset(
             "name": name,
             "prompts_needed": prompts_needed,
             "formatting_func": formatting_func,
+            "version": __version__,
         },
     )
     kept, prompt_only, report = _read_notes(encoded, DataReport(name, limits, rows=len(dataset)))
@@ -196,6 +198,7 @@ def _encode_batch(
     name: str,
     prompts_needed: bool,
     formatting_func: Callable[[dict[str, Any]], Any] | None,
+    version: str,  # only there for the key of the cache of datasets.map: another version may tokenize otherwise
 ) -> dict[str, list[Any]]:
     encoder = RowEncoder(tokenizer, assistant_turns)
     rows = []

@@ -197,7 +197,7 @@ class RowEncoder:
             encoded = encoded.noted("prompt_not_prefix")
         if lost:
             encoded = encoded.noted("turn_not_found")
-        if _is_empty(messages[row.answer]):
+        if _is_empty(messages[row.answer]) or (prefix and self._is_bare(text[len(prompt) :])):
             encoded = encoded.noted("empty_answer")
         return self._with_stop(encoded, "eos_appended")
 
@@ -214,33 +214,34 @@ class RowEncoder:
         return str(text)
 
     def _earlier_turns(self, row: ChatRow, text: str, place: Place) -> tuple[list[tuple[int, int]], bool]:
-        """Where the assistant turns before the last stand in `text`, as (start, end); whether one was not found."""
-        spans: list[tuple[int, int]] = []
-        lost = False
-        for i, message in enumerate(row.messages[: row.answer]):
-            if message["role"] != "assistant" or i < row.trained_from or i == 0:
-                continue
-            before = self._render(row, row.messages[:i], place, generate=True)
-            after = self._render(row, row.messages[: i + 1], place)
-            end = self._turn_end(text, len(before), self._closed(after), message)
-            if text.startswith(before) and end is not None:
-                spans.append((len(before), end))
-            else:
-                lost = True
-        return spans, lost
+        """Where the assistant turns before the last stand in `text`, as (start, end); whether one was not found.
 
-    def _turn_end(self, text: str, start: int, closed: str, message: Message) -> int | None:
-        """End of the turn that begins at `start`. Templates that write an earlier turn otherwise than a last one
-        (without its thoughts, say) are searched for the turn's content."""
-        if text.startswith(closed):
-            return len(closed)
-        content = message["content"].strip()
-        if not content or not text[start:].lstrip().startswith(content):
-            return None
-        end = text.index(content, start) + len(content)
-        rest = text[end:]
-        stop = next((stop for stop in self.stop_texts if rest.lstrip().startswith(stop)), "")
-        return end + (rest.index(stop) + len(stop) if stop else 0)
+        A turn starts where the rendering of what precedes it, with the generation prompt, ends. It ends where the
+        rendering up to it does; or, in templates that write an earlier turn otherwise than a last one (without its
+        thoughts, say), at the first stop token before the next assistant turn.
+        """
+        numbers = [i for i, message in enumerate(row.messages) if i > 0 and message["role"] == "assistant"]
+        numbers = [i for i in numbers if i >= row.trained_from]
+        prompts = [self._render(row, row.messages[:i], place, generate=True) for i in numbers]
+        starts = [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
+        spans: list[tuple[int, int]] = []
+        for i, start, limit in zip(numbers, starts, starts[1:], strict=False):
+            if start is None:
+                continue
+            closed = self._closed(self._render(row, row.messages[: i + 1], place))
+            if text.startswith(closed):
+                spans.append((start, len(closed)))
+                continue
+            ends = [text.find(stop, start, limit) + len(stop) for stop in self.stop_texts if stop in text[start:limit]]
+            if limit is not None and ends:
+                spans.append((start, min(ends)))
+        return [span for span in spans if not self._is_bare(text[slice(*span)])], len(spans) < len(numbers) - 1
+
+    def _is_bare(self, text: str) -> bool:
+        """Whether a turn's text is a stop token and nothing else."""
+        for stop in self.stop_texts:
+            text = text.replace(stop, "")
+        return not text.strip()
 
     # ------------------------------------------------------------------------------------------- texts, token ids
 

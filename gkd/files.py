@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _csv_rows(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
         for row in reader:
@@ -116,5 +117,6 @@ def _csv_rows(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}, line {reader.line_num}: too many or too few cells for {cells}")
             rows.append(dict(row))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
+        line = min(reader.line_num + 1, len(text.splitlines()))
+        raise ValueError(f"{path}, line {line}: broken CSV: {error}") from error
     return rows
