@@ -1,0 +1,369 @@
+"""The evaluation harness on real tiny models, against float64 computations from the definitions."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+
+import gkd.evaluate
+from gkd.comparison import as_dict, as_markdown, compare, samples_table, table
+from gkd.divergence import make_divergence
+from gkd.evaluate import Evaluator, token_nll
+from gkd.fused import LossSettings
+from gkd.measures import (
+    METRICS,
+    Estimate,
+    Measures,
+    difference_estimate,
+    distinct_ngrams,
+    mean_estimate,
+    ratio_estimate,
+)
+from gkd.rollouts import SamplingSettings
+from gkd.signals import head_of
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+STOP = tuple(range(2, 259, 8))  # many stop tokens, so that random models end at ragged lengths; 258 is one
+PROMPTS = [
+    TOKENIZER(text)["input_ids"] for text in ("a", "two words", "three whole words", "é!", "the same", "x y z w")
+]
+HELD_OUT = [TOKENIZER(text)["input_ids"] for text in ("ab", "a longer text that was held out", "short")]
+SAMPLING = SamplingSettings(max_new_tokens=9, temperature=0.9, stop_ids=STOP)
+JSD = LossSettings(make_divergence("jsd", beta=0.3))
+
+
+def evaluator(teacher, **options) -> Evaluator:
+    values = {"sampling": SAMPLING, "loss": JSD, "seed": 3, "batch_size": 4, **options}
+    return Evaluator(teacher, TOKENIZER, PROMPTS, HELD_OUT, **values)
+
+
+TEACHER = tiny_model(seed=1)
+STUDENT = tiny_model(seed=2, hidden=16)
+
+
+def log_probs(model, ids: list[int]) -> torch.Tensor:
+    """[T, V] float64 log-probabilities of the next token, from the model's own logits, one sequence, no padding."""
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+
+
+def token_values(student, prompt, completion, beta=0.3) -> torch.Tensor:
+    """[tokens, 3]: JSD (GKD paper, Eq. 1), KL(teacher || student), agreement, in float64 from whole distributions."""
+    ids = prompt + completion
+    rows = slice(len(prompt) - 1, len(ids) - 1)
+    student_lp, teacher_lp = log_probs(student, ids)[rows], log_probs(TEACHER, ids)[rows]
+    p, q = teacher_lp.exp(), student_lp.exp()
+    m = (beta * p + (1 - beta) * q).log()
+    jsd = beta * (p * (teacher_lp - m)).sum(-1) + (1 - beta) * (q * (student_lp - m)).sum(-1)
+    forward_kl = (p * (teacher_lp - student_lp)).sum(-1)
+    same = (teacher_lp.argmax(-1) == student_lp.argmax(-1)).double()
+    return torch.stack([jsd, forward_kl, same], dim=1)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """One evaluator, three models measured; the completions it sampled are kept beside the measures."""
+    harness = evaluator(TEACHER)
+    kept = {}
+    generate = harness._generate
+
+    def keep(model, sampling):
+        completions = generate(model, sampling)
+        kept[id(model)] = completions
+        return completions
+
+    harness._generate = keep
+    measures = {"before": harness.measure(STUDENT, "before"), "teacher": harness.measure(TEACHER, "teacher")}
+    return harness, measures, {"student": kept[id(STUDENT)], "teacher": kept[id(TEACHER)]}
+
+
+def test_divergences_and_agreement_are_those_of_dense_logits(measured):
+    _, measures, completions = measured
+    assert len({len(c) for c in completions["student"]}) > 1, "ragged lengths are the point"
+    values = measures["before"].values
+    for suffix, written in (("own", completions["student"]), ("teacher_text", completions["teacher"])):
+        rows = [token_values(STUDENT, p, c) for p, c in zip(PROMPTS, written, strict=True)]
+        tokens = torch.cat(rows)
+        assert values[f"divergence_{suffix}"].value == pytest.approx(tokens[:, 0].mean().item(), rel=1e-4)
+        assert values[f"forward_kl_{suffix}"].value == pytest.approx(tokens[:, 1].mean().item(), rel=1e-4)
+        assert values[f"agreement_{suffix}"].value == pytest.approx(tokens[:, 2].mean().item(), abs=1e-9)
+        by_sequence = ratio_estimate([row[:, 0].sum().item() for row in rows], [len(row) for row in rows])
+        assert values[f"divergence_{suffix}"].residuals == pytest.approx(by_sequence.residuals, rel=1e-3, abs=1e-6)
+    gap = values["divergence_own"].value - values["divergence_teacher_text"].value
+    assert values["exposure_gap"].value == pytest.approx(gap)
+    assert abs(gap) > 1e-4
+
+
+def test_perplexity_is_the_float64_one(measured):
+    _, measures, _ = measured
+    nll = [-log_probs(STUDENT, ids)[t, ids[t + 1]].item() for ids in HELD_OUT for t in range(len(ids) - 1)]
+    assert measures["before"].values["perplexity"].value == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+
+
+def test_perplexity_after_a_context_counts_only_what_follows():
+    harness = evaluator(TEACHER, held_out_starts=[1, 10, 4])
+    nll = [
+        -log_probs(STUDENT, ids)[t, ids[t + 1]].item()
+        for ids, start in zip(HELD_OUT, [1, 10, 4], strict=True)
+        for t in range(start - 1, len(ids) - 1)
+    ]
+    assert harness._perplexity(STUDENT)["perplexity"].value == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere"])
+def test_perplexity_with_a_soft_cap_or_a_logit_scale(kind):
+    model = tiny_model(kind, **({"final_logit_softcapping": 3.0} if kind == "gemma2" else {}))
+    nll = [-log_probs(model, ids)[t, ids[t + 1]].item() for ids in HELD_OUT for t in range(len(ids) - 1)]
+    value = evaluator(TEACHER)._perplexity(model)["perplexity"].value
+    assert value == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+
+
+def test_chunks_of_the_perplexity_do_not_matter(monkeypatch):
+    hidden, targets = torch.randn(7, 32), torch.randint(0, 259, (7,))
+    whole = token_nll(hidden, head_of(TEACHER), targets)
+    monkeypatch.setattr(gkd.evaluate, "CHUNK_LOGITS", 2 * 259)
+    torch.testing.assert_close(token_nll(hidden, head_of(TEACHER), targets), whole)
+
+
+def test_text_measures_are_counted_from_the_completions(measured):
+    _, measures, completions = measured
+    values, own = measures["before"].values, completions["student"]
+    assert values["ended"].value == pytest.approx(sum(c[-1] in STOP for c in own) / len(own))
+    assert 0 < values["ended"].value < 1
+    assert values["length"].value == pytest.approx(sum(map(len, own)) / len(own))
+    pairs = [pair for c in own for pair in pairwise(c)]
+    assert values["distinct_2"].value == pytest.approx(len(set(pairs)) / len(pairs))
+
+
+def test_the_teacher_has_no_divergence_from_itself_and_no_gap(measured):
+    _, measures, _ = measured
+    values = measures["teacher"].values
+    for key in ("divergence_own", "divergence_teacher_text", "forward_kl_own", "exposure_gap"):
+        assert values[key].value == pytest.approx(0.0, abs=1e-7), key
+    assert values["agreement_own"].value == 1.0
+
+
+def test_a_student_equal_to_the_teacher_writes_what_the_teacher_writes():
+    harness = evaluator(TEACHER)
+    copy = harness.measure(tiny_model(seed=1), "copy")
+    for key in ("divergence_own", "divergence_teacher_text", "exposure_gap", "forward_kl_teacher_text"):
+        assert copy.values[key].value == pytest.approx(0.0, abs=1e-7), key
+    assert copy.values["agreement_teacher_text"].value == 1.0
+    assert copy.samples == harness.measure(TEACHER, "teacher").samples
+
+
+def test_batches_do_not_matter(measured):
+    _, measures, _ = measured
+    alone = evaluator(TEACHER, batch_size=1).measure(STUDENT, "before")
+    for key, estimate in measures["before"].values.items():
+        assert alone.values[key].value == pytest.approx(estimate.value, rel=1e-4, abs=1e-6), key
+
+
+def test_measuring_leaves_no_trace():
+    """Global random streams, train / eval flags, gradients, generation config: all as before; the numbers repeat."""
+    torch.manual_seed(11), random.seed(12), np.random.seed(13)
+    student = get_peft_model(
+        tiny_model(seed=2, hidden=16), LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
+    )
+    student.train()
+    student.base_model.model.model.layers[0].eval()
+    flags = {name: module.training for name, module in student.named_modules()}
+    own_config = student.generation_config
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = np.random.get_state()[1].copy()
+    first = evaluator(TEACHER).measure(student, "student")
+    second = evaluator(TEACHER).measure(student, "student")
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert {name: module.training for name, module in student.named_modules()} == flags
+    assert all(parameter.grad is None for parameter in student.parameters())
+    assert student.generation_config is own_config
+
+
+def test_an_adapter_counts():
+    student = get_peft_model(
+        tiny_model(seed=2, hidden=16), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.5)
+    harness = evaluator(TEACHER)
+    with_adapter = harness.measure(student, "adapter").values["divergence_teacher_text"].value
+    text = harness.teacher_text()
+    tokens = torch.cat([token_values(student, p, c) for p, c in zip(PROMPTS, text, strict=True)])
+    assert with_adapter == pytest.approx(tokens[:, 0].mean().item(), rel=1e-4)
+    with student.disable_adapter():
+        without = harness.measure(student, "base").values["divergence_teacher_text"].value
+    assert abs(with_adapter - without) > 1e-3
+
+
+def test_the_teacher_samples_once_with_its_own_stop_ids():
+    calls = []
+    harness = evaluator(TEACHER, teacher_sampling=replace(SAMPLING, stop_ids=(7, *STOP)))
+    generate = harness._generate
+    harness._generate = lambda model, sampling: calls.append((model, sampling)) or generate(model, sampling)
+    for model, name in ((STUDENT, "before"), (STUDENT, "after"), (TEACHER, "teacher")):
+        harness.measure(model, name)
+    assert [sampling.stop_ids for model, sampling in calls if model is TEACHER] == [(7, *STOP)]
+    assert [sampling.stop_ids for model, sampling in calls if model is STUDENT] == [STOP, STOP]
+
+
+def test_task_scores_are_of_greedy_and_undistorted_samples():
+    asked = []
+
+    def score(index: int, text: str) -> float:
+        asked.append((index, text))
+        return float(len(text) % 2)
+
+    harness = evaluator(TEACHER, score=score)
+    values = harness.measure(STUDENT, "student").values
+    greedy, sampled = asked[: len(PROMPTS)], asked[len(PROMPTS) :]
+    assert [index for index, _ in greedy] == [index for index, _ in sampled] == list(range(len(PROMPTS)))
+    assert values["score_greedy"].value == np.mean([len(text) % 2 for _, text in greedy])
+    assert values["score_sampled"].count == len(PROMPTS)
+    ids = list(PROMPTS[1])  # the greedy completion, by hand
+    for _ in range(SAMPLING.max_new_tokens):
+        ids.append(int(log_probs(STUDENT, ids)[-1].argmax()))
+        if ids[-1] in STOP:
+            break
+    assert greedy[1][1] == TOKENIZER.decode(ids[len(PROMPTS[1]) :], skip_special_tokens=True)
+
+
+def test_a_smaller_shared_vocabulary_is_honoured():
+    wide = tiny_model(seed=2, hidden=16, vocab=272)
+    wide.lm_head.weight.data[259:] = 0.0
+    wide.lm_head.weight.data[259:, 0] = -50.0  # whatever the padded rows say, it is cut off
+    harness = evaluator(TEACHER, loss=replace(JSD, shared_vocab=259))
+    text = harness.teacher_text()
+    ours = harness._target_means(wide, text)["divergence"].value
+    total = []
+    for prompt, completion in zip(PROMPTS, text, strict=True):
+        ids = prompt + completion
+        a = torch.log_softmax(log_probs(wide, ids)[len(prompt) - 1 : -1, :259], dim=-1)
+        b = log_probs(TEACHER, ids)[len(prompt) - 1 : -1]
+        m = (0.3 * b.exp() + 0.7 * a.exp()).log()
+        total.append(0.3 * (b.exp() * (b - m)).sum(-1) + 0.7 * (a.exp() * (a - m)).sum(-1))
+    assert ours == pytest.approx(torch.cat(total).mean().item(), rel=1e-4)
+
+
+def test_wrong_use_says_what_is_wrong():
+    def make(prompts=PROMPTS, held_out=HELD_OUT, **options):
+        return Evaluator(TEACHER, TOKENIZER, prompts, held_out, SAMPLING, JSD, **options)
+
+    with pytest.raises(ValueError, match="0 given"):
+        make(prompts=[])
+    with pytest.raises(ValueError, match=r"empty ones at \[1\]"):
+        make(prompts=[[1], []])
+    with pytest.raises(ValueError, match=r"held_out texts \[0\]"):
+        make(held_out=[[5], [5, 6]])
+    with pytest.raises(ValueError, match="2 entries for 3 texts"):
+        make(held_out_starts=[1, 1])
+    assert "perplexity" not in make(held_out=[])._perplexity(STUDENT)
+
+
+# ------------------------------------------------------------------------------------- estimates and the table
+
+
+def test_standard_errors_are_those_of_repeated_drawing():
+    """A ratio of sums over sequences of ragged length: its stated error is the spread over many drawn sets."""
+    draw = np.random.default_rng(5)
+
+    def one_set() -> Estimate:
+        counts = draw.integers(1, 30, size=40)
+        level = draw.normal(1.0, 0.3, size=40)  # tokens of one sequence hang together
+        return ratio_estimate(list(level * counts), list(counts))
+
+    sets = [one_set() for _ in range(600)]
+    spread = np.std([estimate.value for estimate in sets])
+    assert np.mean([estimate.error for estimate in sets]) == pytest.approx(spread, rel=0.1)
+
+
+def test_a_plain_mean_has_the_textbook_error():
+    values = [1.0, 2.0, 4.0, 8.0]
+    estimate = mean_estimate(values)
+    assert estimate.value == 3.75
+    assert estimate.error == pytest.approx(np.std(values, ddof=1) / 2)
+    assert mean_estimate([5.0]).error is None
+    assert math.isnan(mean_estimate([]).value)
+    assert math.isnan(distinct_ngrams([[1]], 2))
+
+
+def test_a_paired_difference_is_judged_by_the_pairs():
+    hard = [10.0, 1.0, 5.0, 7.0, 3.0]
+    before, after = mean_estimate(hard), mean_estimate([value - 0.5 for value in hard])
+    assert difference_estimate(after, before).error == pytest.approx(0.0, abs=1e-12)
+    assert before.error > 1
+    (row,) = compare(Measures("b", {"perplexity": before}), Measures("a", {"perplexity": after}))
+    assert (row.verdict, row.improved, row.clear) == ("better", True, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after", "teacher", "verdict"),
+    [
+        ("perplexity", 9.0, 8.0, 5.0, "better"),
+        ("perplexity", 8.0, 9.0, 5.0, "worse"),
+        ("agreement_own", 0.5, 0.6, 1.0, "better"),
+        ("length", 100.0, 60.0, 50.0, "better"),
+        ("length", 100.0, 10.0, 60.0, "worse"),
+        ("ended", 0.9, 0.7, 0.6, "better"),
+        ("ended", 0.9, 0.7, None, "unknown"),
+        ("exposure_gap", 0.2, -0.1, 0.0, "better"),
+        ("perplexity", 8.0, 8.0, 5.0, "same"),
+        ("perplexity", 8.0, math.nan, 5.0, "unknown"),
+        ("perplexity", math.inf, 8.0, 5.0, "unknown"),
+        ("perplexity", None, 8.0, 5.0, "unknown"),
+    ],
+)
+def test_what_counts_as_improved(key, before, after, teacher, verdict):
+    def measures(value):
+        return Measures("m", {} if value is None else {key: Estimate(value)})
+
+    (row,) = compare(measures(before), measures(after), measures(teacher))
+    assert row.verdict == verdict
+    assert row.improved is {"better": True, "worse": False, "same": False, "unknown": None}[verdict]
+
+
+def test_the_table_in_every_form(measured):
+    harness, measures, _ = measured
+    before, teacher = measures["before"], measures["teacher"]
+    after = harness.measure(tiny_model(seed=1), "after")
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(before, after, teacher))
+    console.print(samples_table(before, after))
+    text = console.export_text()
+    plain = json.loads(json.dumps(as_dict(before, after, teacher), allow_nan=False))
+    markdown = as_markdown(plain)
+    expected = [key for key in METRICS if key in before.values]
+    assert [row["key"] for row in plain["rows"]] == expected
+    for key in expected:
+        assert METRICS[key].label in text
+        assert METRICS[key].label in markdown
+    value = f"{before.values['perplexity'].value:.1f}"
+    assert value in text
+    assert value in markdown
+    assert plain["settings"]["prompts"] == len(PROMPTS)
+    assert len(plain["samples"]) == 3
+    assert set(plain["samples"][0]) == {"prompt", "before", "after", "teacher"}
+    assert [row["key"] for row in as_dict(before, after, keys=["ended", "perplexity"])["rows"]] == [
+        "ended",
+        "perplexity",
+    ]
+    assert "better" in {row["verdict"] for row in plain["rows"]}
+    with pytest.raises(ValueError, match="no metrics"):
+        as_dict(before, after, keys=["perplexty"])
+
+
+def test_log_values_are_finite_numbers():
+    measures = Measures("s", {"perplexity": Estimate(3.0), "length": Estimate(math.nan), "ended": Estimate(math.inf)})
+    assert measures.as_log("after") == {"after/perplexity": 3.0}
