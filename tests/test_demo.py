@@ -23,7 +23,7 @@ from gkd import demo, demo_data
 
 TEXTS = (
     "Alice was beginning to get very tired of sitting by her sister on the bank.\n“Oh dear!” said Alice.",
-    "  two spaces,  and a line\n\nand a cafe\u0301, caf\u00e9 and 1865",
+    "  two spaces,  and a line\n\nand a cafe\u0301, caf\u00e9, 1865 and \u65e5\u672c\u8a9e",
     "",
 )
 
