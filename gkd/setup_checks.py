@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from gkd.config import GKDConfig
+from gkd.loading import load_teacher, load_tokenizer, model_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +83,56 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, attribute, 0.0)
 
 
-def refuse_same_model(student: Any, teacher: Any) -> None:
-    """Refuse one object as both models: freezing the teacher would freeze the student.
+def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
+    """The teacher as a model; loads it by name.
 
     Raises:
-        ValueError: always, when they are one object.
+        ValueError: there is no teacher, it is the student itself, or its loading arguments would have no effect.
     """
     if student is teacher:
         raise ValueError(
             "model and teacher_model are the same object: freezing the teacher would freeze the student; "
             "pass a copy (copy.deepcopy) or the teacher's name"
         )
+    if teacher is None:
+        teacher = args.teacher_model_name_or_path
+    if teacher is None:
+        raise ValueError(
+            "there is no teacher: pass teacher_model (a model or a name) or set args.teacher_model_name_or_path"
+        )
+    kwargs = args.teacher_model_init_kwargs
+    if isinstance(teacher, str):
+        assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
+        return load_teacher(teacher, kwargs, trust_remote_code=args.trust_remote_code)
+    if kwargs is not None:
+        raise ValueError(
+            f"teacher_model_init_kwargs={kwargs} has no effect: teacher_model is already a model; "
+            "leave it out, or pass the teacher by name"
+        )
+    return teacher
+
+
+def resolve_tokenizer(tokenizer: Any, student: Any, args: GKDConfig) -> PreTrainedTokenizerBase:
+    """The given tokenizer, or the student's own, loaded by its name; with a pad token.
+
+    Raises:
+        ValueError: none is given and the student has no name.
+    """
+    if tokenizer is None:
+        name = model_name(student)
+        if name is None:
+            raise ValueError("processing_class is missing and the student has no name to load it from: pass it")
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    return check_tokenizer(tokenizer)
+
+
+def tokenizer_of_teacher(teacher: Any, student: Any, args: GKDConfig) -> PreTrainedTokenizerBase | None:
+    """The teacher's own tokenizer, by its name; None (with a warning where it matters) when it has none to compare."""
+    name = model_name(teacher)
+    if name is None or name == model_name(student):
+        return None
+    try:
+        return load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    except ValueError as error:
+        logger.warning("the teacher's token map cannot be compared with the student's: %s", error)
+        return None

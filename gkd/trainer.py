@@ -10,10 +10,7 @@ the loss is divided by the number of tokens that are trained on; see the README 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,13 +21,14 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from gkd import setup_checks as checks
-from gkd.batch import collate, cut, per_target, select_targets, target_mask, target_weights
+from gkd.batch import collate, cut, per_target, select_targets, target_mask, target_weights, unpad
+from gkd.checkpoint import CheckpointMixin
 from gkd.config import GKDConfig
+from gkd.data import PaddingCollator
 from gkd.distributed import gathered, max_over_ranks, sum_over_ranks
 from gkd.divergence import generalized_jsd_loss
 from gkd.fused import FusedOutput, fused_divergence
 from gkd.hidden import last_hidden
-from gkd.loading import load_teacher, load_tokenizer, model_name
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import loss_settings, prepare_rows, sampling_settings
 from gkd.rollouts import ROLLOUTS
@@ -39,15 +37,15 @@ from gkd.source import SOURCES, choose_sources
 from gkd.teachers import TEACHERS
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
-from gkd.vocab import shared_vocabulary, stop_token_ids
+from gkd.vocab import compare_stop_ids, shared_vocabulary, stop_token_ids
 from gkd.window import count, open_window, write_completions
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "gkd_state.json"
+TRUNCATION_WARNING = 0.2  # share of truncated rollouts in one logging period
 
 
-class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
+class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -94,14 +92,8 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
         if model is None:
             raise ValueError("model is missing: pass the student, a model or a name")
         args = checks.resolve_config(args, model)
-        teacher = self._resolve_teacher(model, teacher_model, args)
-        tokenizer = processing_class
-        if tokenizer is None:
-            name = model_name(model)
-            if name is None:
-                raise ValueError("processing_class is missing and the student has no name to load it from: pass it")
-            tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-        tokenizer = checks.check_tokenizer(tokenizer)
+        teacher = checks.resolve_teacher(model, teacher_model, args)
+        tokenizer = checks.resolve_tokenizer(processing_class, model, args)
         self._formatting_func = formatting_func
         train_dataset, eval_dataset, collator = prepare_rows(
             train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator
@@ -128,30 +120,11 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._set_up_models(teacher, teacher_processing_class)
         self.ledger = Ledger()
+        self._warned_of_truncation = False
         self._meters = {"train": Meter(self.accelerator.device), "eval": Meter(self.accelerator.device)}
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
     # ---------------------------------------------------------------------------------------------- set-up
-
-    def _resolve_teacher(self, model: Any, teacher_model: Any, args: GKDConfig) -> Any:
-        """A teacher model; loads it by name. Raises ValueError when there is none or it is given twice."""
-        checks.refuse_same_model(model, teacher_model)
-        if teacher_model is None:
-            teacher_model = args.teacher_model_name_or_path
-        if teacher_model is None:
-            raise ValueError(
-                "there is no teacher: pass teacher_model (a model or a name) or set args.teacher_model_name_or_path"
-            )
-        if isinstance(teacher_model, str):
-            kwargs = args.teacher_model_init_kwargs
-            assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
-            return load_teacher(teacher_model, kwargs, trust_remote_code=args.trust_remote_code)
-        if args.teacher_model_init_kwargs is not None:
-            raise ValueError(
-                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} has no effect: teacher_model is already "
-                "a model; leave it out, or pass the teacher by name"
-            )
-        return teacher_model
 
     def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
         args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
@@ -160,10 +133,8 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
         self._head_module = student.get_output_embeddings()
         if args.disable_dropout:
             checks.disable_dropout(self.model)
-        name = model_name(teacher_model)
-        if teacher_tokenizer is None and name is not None and name != model_name(student):
-            with contextlib.suppress(ValueError):  # a teacher saved without a tokenizer cannot be compared
-                teacher_tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        if teacher_tokenizer is None:
+            teacher_tokenizer = checks.tokenizer_of_teacher(teacher_model, student, args)
         shared = shared_vocabulary(
             tokenizer, teacher_tokenizer, _vocabulary_rows(student), _vocabulary_rows(teacher_model)
         )
@@ -185,6 +156,9 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
             )
             for source in models
         }
+        difference = compare_stop_ids(self.stop_ids["student"], self.stop_ids["teacher"], tokenizer)
+        if difference:
+            logger.warning("%s", difference)
         logger.info("rollouts: %s", self.rollouts["student"].settings)
         logger.info("loss: %s", self.loss_settings)
 
@@ -216,8 +190,8 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
                 train_truncated=not args.mask_truncated_completions,
             )
         for sequence in sequences:
-            ended = sequence.input_ids[-1] in self.stop_ids["teacher" if sequence.source == "teacher" else "student"]
-            self._meters["train"].add_sequence(sequence, ended)
+            stops = self.stop_ids["teacher" if sequence.source == "teacher" else "student"]
+            self._meters["train"].add_sequence(sequence, ended=sequence.input_ids[-1] in stops)
         counts = count(sequences)
         tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
         totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
@@ -253,6 +227,10 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
         optimizer step over all ranks; None (evaluation) takes this micro-batch's own.
         """
         mode = "train" if self.model.training else "eval"
+        if mode == "eval" and not isinstance(self.data_collator, PaddingCollator):
+            # a foreign collator may pad on the left; our forward pass wants the padding on the right
+            batch = collate(unpad(inputs), self.processing_class.pad_token_id)
+            inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
         with self._meters[mode].phase("teacher"):
             signal = self.teacher.score(inputs)
         model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -297,7 +275,7 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
     def _head_parameters(self) -> list[Tensor | None]:
         return [self._head.weight, self._head.bias, *self.teacher.head_parameters()]
 
-    # ----------------------------------------------------------------------------------- logging, saving, resuming
+    # ----------------------------------------------------------------------------------------------- logging
 
     def _flush(self, mode: str) -> dict[str, float]:
         return self._meters[mode].flush(
@@ -309,24 +287,21 @@ class GKDTrainer(CardMixin, EvaluationMixin, SFTTrainer):
         """Add our metrics to a training log. The Trainer calls this on every rank, so the reduction meets."""
         if "loss" in logs and self.model.training:
             logs.update(self._flush("train"))
+            self._warn_of_truncation(logs)
             logs.update({f"ledger/targets/{s}": float(n) for s, n in self.ledger.targets.items() if n})
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump({"ledger": self.ledger.as_dict(), "num_tokens": self._total_train_tokens}, file)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = os.path.join(resume_from_checkpoint, STATE_FILE)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                state = json.load(file)
-            self.ledger.load(state["ledger"])
-            self._total_train_tokens = state["num_tokens"]
+    def _warn_of_truncation(self, logs: dict[str, float]) -> None:
+        share = logs.get("rollout/truncated", 0.0)
+        if share > TRUNCATION_WARNING and not self._warned_of_truncation:
+            self._warned_of_truncation = True
+            logger.warning(
+                "%.0f %% of the rollouts were cut off at max_new_tokens=%d without a stop token. Raise max_new_tokens, leave "
+                "cut rollouts out of the loss (mask_truncated_completions=True), or warm the student up on data "
+                "(lmbda=0) or on the teacher's text (seq_kd=True) until it has learnt to stop",
+                100 * share,
+                self.args.max_new_tokens,
+            )
 
 
 def _vocabulary_rows(model: Any) -> int:

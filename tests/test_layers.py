@@ -35,7 +35,7 @@ LEVELS = {
     }
     | {"random_state"},
     2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"},
-    3: {"trainer", "trainer_card", "trainer_evaluation", "progress"},
+    3: {"trainer", "trainer_card", "trainer_evaluation", "checkpoint", "progress"},
     4: {"run", "evaluate", "report", "demo", "demo_models", "demo_data", "demo_fetch"},
     5: {"cli"},
 }
