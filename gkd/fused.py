@@ -101,7 +101,7 @@ def _compared_vocabulary(
     for name, tensor in ids:
         if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < vocab:
             raise ValueError(
-                f"a {name} lies outside the {vocab} compared tokens ({int(tensor.min())} to {int(tensor.max())} found): "
+                f"a {name} is outside the {vocab} compared tokens ({int(tensor.min())} to {int(tensor.max())} found): "
                 "the student's vocabulary and the data's or the teacher's do not match"
             )
     return vocab
