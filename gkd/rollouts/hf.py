@@ -19,6 +19,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from gkd.rollouts.base import SamplingSettings, row_uniforms
+from gkd.rollouts.cache import keep_rows, places_to_keep, use_growing_layers
 from gkd.rollouts.modes import generation_mode
 
 # Rules that read the row's earlier tokens: left padding would be read as tokens, so such rows are not padded.
@@ -169,6 +170,7 @@ class _Decoding:
         rows = list(range(len(self.completions)))  # rows[i]: the row at place i of the batch
         finished: set[int] = set()
         uniforms = self.uniforms
+        use_growing_layers(model_kwargs.get("past_key_values"))
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         for position in range(self.settings.max_new_tokens):
             if position > 0:
@@ -180,14 +182,15 @@ class _Decoding:
             tokens = most_likely(scores) if self.settings.greedy else sample(scores, uniforms[:, position])
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
             self._record(rows, finished, tokens.tolist())
-            running = [place for place, row in enumerate(rows) if row not in finished]
-            if not running:
+            leaving = {place for place, row in enumerate(rows) if row in finished}
+            if len(leaving) == len(rows):
                 break
-            if len(running) < len(rows) and isinstance(model_kwargs.get("past_key_values"), Cache):
-                keep = torch.tensor(running, device=input_ids.device)
-                input_ids, uniforms = input_ids[keep], uniforms[keep]
-                _keep_rows(model_kwargs, keep, len(rows))
-                rows = [rows[place] for place in running]
+            if leaving and isinstance(model_kwargs.get("past_key_values"), Cache):
+                places = places_to_keep(len(rows), leaving)
+                index = torch.tensor(places, device=input_ids.device)
+                input_ids, uniforms = input_ids[index], uniforms[index]
+                _keep_rows(model_kwargs, places, index, len(rows))
+                rows = [rows[place] for place in places]
         return input_ids
 
     def _record(self, rows: list[int], finished: set[int], tokens: list[int]) -> None:
@@ -204,22 +207,22 @@ class _Decoding:
                     finished.add(row)
 
 
-def _keep_rows(model_kwargs: dict[str, Any], keep: Any, size: int) -> None:
-    """Keep some rows, of `size`, of everything that `generate` carries from step to step, in place."""
+def _keep_rows(model_kwargs: dict[str, Any], places: list[int], index: Tensor, size: int) -> None:
+    """Keep the rows at `places`, of `size`, in everything that `generate` carries from step to step, in place."""
     for key, value in model_kwargs.items():
         if isinstance(value, Cache):
-            value.reorder_cache(keep)
+            keep_rows(value, places, index.device)
         elif key == "position_ids" and isinstance(value, Tensor) and value.shape[-2] == size:
-            model_kwargs[key] = value.index_select(-2, keep)  # [B, T], or [axes, B, T] in models for images
+            model_kwargs[key] = value.index_select(-2, index)  # [B, T], or [axes, B, T] in models for images
         elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size:
-            model_kwargs[key] = value[keep]
+            model_kwargs[key] = value[index]
 
 
 def sample(scores: Tensor, uniforms: Tensor, block: int = 1024) -> Tensor:
     """One token per row by inverse CDF: the first token whose cumulative probability exceeds the row's number.
 
-    The sum goes by blocks of the vocabulary, then inside one block, in float64: one pass over the probabilities, and a
-    rounding error far below the probability of any token. A token of probability 0 is never taken.
+    The sum goes over blocks of the vocabulary, then inside one block, in float64: one pass over the probabilities, and
+    no long sum of small numbers in fp32. A token of probability 0 is never taken.
 
     Args:
         scores: logits [B, V], -inf where a rule excludes a token.
@@ -231,7 +234,7 @@ def sample(scores: Tensor, uniforms: Tensor, block: int = 1024) -> Tensor:
     probabilities = torch.softmax(scores.float(), dim=-1)
     rows, vocab = probabilities.shape
     blocks = nn.functional.pad(probabilities, (0, -vocab % block)).view(rows, -1, block)
-    masses = blocks.sum(-1, dtype=uniforms.dtype)  # [B, ceil(V / block)]
+    masses = blocks.sum(-1).to(uniforms.dtype)  # [B, ceil(V / block)]
     total = masses.sum(-1)
     which, rest = _first_above(masses, uniforms * total)
     inside = blocks[torch.arange(rows, device=scores.device), which].to(uniforms.dtype)
