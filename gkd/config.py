@@ -7,6 +7,7 @@ this trainer cannot honour are refused rather than ignored.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -119,10 +120,16 @@ class GKDConfig(SFTConfig):
     assistant_turns: str = _field("last", "Train on the last assistant turn, or on all of them (data rows).")
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available() and getattr(self, "bf16", None) is None:
-            # Without an accelerator the Trainer refuses bf16=True, TRL's default, unless it is told use_cpu; and
-            # accelerate does not start several CPU processes without it either.
-            self.use_cpu, self.bf16 = True, False
+        if not torch.accelerator.is_available():
+            # Without use_cpu the Trainer refuses bf16 here, and accelerate leaves several processes apart. Whether to
+            # compute in bf16 is then the launch file's word, since TRL's default is made for GPUs.
+            self.use_cpu = True
+            if self.bf16 is None:
+                self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        if self.data_seed is None:
+            # Otherwise the order of the rows comes from torch's global stream, and ranks whose streams differ (say,
+            # after set_seed(..., device_specific=True)) would each shuffle in their own way.
+            self.data_seed = self.seed
         super().__post_init__()
         self.make_divergence()
         self._check_ranges()
