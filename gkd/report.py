@@ -23,6 +23,9 @@ from gkd.trainer import GKDTrainer
 
 logger = logging.getLogger(__name__)
 
+# What the console shows; everything that was measured stands in evaluation.json and on the card.
+HEADLINES = ("divergence_own", "divergence_teacher_text", "perplexity", "ended", "score_greedy", "score_sampled")
+
 Score = Callable[[str, dict[str, Any]], float]
 
 
@@ -101,7 +104,7 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the table and the sample completions."""
         if self.before is not None and self.after is not None:
-            console.print(table(self.before, self.after, self.teacher))
+            console.print(table(self.before, self.after, self.teacher, HEADLINES))
             console.print(samples_table(self.before, self.after))
 
 
