@@ -6,13 +6,14 @@ memory is put back afterwards, so the base weights come back bit for bit in ever
 PEFT's own unmerging subtracts, which leaves rounding errors.
 
 In fp32 the folded model is the same up to rounding. In bf16 `W'` is rounded to 8 bits: an adapter much smaller than
-the weights, as at the start of training, partly vanishes in that, and the rollout would be from a slightly other model.
+the weights, as at the start of training, partly vanishes in that, and the rollout is from a slightly other model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -20,23 +21,22 @@ from torch import Tensor, nn
 
 
 def foldable(model: nn.Module) -> list[lora.Linear]:
-    """The plain LoRA layers of a model; variants, quantized, shared and already merged weights are left as they are."""
+    """The plain LoRA layers of a model. Variants, quantized, shared and already merged weights stay as they are."""
     uses: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    return [
-        layer
-        for layer in model.modules()
-        # Exactly this class: the quantized layers are its subclasses or of their own kind.
-        if type(layer) is lora.Linear
-        and not (layer.merged or layer.disable_adapters)
-        and not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in _active(layer))
-        and _active(layer)
-        and layer.get_base_layer().weight.is_floating_point()
-        and uses[id(layer.get_base_layer().weight)] == 1
-    ]
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    return [module for module in model.modules() if _is_foldable(module, uses)]
+
+
+def _is_foldable(layer: Any, uses: dict[int, int]) -> bool:
+    # Exactly this class: quantized layers are of their own classes.
+    if type(layer) is not lora.Linear or layer.merged or layer.disable_adapters:
+        return False
+    names = _active(layer)
+    plain = not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names)
+    weight = layer.get_base_layer().weight
+    return bool(names) and plain and weight.is_floating_point() and uses[id(weight)] == 1
 
 
 def full_precision(layers: list[lora.Linear]) -> bool:
