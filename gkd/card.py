@@ -37,6 +37,7 @@ CITATION = f"""@inproceedings{{agarwal2024onpolicy,
 __all__ = ["CardInfo", "Repo", "create_card", "describe_hardware", "installed_versions", "write_card"]
 
 TAGS = ("gkd", "knowledge-distillation", "on-policy-distillation", "trl", "arxiv:2306.13649")
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow")
 SAMPLE_LIMIT = 600  # characters of a sample completion
 
 
@@ -190,6 +191,8 @@ def _eval_results(info: CardInfo) -> list[EvalResult]:
 def is_repo_id(name: str) -> bool:
     """Whether `name` can be a Hub repository: a valid id, and no path that exists on this machine."""
     if os.path.exists(name) or PurePath(name).is_absolute() or name.startswith((".", "~")):
+        return False
+    if name.endswith(_DATA_SUFFIXES):
         return False
     try:
         validate_repo_id(name)

@@ -50,7 +50,7 @@ def shorten(text: str, limit: int) -> str:
 
 def duration(seconds: float) -> str:
     """`2 h 3 min`, `4 min 5 s`, `6.7 s`."""
-    if seconds < 60:
+    if seconds < 59.95:  # above, the rounded seconds would read 60.0
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
