@@ -232,7 +232,7 @@ class RowEncoder:
             if text.startswith(closed):
                 spans.append((start, len(closed)))
                 continue
-            ends = [text.find(stop, start, limit) + len(stop) for stop in self.stop_texts if stop in text[start:limit]]
+            ends = [text.index(stop, start) + len(stop) for stop in self.stop_texts if stop in text[start:limit]]
             if limit is not None and ends:
                 spans.append((start, min(ends)))
         return [span for span in spans if not self._is_bare(text[slice(*span)])], len(spans) < len(numbers) - 1

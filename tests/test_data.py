@@ -282,6 +282,22 @@ def test_tools_are_rendered_and_their_results_are_not_trained_on(tools):
     assert parts(one(row, tokenizer), tokenizer)[1] == [ANSWER_TEXT]
 
 
+def test_keys_that_arrow_fills_with_none_do_not_reach_the_template():
+    tokenizer = with_template(TOOL_TEMPLATE.replace("if message.tool_calls else", "if 'tool_calls' in message else"))
+    calls = [{**CALL, "function": {**CALL["function"], "arguments": {"word": "owl", "language": None}}}]
+    row = {"messages": [USER, {**TOOL_CHAT[1], "tool_calls": calls}, *TOOL_CHAT[2:]], "tools": TOOLS}
+    prepared = one(row, tokenizer, assistant_turns="all")
+    assert "null" not in tokenizer.decode(prepared["input_ids"])
+    assert json.loads(parts(prepared, tokenizer)[1][0].removesuffix("<|im_end|>")) == [CALL]
+
+
+def test_an_answer_that_the_template_does_not_write_is_empty():
+    with_calls = {"messages": [USER, TOOL_CHAT[1]]}
+    assert prepare([with_calls, with_calls], with_template(TOOL_TEMPLATE))[1].kept == 2
+    with pytest.raises(ValueError, match="2 dropped: the answer is empty: rows 0, 1"):
+        prepare([with_calls, with_calls])
+
+
 def test_chat_template_kwargs_reach_the_template():
     tokenizer = with_template(CHATML + "{{ 'think!' if think is defined and think and add_generation_prompt }}")
     rows = [{**GOOD, "chat_template_kwargs": {"think": think}} for think in (False, True)]
@@ -346,6 +362,25 @@ def test_earlier_turns_that_the_template_rewrites_are_found():
     rows, report = prepare([{"messages": chat}], tokenizer, assistant_turns="all")
     assert parts(rows[0], tokenizer)[1] == ["Two.<|im_end|>", "<think>ah</think>Three.<|im_end|>"]
     assert not report.rows_with
+
+
+def test_an_earlier_turn_does_not_reach_over_the_next_users():
+    """As in templates that close the last turn only with the stop token: where an earlier turn ends cannot be told."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content + ('<|im_end|>' if loop.last else '.') }}{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = with_template(template.replace("if loop.last", "if loop.last and m.role == 'assistant'"))
+    chat = [USER, ANSWER, USER, ANSWER]
+    rows, report = prepare([{"messages": chat}], tokenizer, assistant_turns="all")
+    assert parts(rows[0], tokenizer) == ("user:How many?.assistant:Three..user:How many?.assistant:", [ANSWER_TEXT])
+    assert report.rows_with == {"turn_not_found": [0]}
+
+
+def test_an_earlier_empty_turn_is_not_trained_on():
+    chat = [USER, {**ANSWER, "content": ""}, USER, ANSWER]
+    rows, report = prepare([{"messages": chat}], assistant_turns="all")
+    assert (parts(rows[0])[1], report.rows_with) == ([ANSWER_TEXT], {})
 
 
 def test_an_earlier_turn_that_cannot_be_found_is_noted():
@@ -491,6 +526,18 @@ def test_overlong_rows_are_cut_at_the_end_of_the_answer_or_dropped():
     assert report.rows_with == {"no_room": [1], "row_cut": [2]}
     rows, report = prepare(LONG, max_length=limit, overlong_row="drop")
     assert (rows["row"], report.rows_with) == ([0], {"no_room": [1], "row_too_long": [2]})
+
+
+def test_one_target_is_room_enough_and_none_is_not():
+    limit = one(LONG[0])["prompt_length"]
+    assert prepare([LONG[0]], max_length=limit + 1)[1].target_tokens == 1
+    with pytest.raises(ValueError, match=f"1 dropped: the prompt alone fills max_length={limit}: row 0"):
+        prepare([LONG[0]], max_length=limit)
+
+
+def test_a_row_is_dropped_for_one_reason():
+    _, report = prepare(LONG, max_prompt_length=FRAME + 2, max_length=FRAME + 3)
+    assert report.rows_with == {"prompt_too_long": [1], "row_cut": [2]}
 
 
 def test_max_length_is_not_for_prompts_alone():

@@ -34,7 +34,7 @@ def test_padded_heads_are_restricted_to_the_smaller_with_one_line(student_rows, 
 
 def test_an_id_for_two_tokens_is_refused_though_sizes_agree():
     teacher = word_tokenizer({"[u]": 0, "a": 1, "x": 2, "y": 3})
-    with pytest.raises(ValueError, match="student has 4 tokens, the teacher 4, and the first id .* is 2: 'b'"):
+    with pytest.raises(ValueError, match=r"student has 4 tokens, the teacher 4, and the first id .* is 2: 'b'"):
         shared_vocabulary(word_tokenizer(WORDS), teacher, 4, 4)
 
 
