@@ -1,0 +1,154 @@
+"""Heads of real (tiny) models: what `head_of` reads gives the model's own logits, or it raises."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+from torch import nn
+
+from gkd.dense_loss import generalized_jsd_loss
+from gkd.divergence import make_divergence
+from gkd.fused import LossSettings, fused_divergence
+from gkd.signals import DenseSignal, Head, check_head, head_of
+
+KINDS = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+    "gpt2": {},
+    "phi": {},  # a head with a bias
+    "mixtral": {"num_local_experts": 2},
+}
+
+
+def run(model, input_ids):
+    """Last hidden states and logits, as the model itself computes them."""
+    seen = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    logits = model(input_ids=input_ids).logits
+    handle.remove()
+    return seen[0], logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_is_the_models_own_logits(kind):
+    student, teacher = tiny_model(kind, seed=1, **KINDS[kind]), tiny_model(kind, hidden=48, seed=2, **KINDS[kind])
+    if kind == "phi":
+        nn.init.normal_(student.lm_head.bias, generator=torch.Generator().manual_seed(0))
+    input_ids = torch.randint(0, 259, (2, 9), generator=torch.Generator().manual_seed(3))
+    labels = input_ids.clone()
+    labels[0, :4] = labels[1, :6] = -100
+    mask = labels[:, 1:] != -100
+
+    hidden, logits = run(student, input_ids)
+    with torch.no_grad():
+        teacher_hidden, teacher_logits = run(teacher, input_ids)
+    dense = generalized_jsd_loss(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:])
+    names = [name for name, _ in student.named_parameters()]
+    expected = torch.autograd.grad(dense, list(student.parameters()), retain_graph=True)
+
+    head = head_of(student)
+    assert head.weight is student.get_output_embeddings().weight
+    number = int(mask.sum())
+    output = fused_divergence(
+        hidden[:, :-1][mask],
+        head,
+        DenseSignal(teacher_hidden[:, :-1][mask], head_of(teacher)),
+        labels[:, 1:][mask],
+        torch.full((number,), 1 / number),
+        LossSettings(make_divergence("jsd"), chunk_size=4),
+    )
+    torch.testing.assert_close(output.loss, dense, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(output.loss, list(student.parameters()))
+    for name, gradient, wanted in zip(names, gradients, expected, strict=True):
+        torch.testing.assert_close(
+            gradient, wanted, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    check_head(student, head)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+def test_check_head_sees_a_forgotten_quirk(kind):
+    model = tiny_model(kind, **KINDS[kind])
+    head = head_of(model)
+    with pytest.raises(ValueError, match="does something to its logits"):
+        check_head(model, Head(head.weight, head.bias))
+
+
+def test_check_head_leaves_the_model_as_it_was():
+    model = tiny_model("llama", attention_dropout=0.5)
+    model.train()
+    model.model.layers[0].eval()
+    before = torch.random.get_rng_state()
+    check_head(model, head_of(model))
+    assert model.training
+    assert not model.model.layers[0].training
+    assert not model.lm_head._forward_pre_hooks
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_check_head_in_bf16():
+    model = tiny_model("gemma2", final_logit_softcapping=3.0).bfloat16()
+    check_head(model, head_of(model))
+
+
+def adapted(**options):
+    return get_peft_model(tiny_model("qwen2"), LoraConfig(task_type="CAUSAL_LM", r=2, **options))
+
+
+def test_lora_leaves_the_head_frozen():
+    model = adapted(target_modules=["q_proj", "v_proj"])
+    head = head_of(model)
+    assert not head.weight.requires_grad
+    check_head(model, head)
+
+
+def test_lora_on_the_head_is_refused():
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="take 'lm_head' out"):
+        head_of(model)
+
+
+def test_a_fully_trained_head_beside_lora_is_the_one_that_runs():
+    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    head = head_of(model)
+    assert head.weight.requires_grad
+    nn.init.normal_(head.weight)
+    check_head(model, head)
+
+
+def test_models_without_a_usable_head_are_refused():
+    class Headless(nn.Module):
+        def get_output_embeddings(self):
+            return None
+
+    with pytest.raises(ValueError, match="Headless has no output embeddings"):
+        head_of(Headless())
+    with pytest.raises(ValueError, match="Linear has no output embeddings"):
+        head_of(nn.Linear(2, 2))
+
+
+def test_a_quantised_head_is_refused():
+    model = tiny_model("llama")
+    model.lm_head.weight = nn.Parameter(torch.zeros(259, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised"):
+        head_of(model)
+
+
+def test_hyperclovax_multiplies_where_granite_divides():
+    assert head_of(tiny_model("granite", logits_scaling=4.0)).logit_scale == 0.25
+    model = tiny_model("granite", logits_scaling=4.0)
+    model.config.model_type = "hyperclovax"
+    assert head_of(model).logit_scale == 4.0
+    model.config.logit_scale = "inv_sqrt_d_model"
+    with pytest.raises(ValueError, match="not a number"):
+        head_of(model)
+
+
+def test_a_cut_head_is_refused():
+    model = tiny_model("llama")
+    model.config.unpadded_vocab_size = 200
+    with pytest.raises(ValueError, match="unpadded_vocab_size=200"):
+        head_of(model)
