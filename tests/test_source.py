@@ -30,7 +30,9 @@ def test_the_share_of_every_step_is_lmbda_rounded(seed, step, num_rows, lmbda):
 @pytest.mark.parametrize("lmbda", [0.1, 0.3, 0.77])
 def test_expectation_is_exact(mixing, lmbda):
     rows, steps = 3, 10_000
-    share = sum(choose_sources(7, s, rows, lmbda, mixing=mixing).count("student") for s in range(steps)) / (rows * steps)
+    share = sum(choose_sources(7, s, rows, lmbda, mixing=mixing).count("student") for s in range(steps)) / (
+        rows * steps
+    )
     # the variance of one step's share is at most lmbda (1 - lmbda) (the coin), so three sigma of the mean:
     assert abs(share - lmbda) < 3 * math.sqrt(lmbda * (1 - lmbda) / steps)
 
