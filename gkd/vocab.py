@@ -89,6 +89,10 @@ def _check_same_tokens(student_ids: dict[str, int], teacher_ids: dict[str, int])
             logger.info("%s; only the %s's tokenizer names %d of the ids.", sizes, who, extra)
 
 
+_MARKER = "MarkOfTheAnswer"
+_CONVERSATION = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _MARKER}]
+
+
 @dataclass(frozen=True)
 class EndOfTurn:
     """What a chat template writes after an assistant's content.
@@ -109,13 +113,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
     """
     if not tokenizer.chat_template:
         return None
-    marker = "MarkOfTheAnswer"
-    conversation = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": marker}]
     try:
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        text = str(tokenizer.apply_chat_template(_CONVERSATION, tokenize=False))
     except (jinja2.TemplateError, TypeError):
         return None
-    _, found, closing = text.rpartition(marker)
+    _, found, closing = text.rpartition(_MARKER)
     if not found:
         return None
     ids: list[int] = tokenizer(closing.lstrip(), add_special_tokens=False)["input_ids"]
@@ -155,4 +157,29 @@ def compare_stop_ids(student: Sequence[int], teacher: Sequence[int], tokenizer: 
         f"student and teacher end their answers differently: stop ids of the student {named[0]}; of the teacher "
         f"{named[1]}. Watch the completion lengths; if they grow, give the student the teacher's chat template and "
         f"train it on data or on teacher-written answers (seq_kd) first"
+    )
+
+
+def compare_chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    """A warning when the teacher's own chat template writes a plain conversation otherwise than the student's, else None.
+
+    Chats are rendered with the student's template, for both: a teacher that was trained on another one then scores text
+    of a form that it does not know. A template that either lacks, or that cannot render, is not compared.
+    """
+    texts = []
+    for tokenizer in (student, teacher):
+        if not tokenizer.chat_template:
+            return None
+        try:
+            texts.append(
+                str(tokenizer.apply_chat_template(_CONVERSATION[:1], tokenize=False, add_generation_prompt=True))
+            )
+        except (jinja2.TemplateError, TypeError):
+            return None
+    if texts[0] == texts[1]:
+        return None
+    return (
+        f"student and teacher have different chat templates: the student's writes {texts[0]!r}, the teacher's "
+        f"{texts[1]!r}. Both read chats in the student's form; give the student's tokenizer the teacher's template "
+        f"(chat_template_path) unless the teacher knows the student's"
     )

@@ -7,7 +7,7 @@ from tiny import CHATML, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from gkd.vocab import compare_stop_ids, end_of_turn, shared_vocabulary, stop_token_ids
+from gkd.vocab import compare_chat_templates, compare_stop_ids, end_of_turn, shared_vocabulary, stop_token_ids
 
 
 def word_tokenizer(vocab):
@@ -142,3 +142,13 @@ def test_different_stop_ids_are_named():
     warning = compare_stop_ids((256,), (258,), tokenizer)
     assert "student 256 (<|endoftext|>); of the teacher 258 (<|im_end|>)" in warning
     assert "seq_kd" in warning
+
+
+def test_different_chat_templates_are_shown():
+    student = tiny_tokenizer()
+    assert compare_chat_templates(student, tiny_tokenizer(pad_is_eos=True)) is None
+    assert compare_chat_templates(student, tiny_tokenizer(chat_template=None)) is None
+    assert compare_chat_templates(student, tiny_tokenizer(chat_template="{{ raise_exception('no') }}")) is None
+    warning = compare_chat_templates(student, tiny_tokenizer(chat_template=CHATML.replace("assistant", "model")))
+    assert "student's writes '<|im_start|>user" in warning
+    assert "<|im_start|>model" in warning
