@@ -21,6 +21,7 @@ _OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
 _OVERLONG_ROW = ("cut", "drop")
 _TURNS = ("last", "all")
 _REDUCTIONS = ("token", "sequence")
+_SEQ_KD_LOSSES = ("divergence", "nll")
 _TAILS = ("bucket", "renormalize")
 
 # SFTConfig fields that have no effect here: (field, the value that is fine, what to do instead).
@@ -75,6 +76,18 @@ class GKDConfig(SFTConfig):
         False, "Sequences that the student does not write are written by the teacher instead of taken from the data."
     )
 
+    teacher_temperature: float | None = _field(
+        None, "Sampling temperature of the teacher's sequences (seq_kd), 0 is greedy. None = temperature."
+    )
+    seq_kd_loss: str = _field(
+        "divergence", "Loss on the teacher's sequences: divergence, or nll (their negative log-likelihood)."
+    )
+    teacher_cache_dir: str | None = _field(
+        None,
+        "Where the teacher's sequences are kept, so that it answers each prompt once. None = "
+        "<output_dir>/_teacher_sequences; off = a new sample each time.",
+    )
+
     # --- the loss ---
     divergence: str = _field("jsd", f"Per-token divergence, one of: {', '.join(DIVERGENCES)}.")
     skew_lambda: float = _field(0.1, "Mixing share of the skew divergences (DistiLLM's alpha).")
@@ -94,6 +107,10 @@ class GKDConfig(SFTConfig):
     teacher_top_k: int | None = _field(None, "Keep only the teacher's K most likely tokens. None = all.")
     top_k_tail: str = _field("bucket", "bucket: K + 1 outcomes with the exact tail mass. renormalize: no tail.")
     mask_truncated_completions: bool = _field(False, "Do not train on rollouts that were cut off at max_new_tokens.")
+    drop_repetitive_completions: bool = _field(False, "Do not train on repetitive rollouts (repetition_threshold).")
+    repetition_threshold: float = _field(
+        0.5, "A completion is repetitive when more than this share of its 4-grams occurred before in it."
+    )
     loss_chunk_size: int | None = _field(None, "Targets per chunk of the fused loss. None = from a byte budget.")
 
     # --- sampling, all explicit: nothing leaks in from a model's own generation config ---
@@ -120,13 +137,8 @@ class GKDConfig(SFTConfig):
     assistant_turns: str = _field("last", "Train on the last assistant turn, or on all of them (data rows).")
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            # Without use_cpu the Trainer refuses bf16 here, and accelerate leaves several processes apart. Whether to
-            # compute in bf16 is then the launch file's word, since TRL's default is made for GPUs.
-            self.use_cpu = True
-            if self.bf16 is None:
-                self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        if self.data_seed is None:
+        self._choose_for_cpu()
+        if getattr(self, "data_seed", None) is None:
             # Otherwise the order of the rows comes from torch's global stream, and ranks whose streams differ (say,
             # after set_seed(..., device_specific=True)) would each shuffle in their own way.
             self.data_seed = self.seed
@@ -135,6 +147,14 @@ class GKDConfig(SFTConfig):
         self._check_ranges()
         self._check_choices()
         self._check_ineffective()
+
+    def _choose_for_cpu(self) -> None:
+        """Without an accelerator: use_cpu, without which accelerate leaves several processes apart and the Trainer
+        refuses bf16; and bf16 only when the launch file says so, since TRL's default is made for GPUs."""
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            given: bool | None = getattr(self, "bf16", None)
+            self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" if given is None else given
 
     def make_divergence(self) -> Divergence:
         """The divergence that the fields name; ValueError for an unknown name, a parameter out of range or unused."""
@@ -156,6 +176,9 @@ class GKDConfig(SFTConfig):
         if self.teacher_loss_temperature is not None:
             _within("teacher_loss_temperature", self.teacher_loss_temperature, 0, math.inf, "1", low_open=True)
         _within("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 turns it off", low_open=True)
+        if self.teacher_temperature is not None:
+            _within("teacher_temperature", self.teacher_temperature, 0, math.inf, "0 is greedy, None is temperature")
+        _within("repetition_threshold", self.repetition_threshold, 0, 1, "1 calls nothing repetitive")
         if self.min_p is not None:
             _within("min_p", self.min_p, 0, 1, "None turns it off")
         _whole("max_new_tokens", self.max_new_tokens, 1)
@@ -168,6 +191,7 @@ class GKDConfig(SFTConfig):
         choices: dict[str, tuple[str, ...]] = {
             "mixing": MIXINGS,
             "loss_reduction": _REDUCTIONS,
+            "seq_kd_loss": _SEQ_KD_LOSSES,
             "top_k_tail": _TAILS,
             "overlong_prompt": _OVERLONG_PROMPT,
             "overlong_row": _OVERLONG_ROW,
@@ -183,6 +207,24 @@ class GKDConfig(SFTConfig):
             # transformers itself turns average_tokens_across_devices off when there is one process
             if value != fine and not (name == "average_tokens_across_devices" and self.world_size == 1):
                 raise ValueError(f"{name}={value!r} has no effect in GKDTrainer: {remedy}")
+
+        for name, fine in (("teacher_temperature", None), ("seq_kd_loss", "divergence")):
+            if not self.seq_kd and getattr(self, name) != fine:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with seq_kd=False, where the teacher writes no "
+                    f"sequences: set seq_kd=True, or leave it out"
+                )
+
+    @property
+    def teacher_cache_folder(self) -> str | None:
+        """Where the teacher's sequences are kept; None when they are not.
+
+        The default's name starts with an underscore: the Trainer leaves such files out of what it pushes to the Hub.
+        """
+        if self.teacher_cache_dir is None:
+            return os.path.join(str(self.output_dir), "_teacher_sequences")
+        off = str(self.teacher_cache_dir).lower() in ("", "off", "false")  # YAML reads a bare `off` as False
+        return None if off else str(self.teacher_cache_dir)
 
     @property
     def prompt_limit(self) -> int | None:

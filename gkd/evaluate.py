@@ -40,7 +40,7 @@ from gkd.measures import (
 )
 from gkd.rollouts import HFRollout, SamplingSettings, repeated_ngram_share
 from gkd.rollouts.modes import generation_mode
-from gkd.signals import DenseSignal, Head, head_of
+from gkd.signals import DenseSignal, Head, head_of, output_layer
 
 Score = Callable[[int, str], float]
 CHUNK_LOGITS = 2**25  # numbers in one chunk of logits for the perplexity: 128 MiB in fp32
@@ -265,7 +265,7 @@ def token_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 def _hidden(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device | None = None) -> Tensor:
     """Hidden states [N, D] that predict the batch's targets, on `device`."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    hidden, _ = last_hidden(model, model.get_output_embeddings(), inputs)
+    hidden, _ = last_hidden(model, output_layer(model), inputs)
     return select_targets(hidden, batch["labels"].to(hidden.device)).to(device or hidden.device)
 
 

@@ -1,47 +1,64 @@
-"""Run a causal language model for its last hidden states only: no logits for any position are ever built.
+"""Run a causal language model up to its output head and do something else there: no logits are ever built.
 
-The whole wrapped model runs (DDP, DeepSpeed, autocast, gradient checkpointing: all hooks fire as usual). A hook in
-front of the output head keeps what the head was about to project and hands it an empty slice instead, so the head
-costs nothing and whatever the model does to its logits afterwards (soft-capping, scaling) is done to an empty tensor.
+The whole wrapped model runs (DDP, DeepSpeed, autocast, gradient checkpointing: all hooks fire as usual). Only the
+head's own `forward` is replaced, inside its hooks: ZeRO-3 has gathered the head's weight when ours runs, gathers it
+again for our backward pass, and sees one module with an input and an output like any other. Behind the head the model
+goes on with an empty tensor, so whatever it does to logits (soft-capping, scaling) costs nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def last_hidden(wrapped: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The hidden states that `head` would project.
+def instead_of_logits(
+    wrapped: nn.Module, head: nn.Module, inputs: dict[str, Any], use: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Any]:
+    """Call `use` on the hidden states that `head` would project.
 
     Args:
         wrapped: the model as the trainer calls it.
-        head: the output embeddings inside it (`get_output_embeddings()`).
+        head: the module inside it that holds the head's weight (`gkd.signals.output_layer`).
         inputs: keyword arguments of the forward pass; `input_ids` [B, T].
+        use: hidden states [B, T, D] in the model's compute dtype -> a tensor, say the loss.
 
     Returns:
-        Hidden states [B, T, D] in the model's compute dtype, and the model's outputs (logits are empty).
+        What `use` gave, and the model's outputs (logits are empty).
 
     Raises:
         ValueError: the model did not pass all T positions through its head (prompt-learning PEFT adds virtual tokens).
     """
-    kept: list[Tensor] = []
+    results: list[Tensor] = []
 
-    def keep(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        kept.append(args[0])
-        return (args[0][:, :0], *args[1:])
+    def forward(hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != inputs["input_ids"].shape:
+            raise ValueError(
+                f"the model's head saw hidden states {tuple(hidden.shape[:2])} for input_ids "
+                f"{tuple(inputs['input_ids'].shape)}: prompt-learning adapters are not supported, use LoRA"
+            )
+        return use(hidden)
 
-    handle = head.register_forward_pre_hook(keep)
+    def keep(_module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
+        results.append(result)  # behind all other hooks of the head, which may have put their own node on it
+        return args[0][:, :0].detach()
+
+    own = vars(head).get("forward")  # accelerate and others may have replaced it, too
+    handle = head.register_forward_hook(keep)
+    head.forward = forward
     try:
         outputs = wrapped(**inputs, use_cache=False)
     finally:
         handle.remove()
-    assert len(kept) == 1, f"the output head ran {len(kept)} times in one forward pass"
-    hidden = kept[0]
-    if hidden.shape[:2] != inputs["input_ids"].shape:
-        raise ValueError(
-            f"the model's head saw hidden states {tuple(hidden.shape[:2])} for input_ids "
-            f"{tuple(inputs['input_ids'].shape)}: prompt-learning adapters are not supported, use LoRA"
-        )
-    return hidden, outputs
+        del head.forward
+        if own is not None:
+            head.forward = own
+    assert len(results) == 1, f"the output head ran {len(results)} times in one forward pass"
+    return results[0], outputs
+
+
+def last_hidden(wrapped: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The hidden states [B, T, D] that `head` would project, and the model's outputs; see `instead_of_logits`."""
+    return instead_of_logits(wrapped, head, inputs, lambda hidden: hidden)

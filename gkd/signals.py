@@ -89,6 +89,16 @@ def head_of(model: nn.Module) -> Head:
     return Head(weight, bias, _logit_scale(config), _softcap(config))
 
 
+def output_layer(model: nn.Module) -> nn.Module:
+    """The module that holds the output head's weight: behind PEFT, and the trained copy where there is one.
+
+    Raises:
+        ValueError: see `head_of`.
+    """
+    layer: nn.Module = _output_layer(_base(model))
+    return layer
+
+
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -28,11 +28,11 @@ from gkd.data import PaddingCollator
 from gkd.distributed import gathered, max_over_ranks, sum_over_ranks
 from gkd.divergence import generalized_jsd_loss
 from gkd.fused import FusedOutput, fused_divergence
-from gkd.hidden import last_hidden
+from gkd.hidden import instead_of_logits
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import loss_settings, prepare_rows, sampling_settings
 from gkd.rollouts import ROLLOUTS
-from gkd.signals import head_of
+from gkd.signals import head_of, output_layer
 from gkd.source import SOURCES, choose_sources
 from gkd.teachers import TEACHERS
 from gkd.trainer_card import CardMixin
@@ -130,7 +130,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
         student = self.accelerator.unwrap_model(self.model)
         self._head = head_of(student)
-        self._head_module = student.get_output_embeddings()
+        self._head_module = output_layer(student)
         if args.disable_dropout:
             checks.disable_dropout(self.model)
         if teacher_tokenizer is None:
@@ -236,10 +236,15 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
-        hidden, outputs = last_hidden(model, self._head_module, model_inputs)
-        output, sources = self._divergence(hidden, signal, inputs, num_items_in_batch)
+        details: list[tuple[FusedOutput, Tensor]] = []
+
+        def loss_at_the_head(hidden: Tensor) -> Tensor:
+            details.append(self._divergence(hidden, signal, inputs, num_items_in_batch))
+            return details[0][0].loss
+
+        loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head)
+        output, sources = details[0]
         self._meters[mode].add_targets(output, sources)
-        loss = output.loss
         if mode == "eval":
             self._count_evaluation(output, inputs)
         elif num_items_in_batch is not None:
@@ -266,14 +271,12 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         weights, ce_weights = target_weights(
             labels, row_sources, num_items, args.loss_reduction, args.ce_weight, args.ce_on_student_tokens
         )
-        with gathered({id(p): p for p in self._head_parameters()}.values()):
+        # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
+        with gathered(self.teacher.head_parameters()):
             output = fused_divergence(
                 select_targets(hidden, labels), self._head, signal, targets, weights, self.loss_settings, ce_weights
             )
         return output, sources
-
-    def _head_parameters(self) -> list[Tensor | None]:
-        return [self._head.weight, self._head.bias, *self.teacher.head_parameters()]
 
     # ----------------------------------------------------------------------------------------------- logging
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from gkd.batch import select_targets
 from gkd.distributed import place_frozen
 from gkd.hidden import last_hidden
-from gkd.signals import DenseSignal, TeacherSignal, head_of
+from gkd.signals import DenseSignal, TeacherSignal, head_of, output_layer
 
 
 class LocalTeacher:
@@ -24,7 +24,7 @@ class LocalTeacher:
 
     def __init__(self, model: Any, accelerator: Accelerator) -> None:
         self.head = head_of(model)
-        self._head_module = model.get_output_embeddings()
+        self._head_module = output_layer(model)
         self.accelerator = accelerator
         self.model = place_frozen(model, accelerator)
 
