@@ -161,10 +161,10 @@ def compare_stop_ids(student: Sequence[int], teacher: Sequence[int], tokenizer: 
 
 
 def compare_chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
-    """A warning when the teacher's own chat template writes a plain conversation otherwise than the student's, else None.
+    """A warning when the teacher's own chat template writes a question otherwise than the student's, else None.
 
-    Chats are rendered with the student's template, for both: a teacher that was trained on another one then scores text
-    of a form that it does not know. A template that either lacks, or that cannot render, is not compared.
+    Both models read chats in the form of the student's template: a teacher that was trained on another scores text of
+    a form that it does not know. A template that either lacks, or that cannot render, is not compared.
     """
     texts = []
     for tokenizer in (student, teacher):
@@ -176,6 +176,7 @@ def compare_chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrained
             )
         except (jinja2.TemplateError, TypeError):
             return None
+        texts.append(str(text))
     if texts[0] == texts[1]:
         return None
     return (

@@ -149,17 +149,15 @@ def test_earlier_turns_that_the_template_rewrites_are_found():
     assert not report.rows_with
 
 
-def test_an_earlier_turn_does_not_reach_over_the_next_users():
-    """As in templates that close the last turn only with the stop token: where an earlier turn ends cannot be told."""
-    template = (
-        "{% for m in messages %}{{ m.role + ':' + m.content + ('<|im_end|>' if loop.last else '.') }}{% endfor %}"
-    )
-    template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    tokenizer = with_template(template.replace("if loop.last", "if loop.last and m.role == 'assistant'"))
-    chat = [USER, ANSWER, USER, ANSWER]
-    rows, report = prepare([{"messages": chat}], tokenizer, assistant_turns="all")
+@pytest.mark.parametrize("think", ["", "{{ '<think>' if messages | length > 2 }}"], ids=["", "next turn not found"])
+def test_an_earlier_turn_does_not_reach_over_the_next_users(think):
+    """As in templates that close only the last turn with the stop token: where an earlier one ends cannot be told."""
+    template = "{% for m in messages %}{{ m.role + ':' + m.content }}"
+    template += "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '.' }}{% endfor %}"
+    tokenizer = with_template(template + "{% if add_generation_prompt %}assistant:" + think + "{% endif %}")
+    rows, report = prepare([{"messages": [USER, ANSWER, USER, ANSWER]}], tokenizer, assistant_turns="all")
     assert parts(rows[0], tokenizer) == ("user:How many?.assistant:Three..user:How many?.assistant:", [ANSWER_TEXT])
-    assert report.rows_with == {"turn_not_found": [0]}
+    assert report.rows_with == {"turn_not_found": [0]} | ({"prompt_not_prefix": [0]} if think else {})
 
 
 def test_an_earlier_empty_turn_is_not_trained_on():
