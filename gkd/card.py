@@ -8,21 +8,20 @@ redacted from the command line and from the settings, and a path of this machine
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from gkd.card_info import CardInfo, Repo
 from gkd.comparison import as_markdown
 from gkd.environment import describe_hardware, installed_versions
 from gkd.markdown import duration, escape_caption, escape_cell, fenced, inline_code, markdown_table, shorten
 from gkd.redact import redact_command, redact_settings
+
+# The two about the environment are here for those who fill a CardInfo.
+__all__ = ["CardInfo", "Repo", "create_card", "describe_hardware", "installed_versions", "write_card"]
 
 PAPER_TITLE = "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes"
 PAPER_URL = "https://arxiv.org/abs/2306.13649"
@@ -34,86 +33,8 @@ CITATION = f"""@inproceedings{{agarwal2024onpolicy,
   year      = {{2024}},
   url       = {{{PAPER_URL}}}
 }}"""
-__all__ = ["CardInfo", "Repo", "create_card", "describe_hardware", "installed_versions", "write_card"]
-
 TAGS = ("gkd", "knowledge-distillation", "on-policy-distillation", "trl", "arxiv:2306.13649")
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow")
 SAMPLE_LIMIT = 600  # characters of a sample completion
-
-
-@dataclass(frozen=True)
-class Repo:
-    """A model or data set by name. `on_hub` None: decided from the name (a repository id, and no local path).
-
-    Args:
-        name: a Hub repository id, a local path, or any name to show.
-        revision: commit, branch or tag.
-    """
-
-    name: str
-    revision: str | None = None
-    on_hub: bool | None = None
-
-    @property
-    def hub_id(self) -> str | None:
-        """The repository id for the metadata, None for anything that is not on the Hub."""
-        looks_like_one = is_repo_id(self.name) if self.on_hub is None else self.on_hub
-        return self.name if looks_like_one else None
-
-    @property
-    def shown(self) -> str:
-        """The id, or for a path its last part only: folders of this machine are nobody's business."""
-        is_path = self.hub_id is None and (os.sep in self.name or "\\" in self.name)
-        return re.split(r"[/\\]", self.name.rstrip("/\\"))[-1] or self.name if is_path else self.name
-
-
-@dataclass
-class CardInfo:
-    """Everything a card can say. All but the first three may be left at their defaults.
-
-    Attributes:
-        model_name: the name of the new model (also in the model index).
-        student, teacher: the models trained from.
-        datasets: training data.
-        settings: the method's settings by field name (lmbda, beta, temperature, ...), shown as a table.
-        lora: the adapter's settings; not None means that the model is an adapter.
-        ledger: `{"sequences": {source: n}, "targets": {source: n}}`, as `gkd.metrics.Ledger.as_dict`.
-        evaluation: the dictionary of `gkd.comparison.as_dict`; None before anything was evaluated.
-        plots: (file relative to the card, caption).
-        hardware: one line, see `describe_hardware`.
-        wall_time_s: seconds of training.
-        peak_memory_bytes: of the fullest device.
-        versions: package -> version, see `installed_versions`.
-        command: the argument vector that started the run; secrets are redacted here.
-        steps, num_processes: optimizer steps taken; processes used.
-        hub_model_id: where the model will live, for the quick start.
-        license: the Hub's license id, if known.
-        language: ISO codes.
-        tags: further tags.
-        notes: paragraphs of Markdown, written as they are (warnings, known limits).
-    """
-
-    model_name: str
-    student: Repo
-    teacher: Repo
-    datasets: Sequence[Repo] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] | None = None
-    ledger: Mapping[str, Mapping[str, int]] | None = None
-    evaluation: Mapping[str, Any] | None = None
-    plots: Sequence[tuple[str, str]] = ()
-    hardware: str | None = None
-    wall_time_s: float | None = None
-    peak_memory_bytes: int | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    command: Sequence[str] | None = None
-    steps: int | None = None
-    num_processes: int | None = None
-    hub_model_id: str | None = None
-    license: str | None = None
-    language: str | list[str] | None = None
-    tags: Sequence[str] = ()
-    notes: Sequence[str] = ()
 
 
 def create_card(info: CardInfo) -> str:
@@ -188,19 +109,6 @@ def _eval_results(info: CardInfo) -> list[EvalResult]:
     ]
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether `name` can be a Hub repository: a valid id, and no path that exists on this machine."""
-    if os.path.exists(name) or PurePath(name).is_absolute() or name.startswith((".", "~")):
-        return False
-    if name.endswith(_DATA_SUFFIXES):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 # --------------------------------------------------------------------------------------------------------- text
 
 
@@ -233,14 +141,19 @@ def _quick_start(info: CardInfo) -> str:
         if info.lora is not None
         else ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     )
+    prompt = [
+        'messages = [{"role": "user", "content": "Why is the sky blue?"}]',
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
+        "return_dict=True)",
+    ]
+    if not info.chat:
+        prompt = ['inputs = tokenizer("Why is the sky blue?", return_tensors="pt")']
     name = "AutoPeftModelForCausalLM" if info.lora is not None else "AutoModelForCausalLM"
     lines = [
         *load,
         f"model = {name}.from_pretrained({json.dumps(where)})",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(where)})",
-        'messages = [{"role": "user", "content": "Why is the sky blue?"}]',
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
-        "return_dict=True)",
+        *prompt,
         "output = model.generate(**inputs, max_new_tokens=128)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
@@ -271,7 +184,9 @@ def _training(info: CardInfo) -> str:
     if info.settings:
         parts.append(markdown_table(("Setting", "Value"), redact_settings(info.settings).items()))
     if info.lora is not None:
-        parts.append("LoRA:\n\n" + markdown_table(("Setting", "Value"), redact_settings(info.lora).items()))
+        parts.append(
+            "LoRA:\n\n" + markdown_table(("Setting", "Value"), redact_settings(_brief_modules(info.lora)).items())
+        )
     if info.ledger is not None:
         parts.append(
             "What it was trained on, counted after the rollout and over all processes:\n\n" + _ledger(info.ledger)
@@ -282,6 +197,16 @@ def _training(info: CardInfo) -> str:
     if info.versions:
         parts.append(markdown_table(("Package", "Version"), info.versions.items()))
     return "\n\n".join(parts)
+
+
+def _brief_modules(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """A long list of module paths (one for each layer) as the modules' own names and their number."""
+    brief = dict(lora)
+    for name, value in lora.items():
+        if isinstance(value, list | tuple) and len(value) > 8:
+            kinds = dict.fromkeys(str(path).split(".")[-1] for path in value)
+            brief[name] = f"{', '.join(kinds)} ({len(value)} in all)"
+    return brief
 
 
 def _ledger(ledger: Mapping[str, Mapping[str, int]]) -> str:
@@ -307,7 +232,11 @@ def _run_facts(info: CardInfo) -> list[tuple[str, str]]:
 
 
 def _reproduction(info: CardInfo) -> str:
-    return fenced(redact_command(info.command), "bash") if info.command else ""
+    if not info.command:
+        return ""
+    # What Python puts first into sys.argv is the script, which a shell does not run by its name.
+    interpreter = ["python"] if info.command[0].endswith(".py") else []
+    return fenced(redact_command([*interpreter, *info.command]), "bash")
 
 
 def _count(number: int) -> str:

@@ -111,7 +111,7 @@ def table(
     out = Table(title="Student before and after, teacher beside them", title_justify="left", caption=LEGEND)
     out.add_column("Measure")
     for heading in (before.name, after.name, teacher.name if teacher else "teacher"):
-        out.add_column(Text(heading), justify="right", no_wrap=True)
+        out.add_column(Text(heading.replace(" ", "\n")), justify="right", no_wrap=True)
     out.add_column("Improved")
     colours = {"better": "green", "worse": "red"}
     for row in compare(before, after, teacher, keys):

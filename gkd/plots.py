@@ -223,7 +223,9 @@ def _finish(axes: Axes, title: str, unit: str, share: bool = False) -> None:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     else:
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        low, high = axes.dataLim.y0, axes.dataLim.y1
+        low = min(0.0, low)
+        axes.set_ylim(low - (0.05 * (high - low) if low < 0 else 0.0), high + (0.06 * (high - low) or 1.0))
     # Under the axes: a legend inside them covers a curve sooner or later. The anchor clears tick and axis labels.
     names = axes.get_legend_handles_labels()[1]
     axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.21), ncols=len(names), frameon=False, fontsize=9)

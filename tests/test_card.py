@@ -8,7 +8,8 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
-from gkd.card import CardInfo, Repo, create_card, describe_hardware, installed_versions, is_repo_id, write_card
+from gkd.card import CardInfo, Repo, create_card, describe_hardware, installed_versions, write_card
+from gkd.card_info import is_repo_id
 from gkd.comparison import as_dict
 from gkd.markdown import duration, escape_cell, fenced, markdown_table, shorten
 from gkd.measures import Estimate, Measures, mean_estimate
@@ -162,13 +163,20 @@ def test_everything_needed_to_reproduce_and_judge_is_there():
         "| Peak memory | 3.0 GiB |",
         "| Optimizer steps | 1,234 |",
         "| torch | 2.13.0 |",
-        "gkd_qwen2.py --lmbda 0.5 --hub_token REDACTED --output_dir 'a folder'",
+        "\npython gkd_qwen2.py --lmbda 0.5 --hub_token REDACTED --output_dir 'a folder'",
         "arxiv.org/abs/2306.13649",
         "@inproceedings{agarwal2024onpolicy",
         "Measured with: prompts 2, temperature 0.9.",
     ]
     for fact in facts:
         assert fact in text, fact
+
+
+def test_a_long_list_of_modules_is_summed_up():
+    modules = [f"model.layers.{layer}.self_attn.{name}" for layer in range(6) for name in ("q_proj", "v_proj")]
+    assert "| target_modules | q_proj, v_proj (12 in all) |" in create_card(
+        full_info(lora={"target_modules": modules})
+    )
 
 
 def test_a_checkpoint_with_nothing_evaluated_has_a_card():
@@ -223,9 +231,11 @@ def test_sample_texts_cannot_leave_their_code_blocks():
     ]
 
 
+@pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("lora", [None, {"r": 8}])
-def test_the_quick_start_is_python(lora):
-    text = create_card(full_info(lora=lora, hub_model_id='me/"quoted"'))
+def test_the_quick_start_is_python(lora, chat):
+    text = create_card(full_info(lora=lora, chat=chat, hub_model_id='me/"quoted"'))
+    assert ("apply_chat_template" in text) == chat
     source = text.split("```python\n")[1].split("```")[0]
     compile(source, "quick start", "exec")
     assert ("AutoPeftModelForCausalLM" in source) == (lora is not None)

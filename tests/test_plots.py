@@ -93,6 +93,15 @@ def test_loss_picture_shows_the_logged_points_and_leaves_out_what_was_not_logged
     assert "nats" in axes.get_ylabel()
 
 
+@pytest.mark.parametrize("values", [[0.0, 0.0], [3.7, 3.7], [0.1, -0.02], [1e-6, 2e-6]])
+def test_every_point_is_inside_the_axes(values):
+    (axes,) = plot_loss([{"step": step, "loss": value} for step, value in enumerate(values, start=1)]).axes
+    low, high = axes.get_ylim()
+    assert low <= min(values)
+    assert high > max(values)
+    assert low <= 0  # a loss is judged by its distance from zero
+
+
 def test_a_long_series_gets_a_running_mean_over_the_raw_line():
     (axes,) = plot_loss(history(200)).axes
     raw = [line for line in axes.lines if line.get_alpha() is not None]
