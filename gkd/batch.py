@@ -147,6 +147,7 @@ def target_weights(
     reduction: str = "token",
     ce_weight: float = 0.0,
     ce_on_student_tokens: bool = False,
+    nll_on_teacher_tokens: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What each target counts in loss = sum_n weights[n] D_n + ce_weights[n] CE_n.
 
@@ -157,9 +158,11 @@ def target_weights(
         reduction: "token" (every target counts alike) or "sequence" (every sequence counts alike; GKD Eq. 2).
         ce_weight: w of (1 - w) D + w CE; the cross-entropy is left out on tokens that the student wrote, unless
             `ce_on_student_tokens`.
+        nll_on_teacher_tokens: w = 1 on tokens that the teacher wrote: their negative log-likelihood alone (Kim &
+            Rush, arXiv 1606.07947, section 3.2).
 
     Returns:
-        weights [N] of the divergence and of the cross-entropy (None when `ce_weight` is 0), fp32.
+        weights [N] of the divergence and of the cross-entropy (None when no token has any), fp32.
     """
     mask = target_mask(labels)
     if reduction == "sequence":
@@ -167,9 +170,13 @@ def target_weights(
     else:
         weights, own = torch.ones(int(mask.sum()), device=labels.device), mask.sum()
     weights = weights / (own.clamp(min=1) if num_items is None else num_items)
-    if ce_weight == 0:
+    if ce_weight == 0 and not nll_on_teacher_tokens:
         return weights, None
+    written_by = per_target(sources, labels)
+    shares = torch.full_like(weights, ce_weight)
+    if nll_on_teacher_tokens:
+        shares[written_by == SOURCES.index("teacher")] = 1.0
     given = torch.ones_like(weights, dtype=torch.bool)
     if not ce_on_student_tokens:
-        given = per_target(sources, labels) != SOURCES.index("student")
-    return weights * (1 - ce_weight), weights * ce_weight * given
+        given = written_by != SOURCES.index("student")
+    return weights * (1 - shares), weights * shares * given

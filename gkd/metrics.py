@@ -28,7 +28,7 @@ TOKEN_METRICS = (
     ("student/cross_entropy", "cross_entropy"),
 )
 PHASES = ("rollout", "teacher", "student")
-_ROLLOUT = ("sequences", "length", "ended", "truncated", "repetitive")
+_ROLLOUT = ("sequences", "length", "ended", "truncated", "repetitive", "empty")
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -77,11 +77,11 @@ class Meter:
                 self._token_sums[i] = self._token_sums[i] + values.double() @ membership
                 self._token_counts[i] = self._token_counts[i] + membership.sum(dim=0)
 
-    def add_sequence(self, sequence: Sequence, ended: bool, repetitive: bool = False) -> None:
+    def add_sequence(self, sequence: Sequence, ended: bool, repetitive: bool = False, empty: bool = False) -> None:
         """Add one sequence after the rollout."""
         j = SOURCES.index(sequence.source)
         length = sequence.completion_length
-        values = (1, length, ended, sequence.truncated, repetitive)
+        values = (1, length, ended, sequence.truncated, repetitive, empty)
         self._rollouts[:, j] += torch.tensor([float(v) for v in values], dtype=torch.float64)
         self._longest[j] = max(float(self._longest[j]), float(length))
 

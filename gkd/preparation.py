@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator, prepare_dataset
+from gkd.environment import installed_versions
 from gkd.fused import LossSettings
-from gkd.rollouts.base import SamplingSettings
+from gkd.loading import model_name
+from gkd.rollouts import ROLLOUTS, SamplingSettings
+from gkd.rollouts.cached import CachedRollout, SampledRollout, fingerprint, key_of
+from gkd.sequence_store import open_store
+from gkd.window import Hygiene
 
 
 def prepare_rows(
@@ -57,13 +65,14 @@ def prepare_rows(
     return train_dataset, eval_dataset, PaddingCollator(int(tokenizer.pad_token_id), args.pad_to_multiple_of)
 
 
-def sampling_settings(args: GKDConfig, stop_ids: tuple[int, ...], pad_id: int) -> SamplingSettings:
-    """How rollouts are sampled, complete."""
+def sampling_settings(args: GKDConfig, source: str, stop_ids: tuple[int, ...], pad_id: int) -> SamplingSettings:
+    """How the rollouts of a source are sampled, complete."""
     extra = args.generation_kwargs or {}
     assert not isinstance(extra, str)  # TrainingArguments has parsed it
+    own = args.teacher_temperature if source == "teacher" else None
     return SamplingSettings(
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
+        temperature=args.temperature if own is None else own,
         top_p=args.top_p,
         top_k=args.top_k,
         min_p=args.min_p,
@@ -71,6 +80,45 @@ def sampling_settings(args: GKDConfig, stop_ids: tuple[int, ...], pad_id: int) -
         stop_ids=stop_ids,
         pad_id=pad_id,
         extra=dict(extra),
+    )
+
+
+def make_rollout(
+    args: GKDConfig,
+    source: str,
+    get_model: Callable[[], nn.Module],
+    accelerator: Accelerator,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> SampledRollout:
+    """The backend that writes a source's completions; the teacher's are kept, when any are wanted.
+
+    Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
+    """
+    settings = sampling_settings(args, source, stop_ids, pad_id)
+    size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
+    rollout = ROLLOUTS["hf"](get_model, accelerator, settings, seed=args.seed, source=source, batch_size=size)
+    folder = args.teacher_cache_folder
+    if source != "teacher" or folder is None or not args.seq_kd or args.lmbda == 1:
+        return rollout
+    teacher = extract_model_from_parallel(get_model())
+    key = key_of(settings, args.seed, fingerprint(teacher))
+    return CachedRollout(rollout, open_store(folder, key, _notes(teacher)), accelerator)
+
+
+def _notes(teacher: Any) -> dict[str, Any]:
+    revision = getattr(teacher.config, "_commit_hash", None)
+    return {"teacher": model_name(teacher), "revision": revision, "versions": installed_versions()}
+
+
+def hygiene(args: GKDConfig, stop_ids: dict[str, tuple[int, ...]]) -> Hygiene:
+    """Which completions are counted as unsound, and which of them are trained on."""
+    return Hygiene(
+        stop_ids=stop_ids,
+        max_new_tokens=args.max_new_tokens,
+        repetition_threshold=args.repetition_threshold,
+        train_truncated=not args.mask_truncated_completions,
+        train_repetitive=not args.drop_repetitive_completions,
     )
 
 

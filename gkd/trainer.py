@@ -30,15 +30,14 @@ from gkd.divergence import generalized_jsd_loss
 from gkd.fused import FusedOutput, fused_divergence
 from gkd.hidden import instead_of_logits
 from gkd.metrics import Ledger, Meter
-from gkd.preparation import loss_settings, prepare_rows, sampling_settings
-from gkd.rollouts import ROLLOUTS
+from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.signals import head_of, output_layer
 from gkd.source import SOURCES, choose_sources
 from gkd.teachers import TEACHERS
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.vocab import compare_stop_ids, shared_vocabulary, stop_token_ids
-from gkd.window import count, open_window, write_completions
+from gkd.window import count, measure, open_window, write_completions
 
 logger = logging.getLogger(__name__)
 
@@ -146,16 +145,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         }
         models = {"student": lambda: self.model_wrapped, "teacher": lambda: self.teacher.model}
         self.rollouts = {
-            source: ROLLOUTS["hf"](
-                models[source],
-                accelerator,
-                sampling_settings(args, self.stop_ids[source], tokenizer.pad_token_id),
-                seed=args.seed,
-                source=source,
-                batch_size=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
-            )
-            for source in models
+            source: make_rollout(args, source, model, accelerator, self.stop_ids[source], tokenizer.pad_token_id)
+            for source, model in models.items()
         }
+        self.hygiene = hygiene(args, self.stop_ids)
         difference = compare_stop_ids(self.stop_ids["student"], self.stop_ids["teacher"], tokenizer)
         if difference:
             logger.warning("%s", difference)
@@ -180,18 +173,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         window = open_window(batches, self.accelerator.process_index, self.accelerator.num_processes)
         sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
         with self._meters["train"].phase("rollout"):
-            sequences = write_completions(
-                window,
-                sources,
-                self.rollouts,
-                step,
-                stop_ids=self.stop_ids,
-                max_new_tokens=args.max_new_tokens,
-                train_truncated=not args.mask_truncated_completions,
-            )
-        for sequence in sequences:
-            stops = self.stop_ids["teacher" if sequence.source == "teacher" else "student"]
-            self._meters["train"].add_sequence(sequence, ended=sequence.input_ids[-1] in stops)
+            sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)
+        measure(sequences, self.hygiene, self._meters["train"])
         counts = count(sequences)
         tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
         totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
@@ -268,9 +251,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         targets = labels[:, 1:][target_mask(labels)]
         row_sources = inputs.get("sources", torch.zeros_like(labels[:, 0]))  # evaluation: all from the data
         sources = per_target(row_sources, labels)
-        weights, ce_weights = target_weights(
-            labels, row_sources, num_items, args.loss_reduction, args.ce_weight, args.ce_on_student_tokens
-        )
+        options = (args.loss_reduction, args.ce_weight, args.ce_on_student_tokens, args.seq_kd_loss == "nll")
+        weights, ce_weights = target_weights(labels, row_sources, num_items, *options)
         # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
         with gathered(self.teacher.head_parameters()):
             output = fused_divergence(

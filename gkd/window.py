@@ -13,8 +13,54 @@ import torch
 from torch import Tensor
 
 from gkd.batch import Sequence, join, unpad
-from gkd.rollouts.base import Rollout, is_truncated
+from gkd.metrics import Meter
+from gkd.rollouts.base import Rollout, is_truncated, repeated_ngram_share
 from gkd.source import SOURCES
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a completion is like: `ended` with a stop token, `truncated` by the cap, `empty` (nothing but a stop
+    token), `repetitive` (a loop)."""
+
+    ended: bool
+    truncated: bool
+    empty: bool
+    repetitive: bool
+
+
+@dataclass(frozen=True)
+class Hygiene:
+    """What a sound completion is, and which others are trained on.
+
+    Attributes:
+        stop_ids: by source, those of the model that writes it; data rows end with the student's.
+        max_new_tokens: the cap; a rollout that reached it without a stop token is truncated.
+        repetition_threshold: a completion is repetitive when a larger share of its 4-grams occurred before in it.
+        train_truncated: whether truncated rollouts are trained on.
+        train_repetitive: whether repetitive rollouts are trained on. Data rows always are.
+    """
+
+    stop_ids: Mapping[str, tuple[int, ...]]
+    max_new_tokens: int
+    repetition_threshold: float = 0.5
+    train_truncated: bool = True
+    train_repetitive: bool = True
+
+    def judge(self, completion: list[int], source: str) -> Verdict:
+        """What this completion, written by `source`, is like."""
+        stops = self.stop_ids["teacher" if source == "teacher" else "student"]
+        ended = bool(completion) and completion[-1] in stops
+        return Verdict(
+            ended=ended,
+            truncated=source != "data" and is_truncated(completion, stops, self.max_new_tokens),
+            empty=len(completion) == int(ended),
+            repetitive=repeated_ngram_share(completion) > self.repetition_threshold,
+        )
+
+    def trains(self, verdict: Verdict) -> bool:
+        """Whether a rollout like this is trained on."""
+        return (self.train_truncated or not verdict.truncated) and (self.train_repetitive or not verdict.repetitive)
 
 
 @dataclass
@@ -58,10 +104,7 @@ def write_completions(
     sources: list[str],
     rollouts: Mapping[str, Rollout],
     step: int,
-    *,
-    stop_ids: Mapping[str, tuple[int, ...]],
-    max_new_tokens: int,
-    train_truncated: bool = True,
+    hygiene: Hygiene,
 ) -> list[Sequence]:
     """Replace the completions of "student" and "teacher" rows by rollouts from their prompts.
 
@@ -72,9 +115,7 @@ def write_completions(
         sources: source of every row of the whole step (`window.total`).
         rollouts: by source.
         step: the optimizer step.
-        stop_ids: by source; a completion that reached the cap without one is truncated.
-        max_new_tokens: the cap.
-        train_truncated: whether truncated completions are trained on.
+        hygiene: a completion that it does not train on gives a sequence without a target.
     """
     assert len(sources) == window.total, (len(sources), window.total)
     written = list(window.sequences)
@@ -85,10 +126,17 @@ def write_completions(
         prompts = [window.sequences[i].input_ids[: window.sequences[i].prompt_length] for i in mine]
         completions = rollouts[source].generate(prompts, step, [window.indices[i] for i in mine])
         for i, prompt, completion in zip(mine, prompts, completions, strict=True):
-            truncated = is_truncated(completion, stop_ids[source], max_new_tokens)
-            train = train_truncated or not truncated
-            written[i] = join(prompt, completion, source, window.sequences[i].row, truncated, train)
+            verdict = hygiene.judge(completion, source)
+            train = hygiene.trains(verdict)
+            written[i] = join(prompt, completion, source, window.sequences[i].row, verdict.truncated, train)
     return written
+
+
+def measure(sequences: list[Sequence], hygiene: Hygiene, meter: Meter) -> None:
+    """Count lengths and unsound completions by source, whether they are trained on or not."""
+    for sequence in sequences:
+        verdict = hygiene.judge(sequence.input_ids[sequence.prompt_length :], sequence.source)
+        meter.add_sequence(sequence, verdict.ended, verdict.repetitive, verdict.empty)
 
 
 def count(sequences: list[Sequence]) -> Tensor:

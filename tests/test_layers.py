@@ -29,6 +29,7 @@ LEVELS = {
         "comparison",
         "markdown",
         "environment",
+        "sequence_store",
         "redact",
         "card",
         "plots",
@@ -36,7 +37,7 @@ LEVELS = {
     | {"random_state"},
     2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"},
     3: {"trainer", "trainer_card", "trainer_evaluation", "checkpoint", "progress"},
-    4: {"run", "evaluate", "report", "demo", "demo_models", "demo_data", "demo_fetch"},
+    4: {"run", "evaluate", "report", "precompute", "demo", "demo_models", "demo_data", "demo_fetch"},
     5: {"cli"},
 }
 TORCH_ONLY = {"source", "batch", "divergence"}

@@ -1,0 +1,194 @@
+"""Completions on disk, found again by the hash of their prompt; several processes may write and read at once.
+
+A store is a folder. Each process appends to a file of its own (`*.jsonl`), so no two writers ever meet in one file and
+nobody appends behind a torn record. A record is one line `{"key": ..., "ids": [...], "sum": ...}` with a CRC-32 of key
+and ids; a line that is cut off (a writer that was killed) or does not match its sum is skipped with a warning, and its
+completion is simply made again. Only JSON is read, nothing is unpickled. In memory there is one place in a file per
+completion, not the completion.
+
+`about.json` says for humans what the completions are; the folder's name is a hash of the same (`open_store`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+def digest(value: Any) -> str:
+    """32 hexadecimal digits (BLAKE2b) of a value made of dicts, lists, text, numbers, bools and None.
+
+    Raises:
+        TypeError: anything else, since its text would not say what it does.
+    """
+    text = json.dumps(_plain(value), separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON without its two ambiguities: mappings become sorted pairs (a key need not be text), tuples lists."""
+    if isinstance(value, Mapping):
+        pairs = [[_plain(key), _plain(item)] for key, item in value.items()]
+        return {"pairs": sorted(pairs, key=lambda pair: json.dumps(pair[0]))}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} has no hash that says what it does")
+
+
+def prompt_number(prompt: Sequence[int]) -> int:
+    """A 63-bit number of a prompt's ids, the same everywhere: what a cached completion's random numbers go by."""
+    return int(digest(list(prompt))[:16], 16) >> 1
+
+
+def open_store(folder: str | Path, key: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> SequenceStore:
+    """The store of everything made under `key`, below `folder`.
+
+    Args:
+        folder: holds one store per key.
+        key: all that a completion depends on beside its prompt. Another key is another store.
+        notes: written beside it for humans; decides nothing.
+    """
+    name = digest({"format": FORMAT, **key})
+    path = Path(folder).expanduser() / name[:16]
+    path.mkdir(parents=True, exist_ok=True)
+    about = path / "about.json"
+    if not about.exists():
+        temporary = path / f".{uuid.uuid4().hex}.tmp"
+        temporary.write_text(json.dumps({"key": key, "notes": notes or {}}, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, about)
+    return SequenceStore(path, name)
+
+
+@dataclass
+class _Shard:
+    """How far a file has been read; `unfinished`: its last line was not whole."""
+
+    read: int = 0
+    lines: int = 0
+    unfinished: bool = False
+
+
+class SequenceStore:
+    """Completions by prompt in one folder. Use `open_store`.
+
+    Args:
+        path: the folder; it exists.
+        key: hash of all that completions depend on beside the prompt; part of every record's key.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.key = key
+        self._places: dict[bytes, tuple[str, int]] = {}  # record key -> file name and offset in it
+        self._shards: dict[str, _Shard] = {}
+        self._own: str | None = None
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, prompt: object) -> bool:
+        assert isinstance(prompt, (list, tuple)), type(prompt)
+        return self._record_key(prompt) in self._places
+
+    def get(self, prompt: Sequence[int]) -> list[int]:
+        """The completion of a prompt that is in the store.
+
+        Raises:
+            KeyError: it is not.
+            ValueError: its record was changed or removed by somebody else meanwhile.
+        """
+        key = self._record_key(prompt)
+        name, offset = self._places[key]
+        try:
+            with open(self.path / name, "rb") as file:
+                file.seek(offset)
+                record = _parsed(file.readline())
+        except FileNotFoundError:
+            record = None
+        if record is None or record[0] != key:
+            raise ValueError(f"{self.path / name} was changed while it was in use: start again (it will be re-read)")
+        return record[1]
+
+    def add(self, completions: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """Append (prompt, completion) pairs to this process's own file, and hand them to the operating system."""
+        lines = [(key, _line(key, ids)) for key, ids in ((self._record_key(p), c) for p, c in completions)]
+        if not lines:
+            return
+        if self._own is None:
+            self._own = f"{_safe(socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl"
+            self._shards[self._own] = _Shard()
+        shard = self._shards[self._own]
+        with open(self.path / self._own, "ab") as file:
+            assert file.tell() == shard.read, "this file has one writer"
+            file.write(b"".join(line for _, line in lines))
+        for key, line in lines:
+            self._places.setdefault(key, (self._own, shard.read))
+            shard.read += len(line)
+            shard.lines += 1
+
+    def refresh(self) -> None:
+        """Read what other processes have added since the last time."""
+        for path in sorted(self.path.glob("*.jsonl")):
+            shard = self._shards.setdefault(path.name, _Shard())
+            if path.name != self._own and path.stat().st_size > shard.read:
+                self._read(path, shard)
+
+    def _read(self, path: Path, shard: _Shard) -> None:
+        with open(path, "rb") as file:
+            file.seek(shard.read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    if not shard.unfinished:  # its writer may be at it right now, so look again another time
+                        logger.warning("%s ends in an incomplete record (a killed run?): it is left out", path)
+                    shard.unfinished = True
+                    return
+                shard.lines += 1
+                record = _parsed(line)
+                if record is None:
+                    logger.warning("%s, line %d does not match its checksum: it is left out", path, shard.lines)
+                else:
+                    self._places.setdefault(record[0], (path.name, shard.read))
+                shard.read += len(line)
+
+    def _record_key(self, prompt: Sequence[int]) -> bytes:
+        return bytes.fromhex(digest([self.key, list(prompt)]))
+
+
+def _line(key: bytes, ids: Sequence[int]) -> bytes:
+    record = {"key": key.hex(), "ids": list(ids), "sum": _checksum(key.hex(), list(ids))}
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> tuple[bytes, list[int]] | None:
+    """Key and ids of a record; None when it is not whole."""
+    try:
+        record = json.loads(line)
+        key, ids, total = record["key"], record["ids"], record["sum"]
+        whole = isinstance(ids, list) and total == _checksum(key, ids)
+        return (bytes.fromhex(key), ids) if whole else None
+    except (ValueError, TypeError, KeyError):  # json's and the unicode decoder's errors are ValueErrors
+        return None
+
+
+def _checksum(key: str, ids: list[int]) -> int:
+    return zlib.crc32(f"{key} {ids}".encode())
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)[:40]
