@@ -171,9 +171,7 @@ def compare_chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrained
         if not tokenizer.chat_template:
             return None
         try:
-            texts.append(
-                str(tokenizer.apply_chat_template(_CONVERSATION[:1], tokenize=False, add_generation_prompt=True))
-            )
+            text = tokenizer.apply_chat_template(_CONVERSATION[:1], tokenize=False, add_generation_prompt=True)
         except (jinja2.TemplateError, TypeError):
             return None
         texts.append(str(text))
