@@ -29,6 +29,12 @@ _BLOCK_BYTES = 5 * 2**19
 _MM_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
+def chunk_rows(vocab: int, itemsize: int, device: str, trained_head: bool) -> int:
+    """Rows per chunk that the byte budget of a device ("cpu", "cuda", ...) allows."""
+    budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) * (2 if trained_head else 1)
+    return max(1, budget // (2 * vocab * itemsize))
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -161,16 +167,14 @@ class Pass:
             safe = self.scale.clamp_min(torch.finfo(self.dtype).tiny)
             self.divergence_share, self.ce_share = of_divergence / safe, self.ce_weights / safe
 
-        self.chunk, self.block = self._sizes(n, device.type)
+        default = chunk_rows(self.vocab, self.dtype.itemsize, device.type, gradients.weight is not None)
+        self.chunk = max(1, min(settings.chunk_size or default, n))
+        # Only a CPU gains from small blocks; an accelerator wants few large kernels.
+        block = _BLOCK_BYTES // (self.vocab * self.dtype.itemsize) if device.type == "cpu" else self.chunk
+        self.block = max(1, min(block, self.chunk))
         self.z_student = student.buffer(self.chunk)
         self.z_teacher = None if teacher is None else teacher.buffer(self.chunk)
         self.buffers = torch.empty(3, self.block, self.vocab, dtype=self.dtype, device=device)
-
-    def _sizes(self, n: int, device: str) -> tuple[int, int]:
-        row = self.vocab * self.dtype.itemsize
-        budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) * (2 if self.gradients.weight is not None else 1)
-        chunk = max(1, min(self.settings.chunk_size or budget // (2 * row), n))
-        return chunk, (min(max(1, _BLOCK_BYTES // row), chunk) if device == "cpu" else chunk)
 
     def run_chunk(self, at: slice) -> None:
         n = at.stop - at.start
