@@ -32,6 +32,7 @@ LEVELS = {
         "sequence_store",
         "redact",
         "card",
+        "card_info",
         "plots",
     }
     | {"random_state"},
