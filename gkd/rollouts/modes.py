@@ -15,6 +15,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from gkd.distributed import gathered, without_zero_hooks
+
 
 @contextmanager
 def generation_mode(model: nn.Module, accelerator: Accelerator | None) -> Iterator[PreTrainedModel]:
@@ -35,7 +37,8 @@ def generation_mode(model: nn.Module, accelerator: Accelerator | None) -> Iterat
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_whole_parameters(model))
+        stack.enter_context(gathered(model.parameters()))
+        stack.enter_context(without_zero_hooks(model))
         bare = _bare_model(model)
         stack.enter_context(_evaluating(bare))
         stack.enter_context(_without_checkpointing(bare))
@@ -58,24 +61,6 @@ def _bare_model(model: nn.Module) -> PreTrainedModel:
             bare = bare.get_base_model()
     assert isinstance(bare, PreTrainedModel), f"cannot generate with a {type(bare).__name__}"
     return bare
-
-
-@contextmanager
-def _whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Gather ZeRO-3 shards; DeepSpeed's per-module hooks, which would release them again, are off inside."""
-    parameters = list(model.parameters())
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed
-    from trl.models.utils import add_hooks, remove_hooks
-
-    with deepspeed.zero.GatheredParameters(parameters):
-        remove_hooks(model)
-        try:
-            yield
-        finally:
-            add_hooks(model)
 
 
 @contextmanager
