@@ -32,8 +32,12 @@ from typing import Any
 
 import torch
 
+from gkd.divergence import DIVERGENCES, make_divergence
+from gkd.fused import LossSettings, fused_divergence
+from gkd.fused_pass import chunk_rows
+from gkd.signals import DenseSignal, Head
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -70,10 +74,6 @@ class Problem:
         self.hidden.grad = self.weight.grad = None
 
     def _gkd(self) -> Callable[[], Any]:
-        from gkd.divergence import make_divergence
-        from gkd.fused import LossSettings, fused_divergence
-        from gkd.signals import DenseSignal, Head
-
         settings = LossSettings(make_divergence(self.divergence))
         signal = DenseSignal(self.teacher_hidden, Head(self.teacher_weight))
 
@@ -84,8 +84,6 @@ class Problem:
         return run
 
     def _limit(self) -> Callable[[], Any]:
-        from gkd.fused_pass import chunk_rows
-
         vocab = self.weight.shape[0]
         chunk = min(chunk_rows(vocab, 4, self.device.type, self.trained), self.n)
 
@@ -144,8 +142,10 @@ class Problem:
         return run
 
 
-def available(method: str, n: int, args: argparse.Namespace) -> str | None:
+def available(method: str, divergence: str, n: int, args: argparse.Namespace) -> str | None:
     """None, or why the method is not run."""
+    if divergence not in BETAS and method not in ("limit", "gkd"):
+        return f"it has no {divergence}"
     if method == "liger" and importlib.util.find_spec("liger_kernel") is None:
         return "liger_kernel is not installed"
     if method == "trl_dense" and args.device == "cpu":
@@ -166,11 +166,11 @@ def measure_times(n: int, trained: bool, args: argparse.Namespace) -> list[dict[
     for divergence in args.divergences:
         problem = Problem(n, divergence, trained, args)
         for method in args.methods:
-            reason = available(method, n, args)
+            reason = available(method, divergence, n, args)
             if reason is None:
                 steps[divergence, method] = problem.step(method)
             else:
-                print(f"# N={n} {method}: left out, {reason}", flush=True)
+                print(f"# N={n} {divergence} {method}: left out, {reason}", flush=True)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for step in steps.values():
         step()  # warm up
@@ -191,7 +191,7 @@ def measure_memory(n: int, trained: bool, args: argparse.Namespace) -> list[dict
     rows = []
     for divergence in args.divergences:
         for method in args.methods:
-            if available(method, n, args) is not None:
+            if available(method, divergence, n, args) is not None:
                 continue
             command = [sys.executable, __file__, "--one-memory", method, "--sizes", str(n), "--device", args.device]
             command += ["--divergences", divergence, "--heads", "trained" if trained else "frozen"]
@@ -263,7 +263,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="N, target tokens")
-    parser.add_argument("--divergences", nargs="+", default=list(BETAS), choices=BETAS)
+    parser.add_argument("--divergences", nargs="+", default=list(BETAS), choices=list(DIVERGENCES))
     parser.add_argument("--heads", nargs="+", default=["frozen", "trained"], choices=["frozen", "trained"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--repeats", type=int, default=5)
