@@ -49,14 +49,21 @@ def prepare_rows(
     }
     if train_dataset is not None:
         needs_no_data = args.lmbda == 1 or args.seq_kd
-        train_dataset, _ = prepare_dataset(
-            train_dataset, tokenizer, prompt_only_ok=needs_no_data, prompts_needed=generates, name="train", **common
-        )
+        with args.main_process_first(desc="preparing the train data set"):  # the others read its cache
+            train_dataset, _ = prepare_dataset(
+                train_dataset,
+                tokenizer,
+                prompt_only_ok=needs_no_data,
+                prompts_needed=generates,
+                name="train",
+                **common,
+            )
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
 
     def prepare_evaluation(rows: Dataset, name: str) -> Dataset:
-        return prepare_dataset(rows, tokenizer, prompt_only_ok=False, prompts_needed=False, name=name, **common)[0]
+        with args.main_process_first(desc=f"preparing the {name} data set"):
+            return prepare_dataset(rows, tokenizer, prompt_only_ok=False, prompts_needed=False, name=name, **common)[0]
 
     if isinstance(eval_dataset, dict):
         eval_dataset = {name: prepare_evaluation(rows, name) for name, rows in eval_dataset.items()}
@@ -65,10 +72,18 @@ def prepare_rows(
     return train_dataset, eval_dataset, PaddingCollator(int(tokenizer.pad_token_id), args.pad_to_multiple_of)
 
 
-def sampling_settings(args: GKDConfig, source: str, stop_ids: tuple[int, ...], pad_id: int) -> SamplingSettings:
-    """How the rollouts of a source are sampled, complete."""
-    extra = args.generation_kwargs or {}
-    assert not isinstance(extra, str)  # TrainingArguments has parsed it
+def sampling_settings(
+    args: GKDConfig, source: str, stop_ids: tuple[int, ...], pad_id: int, foreign_ids: range = range(0)
+) -> SamplingSettings:
+    """How the rollouts of a source are sampled, complete.
+
+    `foreign_ids` are rows of this model's head beyond the other model's embeddings: they are never sampled, since the
+    other model could not read them.
+    """
+    assert not isinstance(args.generation_kwargs, str)  # TrainingArguments has parsed it
+    extra = dict(args.generation_kwargs or {})
+    if foreign_ids:
+        extra["suppress_tokens"] = sorted({*extra.get("suppress_tokens", ()), *foreign_ids})
     own = args.teacher_temperature if source == "teacher" else None
     return SamplingSettings(
         max_new_tokens=args.max_new_tokens,
@@ -79,7 +94,7 @@ def sampling_settings(args: GKDConfig, source: str, stop_ids: tuple[int, ...], p
         repetition_penalty=args.repetition_penalty,
         stop_ids=stop_ids,
         pad_id=pad_id,
-        extra=dict(extra),
+        extra=extra,
     )
 
 
@@ -90,12 +105,13 @@ def make_rollout(
     accelerator: Accelerator,
     stop_ids: tuple[int, ...],
     pad_id: int,
+    foreign_ids: range = range(0),
 ) -> SampledRollout:
     """The backend that writes a source's completions; the teacher's are kept, when any are wanted.
 
     Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
     """
-    settings = sampling_settings(args, source, stop_ids, pad_id)
+    settings = sampling_settings(args, source, stop_ids, pad_id, foreign_ids)
     size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
     rollout = ROLLOUTS["hf"](get_model, accelerator, settings, seed=args.seed, source=source, batch_size=size)
     folder = args.teacher_cache_folder

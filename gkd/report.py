@@ -29,6 +29,9 @@ HEADLINES = ("divergence_own", "divergence_teacher_text", "perplexity", "ended",
 Score = Callable[[str, dict[str, Any]], float]
 
 
+HELD_OUT_ROWS = 256  # answers of the eval rows that the perplexity is measured on, when no texts are given
+
+
 class Report:
     """Measures around the training, on prompts that are fixed before it.
 
@@ -133,4 +136,5 @@ def _held_out(data: dict[str, Any], trainer: GKDTrainer) -> tuple[list[list[int]
     if data.get("eval") is None or trainer.eval_dataset is None:
         return [], None
     rows = [row for row in trainer.eval_dataset if 0 < row["prompt_length"] < len(row["input_ids"])]
+    rows = rows[:HELD_OUT_ROWS]
     return [row["input_ids"] for row in rows], [row["prompt_length"] for row in rows]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArgume
 
 from gkd.config import GKDConfig
 from gkd.loading import load_teacher, load_tokenizer, model_name
+from gkd.vocab import compare_chat_templates, compare_stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -136,3 +137,18 @@ def tokenizer_of_teacher(teacher: Any, student: Any, args: GKDConfig) -> PreTrai
     except ValueError as error:
         logger.warning("the teacher's token map cannot be compared with the student's: %s", error)
         return None
+
+
+def warn_of_differences(
+    stop_ids: dict[str, tuple[int, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Warn when the teacher stops elsewhere than the student, or knows chats in another form: both make on-policy
+    training drift, and neither shows in the loss."""
+    remarks = [compare_stop_ids(stop_ids["student"], stop_ids["teacher"], tokenizer)]
+    if teacher_tokenizer is not None:
+        remarks.append(compare_chat_templates(tokenizer, teacher_tokenizer))
+    for remark in remarks:
+        if remark:
+            logger.warning("%s", remark)

@@ -36,7 +36,7 @@ from gkd.source import SOURCES, choose_sources
 from gkd.teachers import TEACHERS
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
-from gkd.vocab import compare_stop_ids, shared_vocabulary, stop_token_ids
+from gkd.vocab import shared_vocabulary, stop_token_ids
 from gkd.window import count, measure, open_window, write_completions
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         processing_class: the tokenizer; None loads the student's.
         compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics: as in `transformers.Trainer`.
         peft_config: a LoRA configuration; None trains the model as it is passed.
-        formatting_func: row -> text, as in `SFTTrainer`.
+        formatting_func: row -> another row of a known format, as a dict; or -> text, as in `SFTTrainer` (all of it is
+            trained on, so it has no prompt: with `lmbda=0` only).
         teacher_processing_class: the teacher's tokenizer, to compare token maps with; None loads it by the teacher's
             name where it has one.
 
@@ -134,9 +135,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
             checks.disable_dropout(self.model)
         if teacher_tokenizer is None:
             teacher_tokenizer = checks.tokenizer_of_teacher(teacher_model, student, args)
-        shared = shared_vocabulary(
-            tokenizer, teacher_tokenizer, _vocabulary_rows(student), _vocabulary_rows(teacher_model)
-        )
+        heads = {"student": _vocabulary_rows(student), "teacher": _vocabulary_rows(teacher_model)}
+        shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
         self.teacher = TEACHERS["local"](teacher_model, accelerator)
         self.loss_settings = loss_settings(args, shared)
         self.stop_ids = {
@@ -145,13 +145,19 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         }
         models = {"student": lambda: self.model_wrapped, "teacher": lambda: self.teacher.model}
         self.rollouts = {
-            source: make_rollout(args, source, model, accelerator, self.stop_ids[source], tokenizer.pad_token_id)
+            source: make_rollout(
+                args,
+                source,
+                model,
+                accelerator,
+                self.stop_ids[source],
+                tokenizer.pad_token_id,
+                range(min(heads.values()), heads[source]),
+            )
             for source, model in models.items()
         }
         self.hygiene = hygiene(args, self.stop_ids)
-        difference = compare_stop_ids(self.stop_ids["student"], self.stop_ids["teacher"], tokenizer)
-        if difference:
-            logger.warning("%s", difference)
+        checks.warn_of_differences(self.stop_ids, tokenizer, teacher_tokenizer)
         logger.info("rollouts: %s", self.rollouts["student"].settings)
         logger.info("loss: %s", self.loss_settings)
 
@@ -281,9 +287,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         if share > TRUNCATION_WARNING and not self._warned_of_truncation:
             self._warned_of_truncation = True
             logger.warning(
-                "%.0f %% of the rollouts were cut off at max_new_tokens=%d without a stop token. Raise max_new_tokens, "
-                "leave cut rollouts out of the loss (mask_truncated_completions=True), or warm the student up on data "
-                "(lmbda=0) or on the teacher's text (seq_kd=True) until it has learnt to stop",
+                "%.0f %% of the rollouts were cut off at max_new_tokens=%d without a stop token: raise it, leave cut "
+                "rollouts out of the loss (mask_truncated_completions=True), or warm the student up on data (lmbda=0) "
+                "or on the teacher's text (seq_kd=True) until it has learnt to stop",
                 100 * share,
                 self.args.max_new_tokens,
             )

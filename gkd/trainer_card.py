@@ -84,6 +84,7 @@ class CardMixin:
             "hardware": describe_hardware(),
             "versions": installed_versions(),
             "command": list(sys.argv),
+            "chat": bool(self.processing_class.chat_template),  # type: ignore[attr-defined]
             "steps": self.state.global_step,  # type: ignore[attr-defined]
             "num_processes": accelerator.num_processes,
             "hub_model_id": args.hub_model_id,

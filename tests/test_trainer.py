@@ -259,3 +259,38 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
         )  # fmt: skip
         results.append(change(trainer))
     assert torch.equal(*results)
+
+
+# -------------------------------------------------------------------------------- vocabularies of different size
+
+
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(259, 300), (300, 259)])
+def test_heads_of_different_size_train_on_the_shared_ids(tmp_path, monkeypatch, student_rows, teacher_rows):
+    """Both distributions are restricted to the shared ids, and nobody writes an id that the other cannot read."""
+    memory = Remember(monkeypatch)
+    trainer = trainer_of(
+        tmp_path,
+        student=tiny_model(seed=1, vocab=student_rows),
+        teacher=tiny_model(seed=2, vocab=teacher_rows),
+        lmbda=0.5,
+        seq_kd=True,
+        max_new_tokens=32,
+        temperature=5.0,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    window = memory.windows[0]
+    assert max(max(s.input_ids) for s in window) < 259
+    total, number = 0.0, 0
+    for sequence in window:
+        ids = torch.tensor([sequence.input_ids])
+        keep = torch.tensor(sequence.labels[1:]) != -100
+        with torch.no_grad():
+            q, p = (
+                m(input_ids=ids).logits[0, :-1, :259].double().softmax(-1)[keep]
+                for m in (trainer.model, trainer.teacher_model)
+            )
+        m = (p + q) / 2
+        total += 0.5 * (p * (p / m).log() + q * (q / m).log()).sum().item()
+        number += int(keep.sum())
+    assert losses(trainer)[0] == pytest.approx(total / number, rel=2e-4)
