@@ -27,7 +27,7 @@ def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
 
     What is whole already stays so, on leaving too (a small parameter that ZeRO-3 never splits, an outer `gathered`).
     """
-    sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    sharded: list[Any] = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     if not sharded:
         yield
         return
