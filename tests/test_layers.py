@@ -38,7 +38,18 @@ LEVELS = {
     | {"random_state"},
     2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"},
     3: {"trainer", "trainer_card", "trainer_evaluation", "checkpoint", "progress"},
-    4: {"run", "evaluate", "report", "precompute", "demo", "demo_models", "demo_data", "demo_fetch"},
+    4: {
+        "run",
+        "settings",
+        "recipe",
+        "evaluate",
+        "report",
+        "precompute",
+        "demo",
+        "demo_models",
+        "demo_data",
+        "demo_fetch",
+    },
     5: {"cli"},
 }
 TORCH_ONLY = {"source", "batch", "divergence"}
