@@ -36,7 +36,8 @@ LEVELS = {
         "plots",
     }
     | {"random_state"},
-    2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"},
+    2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"}
+    | {"vllm_client", "vllm_checks"},
     3: {"trainer", "trainer_card", "trainer_evaluation", "checkpoint", "progress"},
     4: {
         "run",

@@ -1,0 +1,218 @@
+"""Rollouts on a vLLM server: token ids go there, token ids come back, over HTTP.
+
+Text is never made into tokens again, and nothing is left to the server's own defaults: every request holds all
+sampling parameters, the stop token ids, and a seed of its own, so that a completion depends on (seed, step, row,
+source) and not on the rank that asks for it. A server in reduced precision computes a row a little differently next to
+other rows, as in-process rollouts of different batches do; only greedy or fp32 results repeat to the token.
+
+Where several rules restrict the next token, vLLM applies min_p before top_k and top_p, transformers after them.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from gkd.rollouts.base import SamplingSettings
+from gkd.rollouts.modes import generation_mode
+from gkd.rollouts.upload import AdapterUpload, agree
+from gkd.vllm_checks import ServedModel
+from gkd.vllm_client import RefusedError, ServerError, VLLMClient
+
+# Mean difference, in nats, of the log-probability of the most likely next token between server and trainer, above
+# which they do not hold the same weights. bf16 against fp32 gives about 0.05.
+WEIGHTS_TOLERANCE = 0.3
+_COMPARED_PROMPTS = 8
+
+
+class VLLMRollout:
+    """Samples from a server: the student through its adapter, or a server's own base model (a teacher).
+
+    Args:
+        client: the servers.
+        served: the base model they serve.
+        settings: how to sample; of `extra`, only `min_new_tokens` exists on a server.
+        seed: the run's seed, part of the key of the random numbers.
+        source: `"student"` or `"teacher"`, so that the two draw different numbers for the same row.
+        get_model: gives the student as the trainer holds it; None samples from the base model.
+        adapter_dir: where the student's adapter is written for the server, see `AdapterUpload`.
+        accelerator: to agree with the other ranks; None is one process.
+
+    Raises:
+        ValueError: an option that a server cannot honour; a student without a plain LoRA adapter.
+    """
+
+    def __init__(
+        self,
+        client: VLLMClient,
+        served: ServedModel,
+        settings: SamplingSettings,
+        *,
+        seed: int,
+        source: str = "student",
+        get_model: Callable[[], nn.Module] | None = None,
+        adapter_dir: str = "rollout_adapters",
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        foreign = sorted(set(settings.extra) - {"min_new_tokens"})
+        if foreign:
+            raise ValueError(
+                f"generation_kwargs {foreign} are transformers' own and do nothing on a vLLM server: leave them out, "
+                "or roll out in process (rollout_backend='hf')"
+            )
+        self.client, self.served, self.settings = client, served, settings
+        self.seed, self.source, self.accelerator = seed, source, accelerator
+        self.get_model = get_model
+        self.upload = None if get_model is None else AdapterUpload(client, get_model, accelerator, adapter_dir)
+        self._weights_compared = get_model is None
+
+    def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
+        """Sample one completion for each prompt, see `Rollout.generate`. Every rank must call this for every step.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`; a server that holds other
+                weights than the student, or refuses its adapter. All ranks raise it.
+            ServerError: a server stayed out of reach or answered what cannot be used. All ranks raise it.
+        """
+        rows = list(range(len(prompts))) if rows is None else rows
+        assert len(rows) == len(prompts), f"{len(prompts)} prompts with {len(rows)} row numbers"
+        model = self.served.name if self.upload is None else self.upload.current(step)
+        completions: list[list[int]] = []
+        failure: Exception | None = None
+        try:
+            if not self._weights_compared:
+                self._compare_weights(model, [prompt for prompt in prompts if prompt][:_COMPARED_PROMPTS])
+            self._check_prompts(prompts, rows, step)
+            calls = [self._call(model, prompt, step, row) for prompt, row in zip(prompts, rows, strict=True)]
+            completions = self.client.run_all(calls)
+        except (ServerError, ValueError) as error:
+            failure = error
+        agree(self.accelerator, model, failure)
+        self._weights_compared = True
+        return completions
+
+    # ------------------------------------------------------------------------------------------------ a request
+
+    def _call(self, model: str, prompt: list[int], step: int, row: int) -> Callable[[threading.Event], list[int]]:
+        def call(stop: threading.Event) -> list[int]:
+            choice = self._post(self._payload(model, prompt, step, row), row, stop)
+            return self._completion(choice, prompt, row)
+
+        return call
+
+    def _payload(self, model: str, prompt: list[int], step: int, row: int) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "model": model,
+            "prompt": prompt,
+            "n": 1,
+            "max_tokens": settings.max_new_tokens,
+            "min_tokens": int(settings.extra.get("min_new_tokens") or 0),
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k or -1,
+            "min_p": settings.min_p or 0.0,
+            "repetition_penalty": settings.repetition_penalty,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop_token_ids": list(settings.stop_ids),
+            "ignore_eos": True,  # the stop ids above are complete; the server's own would come on top
+            "seed": row_seed(self.seed, step, row, self.source),
+            "return_token_ids": True,
+            "stream": False,
+        }
+
+    def _post(self, payload: dict[str, Any], row: int, stop: threading.Event | None = None) -> dict[str, Any]:
+        """The one choice of the answer, which must come from the model that was asked for."""
+        path = "/v1/completions"
+        try:
+            body = self.client.post(path, payload, first=row, again=_aborted, stop=stop)
+        except RefusedError as error:
+            if error.status != 404 or self.upload is None:
+                raise
+            self.upload.restore(error.url)
+            body = self.client.post(path, payload, url=error.url, again=_aborted, stop=stop)
+        if body.get("model") != payload["model"]:
+            raise ServerError(
+                f"{self.client.field}: asked for {payload['model']!r}, the answer is from {body.get('model')!r}; is "
+                "there a proxy in between?"
+            )
+        choice: dict[str, Any] = body["choices"][0]
+        return choice
+
+    def _completion(self, choice: dict[str, Any], prompt: list[int], row: int) -> list[int]:
+        """The sampled ids, after a look at what must hold for them.
+
+        Raises:
+            ServerError: it does not.
+        """
+        ids: Any = choice.get("token_ids")
+        settings = self.settings
+        wrong = None
+        if not isinstance(ids, list):
+            wrong = "no token_ids: it needs vLLM 0.10.2 or newer"
+        elif choice.get("prompt_token_ids") not in (None, prompt):
+            wrong = "a completion of another prompt"
+        elif not 1 <= len(ids) <= settings.max_new_tokens:
+            wrong = f"{len(ids)} tokens, where max_new_tokens={settings.max_new_tokens}"
+        elif set(ids[:-1]) & set(settings.stop_ids):
+            wrong = "tokens behind a stop token"
+        elif len(ids) < settings.max_new_tokens and ids[-1] not in settings.stop_ids:
+            wrong = f"an end without a stop token (finish_reason={choice.get('finish_reason')!r})"
+        if wrong:
+            raise ServerError(f"{self.client.field}: for row {row} the server gives {wrong}")
+        return [int(token) for token in ids]
+
+    # ------------------------------------------------------------------------------------------------- checks
+
+    def _check_prompts(self, prompts: list[list[int]], rows: list[int], step: int) -> None:
+        room = self.served.max_model_len
+        for prompt, row in zip(prompts, rows, strict=True):
+            if not prompt:
+                raise ValueError(f"row {row} of step {step} has an empty prompt: give it at least one token")
+            if room is not None and len(prompt) + self.settings.max_new_tokens > room:
+                raise ValueError(
+                    f"row {row}: a prompt of {len(prompt)} tokens and max_new_tokens={self.settings.max_new_tokens} "
+                    f"exceed the server's max_model_len={room}: lower max_new_tokens or max_prompt_length, or start "
+                    "it with a larger --max-model-len"
+                )
+
+    def _compare_weights(self, model: str, prompts: list[list[int]]) -> None:
+        """Once, before the first rollout: the server's next-token log-probabilities against the trainer's."""
+        gaps = []
+        assert self.get_model is not None
+        with generation_mode(self.get_model(), self.accelerator) as student:  # a collective under ZeRO-3
+            for row, prompt in enumerate(prompts):
+                ids = torch.tensor([prompt], device=student.device)
+                ours = student(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+                payload = self._payload(model, prompt, 0, row)
+                payload |= {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "repetition_penalty": 1.0}
+                payload |= {"min_tokens": 0}
+                choice = self._post(payload, row)
+                theirs = choice["logprobs"]["token_logprobs"][0]
+                gaps.append(abs(float(ours[choice["token_ids"][0]]) - theirs))
+        if gaps and not sum(gaps) / len(gaps) < WEIGHTS_TOLERANCE:
+            raise ValueError(
+                f"{self.client.field}: the server does not hold the student's weights: log-probabilities of the next "
+                f"token differ by {sum(gaps) / len(gaps):.2f} nats on average. It serves {self.served.root!r}: serve "
+                "the base model that the student was loaded from"
+            )
+
+
+def row_seed(seed: int, step: int, row: int, source: str) -> int:
+    """The server's seed for one completion: 62 bits of a hash of the key, so neighbouring keys are unrelated."""
+    return random.Random(f"gkd rollout {source} {seed} {step} {row}").getrandbits(62)
+
+
+def _aborted(body: Any) -> str | None:
+    """A server that shuts down answers what it has."""
+    if not isinstance(body, dict) or not body.get("choices"):
+        return f"an answer without choices ({str(body)[:200]})"
+    reason = body["choices"][0].get("finish_reason")
+    return None if reason in ("stop", "length") else f"finish_reason={reason!r}"
