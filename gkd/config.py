@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from trl import SFTConfig
 
+from gkd.config_servers import ROLLOUT_BACKENDS, SERVER_TIMEOUT, check_servers
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
 from gkd.source import MIXINGS
 
@@ -128,6 +129,23 @@ class GKDConfig(SFTConfig):
         None, "Most sequences generated at a time: bounds the KV cache. None = per_device_train_batch_size x 4."
     )
 
+    # --- servers ---
+    rollout_backend: str = _field(
+        "hf", "Where the student writes: hf (in this process) or vllm (a server; LoRA only)."
+    )
+    rollout_server_url: str | None = _field(
+        None, "The student's vLLM server, http://host:port; several are comma separated."
+    )
+    rollout_adapter_dir: str | None = _field(
+        None, "Folder of the adapter, which trainer and server must both see. None = <output_dir>/_rollout_adapters."
+    )
+    rollout_server_timeout: float = _field(
+        SERVER_TIMEOUT, "Seconds that one request to a server may take in all, repetitions included."
+    )
+    teacher_server_url: str | None = _field(
+        None, "A vLLM server that scores as the teacher, in place of a teacher model; needs teacher_top_k."
+    )
+
     # --- data ---
     max_prompt_length: int | None = _field(
         None, "Most tokens of a prompt. None = max_length - max_new_tokens when anything is generated."
@@ -147,6 +165,7 @@ class GKDConfig(SFTConfig):
         self._check_ranges()
         self._check_choices()
         self._check_ineffective()
+        check_servers(self)
 
     def _choose_for_cpu(self) -> None:
         """Without an accelerator: use_cpu, without which accelerate leaves several processes apart and the Trainer
@@ -193,6 +212,7 @@ class GKDConfig(SFTConfig):
             "loss_reduction": _REDUCTIONS,
             "seq_kd_loss": _SEQ_KD_LOSSES,
             "top_k_tail": _TAILS,
+            "rollout_backend": ROLLOUT_BACKENDS,
             "overlong_prompt": _OVERLONG_PROMPT,
             "overlong_row": _OVERLONG_ROW,
             "assistant_turns": _TURNS,
@@ -214,6 +234,11 @@ class GKDConfig(SFTConfig):
                     f"{name}={getattr(self, name)!r} has no effect with seq_kd=False, where the teacher writes no "
                     f"sequences: set seq_kd=True, or leave it out"
                 )
+
+    @property
+    def rollout_adapter_folder(self) -> str:
+        """Where the student's adapter is written for a server; the underscore keeps it out of what goes to the Hub."""
+        return self.rollout_adapter_dir or os.path.join(str(self.output_dir), "_rollout_adapters")
 
     @property
     def teacher_cache_folder(self) -> str | None:
