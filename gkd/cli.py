@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
 from pathlib import Path
 
 from gkd._version import __version__
+from gkd.recipe import capture, execute_recipe, mistakes_in_one_line
 
 EXAMPLE = """example:
   gkd run recipes/gkd_qwen2.py --learning_rate 2e-4 --use_peft --output_dir out
@@ -35,7 +35,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("recipe", type=Path, help="the recipe's file")
     run.add_argument("flags", nargs=argparse.REMAINDER, help="the recipe's flags")
+    precompute = commands.add_parser(
+        "precompute",
+        help="let the teacher answer a recipe's prompts beforehand",
+        description="Let the teacher answer a recipe's training prompts, once each, into the cache that training with "
+        "--seq_kd reads (teacher_cache_dir); optionally as a data set of its own. Can be stopped and started again.",
+        epilog="example:\n  gkd precompute recipes/gkd_glass.py --teacher_temperature 0 --precompute_output answers",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    precompute.add_argument("recipe", type=Path, help="the recipe's file")
+    precompute.add_argument(
+        "--precompute_output", metavar="DIR", help="write the answers as a data set into this folder"
+    )
+    precompute.add_argument("--precompute_push_to_hub", metavar="ID", help="push that data set to this repository")
     return parser
+
+
+def _precompute(recipe: Path, flags: list[str], output: str | None, push_to: str | None) -> None:
+    from gkd.precompute import precompute
+
+    precompute(capture(recipe, [*flags, "--seq_kd", "true"]), output, push_to)
 
 
 def _run(recipe: Path, flags: list[str]) -> int:
@@ -45,14 +65,20 @@ def _run(recipe: Path, flags: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    sys.argv = [str(recipe), *flags]
-    runpy.run_path(str(recipe), run_name="__main__")
+    execute_recipe(recipe, flags)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, flags = parser.parse_known_args(argv)
+    if arguments.command == "precompute":
+        with mistakes_in_one_line():
+            _precompute(arguments.recipe, flags, arguments.precompute_output, arguments.precompute_push_to_hub)
+        return 0
+    if flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     return _run(arguments.recipe, arguments.flags)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
 
@@ -31,6 +31,19 @@ def load_tokenizer(
         raise ValueError(
             f"no tokenizer found at {name!r}: pass processing_class, or save the tokenizer beside the model ({error})"
         ) from error
+
+
+def vocabulary_rows(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> int:
+    """Rows of a model's output head, from its config alone.
+
+    Raises:
+        ValueError: there is no model under that name.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except OSError as error:
+        raise ValueError(f"model_name_or_path={name!r} cannot be loaded: {error}") from error
+    return int(config.get_text_config().vocab_size)
 
 
 def load_teacher(name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:

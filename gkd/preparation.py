@@ -114,17 +114,29 @@ def make_rollout(
     settings = sampling_settings(args, source, stop_ids, pad_id, foreign_ids)
     size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
     rollout = ROLLOUTS["hf"](get_model, accelerator, settings, seed=args.seed, source=source, batch_size=size)
-    folder = args.teacher_cache_folder
-    if source != "teacher" or folder is None or not args.seq_kd or args.lmbda == 1:
+    if source != "teacher" or args.teacher_cache_folder is None or not args.seq_kd or args.lmbda == 1:
         return rollout
-    teacher = extract_model_from_parallel(get_model())
-    key = key_of(settings, args.seed, fingerprint(teacher))
-    return CachedRollout(rollout, open_store(folder, key, _notes(teacher)), accelerator)
+    return keep_completions(rollout, args, get_model(), accelerator)
 
 
-def _notes(teacher: Any) -> dict[str, Any]:
+def keep_completions(
+    rollout: SampledRollout, args: GKDConfig, model: nn.Module, accelerator: Accelerator
+) -> CachedRollout:
+    """A rollout of the frozen `model` that samples each prompt once and keeps the completion on disk.
+
+    Under ZeRO-3 all ranks call this: the fingerprint gathers the weights.
+
+    Raises:
+        ValueError: `teacher_cache_dir` is off, or an option of the sampling cannot be compared between runs.
+    """
+    folder = args.teacher_cache_folder
+    if folder is None:
+        raise ValueError(f"teacher_cache_dir={args.teacher_cache_dir!r} leaves no place to keep completions: name one")
+    teacher: Any = extract_model_from_parallel(model)
+    key = key_of(rollout.settings, args.seed, fingerprint(teacher))
     revision = getattr(teacher.config, "_commit_hash", None)
-    return {"teacher": model_name(teacher), "revision": revision, "versions": installed_versions()}
+    notes = {"teacher": model_name(teacher), "revision": revision, "versions": installed_versions()}
+    return CachedRollout(rollout, open_store(folder, key, notes), accelerator)
 
 
 def hygiene(args: GKDConfig, stop_ids: dict[str, tuple[int, ...]]) -> Hygiene:

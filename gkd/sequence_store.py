@@ -106,6 +106,10 @@ class SequenceStore:
         assert isinstance(prompt, (list, tuple)), type(prompt)
         return self._record_key(prompt) in self._places
 
+    def about(self) -> dict[str, Any]:
+        """`key` and `notes` as `open_store` was given them (the notes by whoever came first)."""
+        return dict(json.loads((self.path / "about.json").read_text(encoding="utf-8")))
+
     def get(self, prompt: Sequence[int]) -> list[int]:
         """The completion of a prompt that is in the store.
 

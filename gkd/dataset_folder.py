@@ -1,0 +1,107 @@
+"""A data set as a folder that `load_dataset` and the Hub read: Parquet, a README and a record of how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from gkd.card_info import Repo
+from gkd.markdown import fenced, markdown_table, shorten
+
+DATA_FILE = "data/train-00000-of-00001.parquet"
+RECORD = "provenance.json"
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder, if it is new, empty, or one that `write_folder` wrote.
+
+    Raises:
+        ValueError: it holds something else, which is not overwritten.
+    """
+    path = Path(folder).expanduser()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file()):
+        raise ValueError(f"{str(folder)!r} holds something else: name a new folder for the data set")
+    return path
+
+
+def write_folder(rows: Dataset, folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Write rows, README and record; each file is replaced whole, so a stop in between leaves the old or the new one.
+
+    Args:
+        rows: the split `train`.
+        record: how the rows were made; the README shows `teacher`, `teacher_revision`, `key` and `date` of it.
+
+    Raises:
+        ValueError: as `check_folder`.
+    """
+    path = check_folder(folder)
+    (path / DATA_FILE).parent.mkdir(parents=True, exist_ok=True)
+    _replace(path / RECORD, lambda to: to.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"))
+    _replace(path / DATA_FILE, lambda to: rows.to_parquet(str(to)))
+    _replace(path / "README.md", lambda to: to.write_text(_readme(rows, record), encoding="utf-8"))
+
+
+def push_folder(folder: str | Path, repo_id: str, token: str | None = None, private: bool = False) -> str:
+    """Upload the folder to a data set repository, which is made if need be; returns its address.
+
+    Raises:
+        ValueError: the Hub refuses (no such user, no token, not reachable); with its reason.
+    """
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=str(folder), ignore_patterns=["*.tmp"])
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"pushing the data set to {repo_id!r} failed; it is kept in {folder}: {error}") from error
+    return str(address)
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _readme(rows: Dataset, record: Mapping[str, Any]) -> str:
+    metadata = {
+        "tags": ["gkd", "knowledge-distillation", "synthetic"],
+        "task_categories": ["text-generation"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+    }
+    teacher = Repo(str(record["teacher"]), record.get("teacher_revision"))
+    facts = [
+        ("rows", f"{len(rows):,}"),
+        ("teacher", teacher.shown),
+        ("revision", teacher.revision),
+        ("date", record["date"]),
+        *((name, shorten(str(value), 80)) for name, value in record["key"]["sampling"].items()),
+        ("seed", record["key"]["seed"]),
+    ]
+    columns = [
+        ("prompt, completion", "text, special tokens included"),
+        ("input_ids", "token ids of prompt and completion: what the teacher read and wrote"),
+        ("labels", "the same, -100 on the prompt"),
+        ("prompt_length", "tokens of the prompt"),
+        ("truncated, repetitive", "cut off at max_new_tokens; a loop"),
+        ("source_row", "row number in the data set of the prompts"),
+    ]
+    return "\n\n".join(
+        [
+            f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+            f"# Completions of {teacher.shown}",
+            "Written by a language model, token by token as sampled, for sequence-level knowledge distillation (Kim & "
+            "Rush, 2016). Training on `input_ids` and `labels` needs no tokenizer and loses no token:",
+            fenced("gkd run RECIPE --dataset_name THIS_DATA_SET --lmbda 0", "bash"),
+            markdown_table(("", ""), facts),
+            markdown_table(("column", "holds"), columns),
+            f"`{RECORD}` has the versions, the command and the fingerprint of the teacher's weights.\n",
+        ]
+    )

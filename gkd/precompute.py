@@ -1,0 +1,217 @@
+"""`gkd precompute`: the teacher answers a recipe's training prompts beforehand.
+
+The answers go where training looks for them (`teacher_cache_dir`), under the same key, so a run with `seq_kd` and the
+same settings finds all of them. On request they are also written as a data set: token ids and labels as they are
+trained on, beside their text, with a record of how they were made. An ordinary recipe takes it as `--dataset_name`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, Features, Sequence, Value
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from gkd import setup_checks as checks
+from gkd.batch import IGNORE
+from gkd.card_info import Repo
+from gkd.dataset_folder import check_folder, push_folder, write_folder
+from gkd.distributed import place_frozen
+from gkd.environment import installed_versions
+from gkd.loading import load_tokenizer, vocabulary_rows
+from gkd.preparation import hygiene, keep_completions, make_rollout, prepare_rows
+from gkd.recipe import Recipe
+from gkd.redact import redact_command
+from gkd.rollouts.cached import CachedRollout
+from gkd.settings import set_loading_arguments, student_name
+from gkd.vocab import shared_vocabulary, stop_token_ids
+from gkd.window import Hygiene
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = Features(
+    {
+        "prompt": Value("string"),
+        "completion": Value("string"),
+        "input_ids": Sequence(Value("int32")),
+        "labels": Sequence(Value("int32")),
+        "prompt_length": Value("int32"),
+        "truncated": Value("bool"),
+        "repetitive": Value("bool"),
+        "source_row": Value("int64"),
+    }
+)
+
+
+@dataclass
+class Work:
+    """What is to be done: prompts of the training rows, the teacher that answers them, and what a sound answer is."""
+
+    rows: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    rollout: CachedRollout
+    hygiene: Hygiene
+    accelerator: Accelerator
+    batch_size: int
+
+
+def precompute(recipe: Recipe, output: str | None = None, push_to: str | None = None) -> None:
+    """Fill the teacher's cache for a recipe's training prompts; write them as a data set, and push that, if asked.
+
+    What is there already is not made again, so a run that was stopped goes on where it was. Several processes
+    (`accelerate launch`) share the work.
+
+    Args:
+        recipe: from `gkd.recipe.capture`, with `seq_kd` on.
+        output: folder of the data set; None writes none.
+        push_to: repository on the Hub; needs `output`.
+
+    Raises:
+        ValueError: no student, teacher or place for the cache is named; the folder holds something else.
+    """
+    if push_to is not None and output is None:
+        raise ValueError("--precompute_push_to_hub needs a data set to push: pass --precompute_output DIR")
+    if output is not None:
+        check_folder(output)
+    work = prepare(recipe)
+    fill(work)
+    if not work.accelerator.is_main_process:
+        return
+    store = work.rollout.store
+    print(f"{len(store):,} answers of the teacher are in {store.path}")
+    if output is None:
+        return
+    rows, left_out = answered_rows(work)
+    about = provenance(recipe, work, len(rows), left_out)
+    write_folder(rows, output, about)
+    print(f"{len(rows):,} rows in {output}: train on them with --dataset_name {output}")
+    if push_to is not None:
+        settings = recipe.settings.training
+        print(f"pushed to {push_folder(output, push_to, settings.hub_token, bool(settings.hub_private_repo))}")
+
+
+def prepare(recipe: Recipe) -> Work:
+    """Rows, tokenizer and teacher exactly as training has them; the student itself is not loaded."""
+    settings, args = recipe.settings, recipe.settings.training
+    assert args.seq_kd, "prompts are prepared for sequences of the teacher"
+    student = student_name(settings)
+    set_loading_arguments(settings)
+    source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "revision": settings.model.model_revision}
+    tokenizer = checks.check_tokenizer(load_tokenizer(student, **source))
+    rows, _, _ = prepare_rows(recipe.load_data(settings)["train"], None, tokenizer, args, None, None)
+    assert rows is not None
+    teacher = checks.resolve_teacher(student, None, args)
+    teacher_tokenizer = checks.tokenizer_of_teacher(teacher, student, args)
+    own, size = vocabulary_rows(student, **source), int(teacher.config.get_text_config().vocab_size)
+    shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
+    stop_ids = {
+        "student": stop_token_ids(tokenizer, None),
+        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config),
+    }
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
+    model = place_frozen(teacher, accelerator)
+    pad_id = int(tokenizer.pad_token_id)
+    foreign = range(min(own, size), size)
+    rollout = make_rollout(args, "teacher", lambda: model, accelerator, stop_ids["teacher"], pad_id, foreign)
+    if not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
+        rollout = keep_completions(rollout, args, model, accelerator)
+    batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
+    return Work(rows, tokenizer, rollout, hygiene(args, stop_ids), accelerator, batch_size)
+
+
+def fill(work: Work) -> None:
+    """Let the teacher answer what is not answered yet, each prompt once, longest first. All ranks call this."""
+    store, accelerator = work.rollout.store, work.accelerator
+    prompts = [list(prompt) for prompt in dict.fromkeys(tuple(p) for p in _prompts(work.rows))]
+    store.refresh()
+    missing = [prompt for prompt in prompts if prompt not in store]
+    missing.sort(key=len, reverse=True)
+    # Other runs may add to the store meanwhile, so one rank's view of what is missing counts.
+    missing = broadcast_object_list([missing])[0]
+    done = len(prompts) - len(missing)
+    logger.info("%s of %s different prompts are answered already", f"{done:,}", f"{len(prompts):,}")
+    with tqdm(total=len(missing), unit="prompt", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+        tokens, size = 0, work.batch_size * accelerator.num_processes
+        for start in range(0, len(missing), size):
+            share = missing[start : start + size][accelerator.process_index :: accelerator.num_processes]
+            tokens += sum(map(len, work.rollout.generate(share, 0)))
+            bar.update(min(size, len(missing) - start))
+            bar.set_postfix({"tokens": f"{tokens * accelerator.num_processes:,}"})
+    accelerator.wait_for_everyone()
+    store.refresh()
+
+
+def answered_rows(work: Work) -> tuple[Dataset, dict[str, int]]:
+    """The rows with the teacher's answers, in the order of the recipe's data set, and how many are left out and why.
+
+    Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    left_out = {"truncated": 0, "repetitive": 0}
+    rows = work.rows.sort("row")
+    for prompt, number in zip(_prompts(rows), rows["row"], strict=True):
+        completion = work.rollout.store.get(prompt)
+        verdict = work.hygiene.judge(completion, "teacher")
+        if not work.hygiene.trains(verdict):
+            left_out["repetitive" if verdict.repetitive else "truncated"] += 1
+            continue
+        row = {
+            "prompt": work.tokenizer.decode(prompt),
+            "completion": work.tokenizer.decode(completion),
+            "input_ids": [*prompt, *completion],
+            "labels": [IGNORE] * len(prompt) + completion,
+            "prompt_length": len(prompt),
+            "truncated": verdict.truncated,
+            "repetitive": verdict.repetitive,
+            "source_row": number,
+        }
+        for name, value in row.items():
+            columns[name].append(value)
+    if not columns["input_ids"]:
+        raise ValueError(
+            f"no answer of the teacher is left for the data set ({left_out}): raise max_new_tokens, or set "
+            "mask_truncated_completions and drop_repetitive_completions to false"
+        )
+    return Dataset.from_dict(columns, features=_COLUMNS), left_out
+
+
+def _prompts(rows: Dataset) -> Iterable[list[int]]:
+    for row in rows.select_columns(["input_ids", "prompt_length"]):
+        yield row["input_ids"][: row["prompt_length"]]
+
+
+def provenance(recipe: Recipe, work: Work, kept: int, left_out: dict[str, int]) -> dict[str, Any]:
+    """How the rows were made, as JSON: models, sampling, data, date, versions, command."""
+    script, args = recipe.settings.script, recipe.settings.training
+    made = work.rollout.store.about()
+    return {
+        "rows": kept,
+        "left_out": left_out,
+        "teacher": _shown(made["notes"]["teacher"]) or "in memory",
+        "teacher_revision": made["notes"]["revision"],
+        "key": made["key"],
+        "tokenizer": _shown(recipe.settings.model.model_name_or_path),
+        "prompts": {
+            "dataset": _shown(script.dataset_name),
+            "config": script.dataset_config,
+            "split": script.dataset_train_split,
+            "max_prompt_length": args.prompt_limit,
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": installed_versions(),
+        "command": redact_command([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+    }
+
+
+def _shown(name: str | None) -> str | None:
+    """A repository's id, or the last part of a path: the record may be pushed."""
+    return Repo(name).shown if name else None
