@@ -84,7 +84,7 @@ class Problem:
         self.stop_ids = tuple(draw.sample(range(args.vocab), args.vocab // mean)) if mean else ()
         self.lengths = [len(completion) for completion in self.ours().generate(self.prompts, 0)]
 
-    def ours(self, merge_adapter: bool | None = None) -> HFRollout:
+    def ours(self, merge_adapter: bool = True) -> HFRollout:
         settings = SamplingSettings(self.longest, top_p=self.top_p, stop_ids=self.stop_ids)
         return HFRollout(
             lambda: self.model,
@@ -98,7 +98,7 @@ class Problem:
 
     def contenders(self) -> dict[str, Callable[[], int]]:
         """Functions that generate all rows and return the number of tokens."""
-        found: dict[str, Callable[[], int]] = {"gkd": lambda: self.run_ours(None)}
+        found: dict[str, Callable[[], int]] = {"gkd": lambda: self.run_ours(True)}
         if self.lora:
             found["gkd, adapter apart"] = lambda: self.run_ours(False)
         found["generate"] = self.run_plain
@@ -106,7 +106,7 @@ class Problem:
             found["generate_batch"] = self.run_continuous
         return found
 
-    def run_ours(self, merge_adapter: bool | None) -> int:
+    def run_ours(self, merge_adapter: bool) -> int:
         return sum(map(len, self.ours(merge_adapter).generate(self.prompts, 0)))
 
     def run_plain(self) -> int:

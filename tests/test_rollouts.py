@@ -70,7 +70,23 @@ def test_rules_that_read_the_row_see_no_padding(rule):
     expected = [plain_greedy(model, prompt, 24, stop_ids, **{rule: value}) for prompt in PROMPTS]
     assert expected != [plain_greedy(model, prompt, 24, stop_ids) for prompt in PROMPTS], "the rule must matter"
     options = {rule: value} if rule == "repetition_penalty" else {"extra": {rule: value}}
-    rollout = rollout_of(model, temperature=0, stop_ids=stop_ids, max_new_tokens=24, **options)
+    # pad_id is a token that the model often takes: it must not count as one of the row's
+    rollout = rollout_of(model, temperature=0, stop_ids=stop_ids, max_new_tokens=24, pad_id=often[0], **options)
+    assert rollout.generate(PROMPTS, 0) == expected
+
+
+def test_the_users_own_rule_sees_no_padding():
+    def unlike_before(input_ids, scores):
+        counts = torch.nn.functional.one_hot(input_ids, VOCABULARY).sum(1)
+        return scores - 0.5 * counts
+
+    model = tiny_model("gpt2", seed=5)
+    expected = []
+    for prompt in PROMPTS:
+        config = GenerationConfig(max_new_tokens=24, do_sample=False, pad_token_id=0)
+        output = model.generate(torch.tensor([prompt]), generation_config=config, logits_processor=[unlike_before])
+        expected.append(output[0, len(prompt) :].tolist())
+    rollout = rollout_of(model, temperature=0, max_new_tokens=24, extra={"logits_processor": [unlike_before]})
     assert rollout.generate(PROMPTS, 0) == expected
 
 
@@ -142,6 +158,14 @@ def test_a_row_depends_on_nothing_but_its_key():
     assert shuffled == [expected[i] for i in order]
     alone = rollout_of(model, stop_ids=stop_ids).generate(PROMPTS[2:3], 7, rows[2:3])
     assert alone == expected[2:3]
+
+
+def test_each_token_has_its_own_number():
+    model = tiny_model()
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens equally likely: token = floor(V u)
+    completions = rollout_of(model, seed=9, source="teacher").generate(PROMPTS, 4, rows=[*range(20, 27)])
+    for row, completion in zip(range(20, 27), completions, strict=True):
+        assert completion == [int(VOCABULARY * u) for u in row_uniforms(9, 4, row, "teacher", 12)]
 
 
 def test_another_row_step_seed_or_source_is_another_draw():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
-from gkd.rollouts.adapter import foldable, folded, full_precision
+from gkd.rollouts.adapter import foldable, folded
 from gkd.rollouts.base import SamplingSettings, row_uniforms
 from gkd.rollouts.cache import keep_rows, places_to_keep, use_growing_layers
 from gkd.rollouts.modes import generation_mode
@@ -38,8 +38,8 @@ class HFRollout:
         seed: the run's seed, part of the key of the random numbers.
         source: `"student"` or `"teacher"`, so that the two draw different numbers for the same row.
         batch_size: rows decoded at once, which bounds the memory of the KV cache; None takes all.
-        merge_adapter: fold a LoRA adapter into the weights for the rollout. None does so where that changes the model
-            by rounding in fp32 only; in bf16 it is faster, too, but not quite the same model.
+        merge_adapter: fold a LoRA adapter into the weights for the rollout (see `adapter.py`): faster, at the price of
+            a second copy of the adapted weights meanwhile.
 
     Raises:
         ValueError: `batch_size` below 1.
@@ -54,7 +54,7 @@ class HFRollout:
         seed: int,
         source: str = "student",
         batch_size: int | None = None,
-        merge_adapter: bool | None = None,
+        merge_adapter: bool = True,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"rollout_batch_size={batch_size} is out of range: use 1 or more, or None for all rows")
@@ -93,11 +93,8 @@ class HFRollout:
 
     def _layers_to_fold(self, model: PreTrainedModel, prompts: list[list[int]]) -> list[Any]:
         # Measured on CPU: folding costs what the adapter costs in four decoding steps.
-        if self.merge_adapter is False or not prompts or self.settings.max_new_tokens < 8:
-            return []
-        layers = foldable(model)
-        exact = full_precision(layers) and not torch.is_autocast_enabled(model.device.type)
-        return layers if self.merge_adapter or exact else []
+        pays = self.settings.max_new_tokens >= 8 and bool(prompts)
+        return foldable(model) if self.merge_adapter and pays else []
 
     def _check_lengths(self, model: PreTrainedModel, prompts: list[list[int]], rows: list[int]) -> None:
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
