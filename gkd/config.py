@@ -172,6 +172,11 @@ class GKDConfig(SFTConfig):
         refuses bf16; and bf16 only when the launch file says so, since TRL's default is made for GPUs."""
         if not torch.accelerator.is_available():
             self.use_cpu = True
+            if self.deepspeed and "RANK" in os.environ:
+                # What accelerate does on GPUs before a model is split up (ZeRO-3), and on CPUs only for its own files.
+                import deepspeed
+
+                deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
             given: bool | None = getattr(self, "bf16", None)
             self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" if given is None else given
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel, PromptLearningConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from gkd.config import GKDConfig
+from gkd.distributed import zero_stage
 from gkd.loading import load_teacher, load_tokenizer, model_name
 from gkd.vocab import compare_chat_templates, compare_stop_ids
 
@@ -54,6 +58,58 @@ def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_launch(args: GKDConfig) -> None:
+    """Refuse launchers that this trainer cannot work under.
+
+    Raises:
+        ValueError: FSDP.
+    """
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "FSDP is not supported: the output heads and the rollouts need whole weights; use DDP "
+            "(deepspeed_configs/ddp.yaml) or, for models that do not fit, ZeRO-3 (deepspeed_configs/zero3.yaml)"
+        )
+
+
+def check_wiring(accelerator: Accelerator) -> None:
+    """Refuse launches that came out as something else than was asked for, which would train all the same.
+
+    Raises:
+        ValueError: processes that do not know of each other, DeepSpeed left out, ZeRO-3 that cannot save a model.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if int(started) != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started WORLD_SIZE={started} processes, but accelerate joined {accelerator.num_processes}: "
+            "each would train alone. On CPUs pass --use_cpu; otherwise see that every process sees its accelerator"
+        )
+    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if wanted and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"the launcher asks for DeepSpeed, but accelerate runs {accelerator.distributed_type.value}: take "
+            f"ACCELERATE_USE_CPU={os.environ.get('ACCELERATE_USE_CPU')} out of the environment, pass --use_cpu instead"
+        )
+    if zero_stage(accelerator) == 3:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "ZeRO-3 without stage3_gather_16bit_weights_on_model_save saves no weights: set it to true in the "
+                "DeepSpeed config (zero3_save_16bit_model: true in an accelerate config file)"
+            )
+
+
+def check_not_quantized(model: Any, role: str, accelerator: Accelerator) -> None:
+    """Refuse quantized weights under ZeRO-3, which would split up packed bytes.
+
+    Raises:
+        ValueError: they are.
+    """
+    if zero_stage(accelerator) == 3 and getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"the {role} is quantized, which ZeRO-3 cannot split up: load it in bfloat16, or use DDP or ZeRO-2"
+        )
+
+
 def check_student(model: nn.Module) -> None:
     """Refuse adapters whose training this trainer cannot honour.
 
@@ -85,11 +141,15 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
-    """The teacher as a model; loads it by name.
+    """The teacher as a model; loads it by name. None when it is on a server.
 
     Raises:
         ValueError: there is no teacher, it is the student itself, or its loading arguments would have no effect.
     """
+    if args.teacher_server_url is not None:
+        if teacher is not None:
+            raise ValueError("teacher_model does not go with args.teacher_server_url: one of them is the teacher")
+        return None
     if student is teacher:
         raise ValueError(
             "model and teacher_model are the same object: freezing the teacher would freeze the student; "
@@ -99,7 +159,8 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
         teacher = args.teacher_model_name_or_path
     if teacher is None:
         raise ValueError(
-            "there is no teacher: pass teacher_model (a model or a name) or set args.teacher_model_name_or_path"
+            "there is no teacher: pass teacher_model (a model or a name) or set args.teacher_model_name_or_path "
+            "or args.teacher_server_url"
         )
     kwargs = args.teacher_model_init_kwargs
     if isinstance(teacher, str):

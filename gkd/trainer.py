@@ -92,6 +92,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         if model is None:
             raise ValueError("model is missing: pass the student, a model or a name")
         args = checks.resolve_config(args, model)
+        checks.check_launch(args)
         teacher = checks.resolve_teacher(model, teacher_model, args)
         tokenizer = checks.resolve_tokenizer(processing_class, model, args)
         self._formatting_func = formatting_func
@@ -113,9 +114,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             peft_config=peft_config,
         )
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP is not supported: the heads would be sharded away; use DDP or DeepSpeed ZeRO")
+        checks.check_wiring(self.accelerator)
         checks.check_student(self.model)
+        for role, quantizable in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):
+            checks.check_not_quantized(quantizable, role, self.accelerator)
         self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
         self.model_accepts_loss_kwargs = True
         self._set_up_models(teacher, teacher_processing_class)
