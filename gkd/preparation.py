@@ -19,6 +19,7 @@ from gkd.loading import model_name
 from gkd.rollouts import ROLLOUTS, SamplingSettings
 from gkd.rollouts.cached import CachedRollout, SampledRollout, fingerprint, key_of
 from gkd.sequence_store import open_store
+from gkd.servers import Server, make_server_rollout
 from gkd.window import Hygiene
 
 
@@ -106,23 +107,31 @@ def make_rollout(
     stop_ids: tuple[int, ...],
     pad_id: int,
     foreign_ids: range = range(0),
+    server: Server | None = None,
+    vocabulary: int | None = None,
 ) -> SampledRollout:
     """The backend that writes a source's completions; the teacher's are kept, when any are wanted.
 
+    With a `server`, it writes: the student through its adapter, the teacher as the server's own model.
     Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
     """
     settings = sampling_settings(args, source, stop_ids, pad_id, foreign_ids)
     size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
-    rollout = ROLLOUTS["hf"](get_model, accelerator, settings, seed=args.seed, source=source, batch_size=size)
+    rollout: SampledRollout
+    if server is not None:
+        rollout = make_server_rollout(args, source, server, settings, get_model, accelerator, vocabulary)
+    else:
+        rollout = ROLLOUTS["hf"](get_model, accelerator, settings, seed=args.seed, source=source, batch_size=size)
     if source != "teacher" or args.teacher_cache_folder is None or not args.seq_kd or args.lmbda == 1:
         return rollout
-    return keep_completions(rollout, args, get_model(), accelerator)
+    return keep_completions(rollout, args, server or get_model(), accelerator)
 
 
 def keep_completions(
-    rollout: SampledRollout, args: GKDConfig, model: nn.Module, accelerator: Accelerator
+    rollout: SampledRollout, args: GKDConfig, model: nn.Module | Server, accelerator: Accelerator
 ) -> CachedRollout:
-    """A rollout of the frozen `model` that samples each prompt once and keeps the completion on disk.
+    """A rollout of the frozen `model` (a server's is known by its name only) that samples each prompt once and
+    keeps the completion on disk.
 
     Under ZeRO-3 all ranks call this: the fingerprint gathers the weights.
 
@@ -132,10 +141,14 @@ def keep_completions(
     folder = args.teacher_cache_folder
     if folder is None:
         raise ValueError(f"teacher_cache_dir={args.teacher_cache_dir!r} leaves no place to keep completions: name one")
-    teacher: Any = extract_model_from_parallel(model)
-    key = key_of(rollout.settings, args.seed, fingerprint(teacher))
-    revision = getattr(teacher.config, "_commit_hash", None)
-    notes = {"teacher": model_name(teacher), "revision": revision, "versions": installed_versions()}
+    name: str | None
+    if isinstance(model, Server):
+        mark, name, revision = model.fingerprint, model.served.root, None
+    else:
+        teacher: Any = extract_model_from_parallel(model)
+        mark, name, revision = fingerprint(teacher), model_name(teacher), getattr(teacher.config, "_commit_hash", None)
+    key = key_of(rollout.settings, args.seed, mark)
+    notes = {"teacher": name, "revision": revision, "versions": installed_versions()}
     return CachedRollout(rollout, open_store(folder, key, notes), accelerator)
 
 

@@ -77,7 +77,7 @@ class CardMixin:
         values = {
             "model_name": model_name or args.output_dir.rstrip("/").split("/")[-1],
             "student": Repo(name_of(student) or "in memory", _revision(student)),
-            "teacher": Repo(name_of(self.teacher_model) or "in memory", _revision(self.teacher_model)),  # type: ignore[attr-defined]
+            "teacher": _teacher(self.teacher),  # type: ignore[attr-defined]
             "settings": {name: getattr(args, name) for name in SETTINGS if name not in skipped},
             "lora": lora,
             "ledger": self.ledger.as_dict(),  # type: ignore[attr-defined]
@@ -90,6 +90,12 @@ class CardMixin:
             "hub_model_id": args.hub_model_id,
         }
         return CardInfo(**{**values, **extras})
+
+
+def _teacher(teacher: Any) -> Repo:
+    if teacher.model is None:  # on a server, which tells its name
+        return Repo(teacher.served.root)
+    return Repo(name_of(teacher.model) or "in memory", _revision(teacher.model))
 
 
 def _revision(model: Any) -> str | None:

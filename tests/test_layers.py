@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gkd"
 
 LEVELS = {
-    0: {"_version", "source", "batch", "divergence", "integrand", "dense_loss"},
+    0: {"_version", "errors", "source", "batch", "divergence", "integrand", "dense_loss"},
     1: {
         "signals",
         "fused",
@@ -37,10 +37,10 @@ LEVELS = {
         "card_info",
         "plots",
     }
-    | {"random_state"},
+    | {"random_state", "disk", "checkpoint_files"},
     2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"}
-    | {"vllm_client", "vllm_checks"},
-    3: {"trainer", "trainer_card", "trainer_evaluation", "checkpoint", "progress"},
+    | {"vllm_client", "vllm_checks", "servers"},
+    3: {"trainer", "trainer_card", "trainer_evaluation", "checkpoint", "faults", "progress"},
     4: {
         "run",
         "settings",

@@ -105,6 +105,8 @@ class AdapterUpload:
         except RefusedError as error:
             if "already" in error.reason and name in error.reason:
                 return  # the answer to an earlier attempt was lost
+            if error.status == 500 and "lora" not in error.reason.lower():
+                raise  # the engine's own trouble
             raise ValueError(f"{error}. {self._remedy(error)}") from error
 
     def _remedy(self, error: RefusedError) -> str:

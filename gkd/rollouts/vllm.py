@@ -37,12 +37,13 @@ class VLLMRollout:
     Args:
         client: the servers.
         served: the base model they serve.
-        settings: how to sample; of `extra`, only `min_new_tokens` exists on a server.
+        settings: how to sample; of `extra`, only `min_new_tokens` and `suppress_tokens` exist on a server.
         seed: the run's seed, part of the key of the random numbers.
         source: `"student"` or `"teacher"`, so that the two draw different numbers for the same row.
         get_model: gives the student as the trainer holds it; None samples from the base model.
         adapter_dir: where the student's adapter is written for the server, see `AdapterUpload`.
         accelerator: to agree with the other ranks; None is one process.
+        vocabulary: ids from here on are an error, since the other model could not read them; None allows all.
 
     Raises:
         ValueError: an option that a server cannot honour; a student without a plain LoRA adapter.
@@ -59,8 +60,9 @@ class VLLMRollout:
         get_model: Callable[[], nn.Module] | None = None,
         adapter_dir: str = "rollout_adapters",
         accelerator: Accelerator | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        foreign = sorted(set(settings.extra) - {"min_new_tokens"})
+        foreign = sorted(set(settings.extra) - {"min_new_tokens", "suppress_tokens"})
         if foreign:
             raise ValueError(
                 f"generation_kwargs {foreign} are transformers' own and do nothing on a vLLM server: leave them out, "
@@ -68,7 +70,7 @@ class VLLMRollout:
             )
         self.client, self.served, self.settings = client, served, settings
         self.seed, self.source, self.accelerator = seed, source, accelerator
-        self.get_model = get_model
+        self.get_model, self.vocabulary = get_model, vocabulary
         self.upload = None if get_model is None else AdapterUpload(client, get_model, accelerator, adapter_dir)
         self._weights_compared = get_model is None
 
@@ -121,6 +123,7 @@ class VLLMRollout:
             "repetition_penalty": settings.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
+            "logit_bias": {str(token): -100.0 for token in settings.extra.get("suppress_tokens") or ()},
             "stop_token_ids": list(settings.stop_ids),
             "ignore_eos": True,  # the stop ids above are complete; the server's own would come on top
             "seed": row_seed(self.seed, step, row, self.source),
@@ -161,6 +164,8 @@ class VLLMRollout:
             wrong = "a completion of another prompt"
         elif not 1 <= len(ids) <= settings.max_new_tokens:
             wrong = f"{len(ids)} tokens, where max_new_tokens={settings.max_new_tokens}"
+        elif self.vocabulary is not None and max(ids) >= self.vocabulary:
+            wrong = f"token {max(ids)}, where the vocabulary has {self.vocabulary}"
         elif set(ids[:-1]) & set(settings.stop_ids):
             wrong = "tokens behind a stop token"
         elif len(ids) < settings.max_new_tokens and ids[-1] not in settings.stop_ids:
@@ -193,7 +198,7 @@ class VLLMRollout:
                 ours = student(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
                 payload = self._payload(model, prompt, 0, row)
                 payload |= {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "repetition_penalty": 1.0}
-                payload |= {"min_tokens": 0}
+                payload |= {"min_tokens": 0, "logit_bias": {}}
                 choice = self._post(payload, row)
                 theirs = choice["logprobs"]["token_logprobs"][0]
                 gaps.append(abs(float(ours[choice["token_ids"][0]]) - theirs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from gkd.signals import TeacherSignal
 
 class Teacher(Protocol):
     """Says what the teacher thinks of the N targets of a micro-batch."""
+
+    model: Any  # the frozen model in this process; None when it is elsewhere
 
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
         """`input_ids`, `attention_mask`, `labels` [B, T] -> a signal for the N targets, in row-major order."""

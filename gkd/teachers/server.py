@@ -45,16 +45,11 @@ class ServerTeacher:
         ValueError: the server does not score, or not that many tokens.
     """
 
-    model = None  # it is not in this process
+    model: Any = None
 
     def __init__(self, client: VLLMClient, served: ServedModel, top_k: int) -> None:
         self.client, self.served, self.top_k = client, served, top_k
         self._path = self._find_path()
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the teacher as far as the server tells: it does not show its weights."""
-        return f"vllm:{self.served.root}"
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         return ()
