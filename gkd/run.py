@@ -69,7 +69,9 @@ def _run(settings: Settings, load_data: LoadData, score: Score | None) -> None:
     data = load_data(settings)
     trainer = build_trainer(settings, data)
     report = Report(trainer, data, score, settings.run.num_eval_prompts)
-    measure = settings.run.evaluate_before_and_after
+    measure = settings.run.evaluate_before_and_after and trainer.teacher_model is not None
+    if measure != settings.run.evaluate_before_and_after:
+        logger.warning("no evaluation before and after: it needs the teacher in this process, and it is on a server")
     if measure:
         report.measure_before()
     start = time.perf_counter()

@@ -31,9 +31,9 @@ from gkd.fused import FusedOutput, fused_divergence
 from gkd.hidden import instead_of_logits
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
+from gkd.servers import connect, make_teacher
 from gkd.signals import head_of, output_layer
 from gkd.source import SOURCES, choose_sources
-from gkd.teachers import TEACHERS
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.vocab import shared_vocabulary, stop_token_ids
@@ -137,13 +137,16 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
             checks.disable_dropout(self.model)
         if teacher_tokenizer is None:
             teacher_tokenizer = checks.tokenizer_of_teacher(teacher_model, student, args)
-        heads = {"student": _vocabulary_rows(student), "teacher": _vocabulary_rows(teacher_model)}
+        servers = connect(args, tokenizer)
+        heads = {"student": _vocabulary_rows(student), "teacher": _vocabulary_rows(teacher_model or student)}
         shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
-        self.teacher = TEACHERS["local"](teacher_model, accelerator)
+        self.teacher = make_teacher(args, teacher_model, accelerator, servers["teacher"])
         self.loss_settings = loss_settings(args, shared)
         self.stop_ids = {
             "student": stop_token_ids(tokenizer, student.generation_config),
-            "teacher": stop_token_ids(teacher_tokenizer or tokenizer, teacher_model.generation_config),
+            "teacher": stop_token_ids(
+                teacher_tokenizer or tokenizer, getattr(teacher_model, "generation_config", None)
+            ),
         }
         models = {"student": lambda: self.model_wrapped, "teacher": lambda: self.teacher.model}
         self.rollouts = {
@@ -155,6 +158,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
                 self.stop_ids[source],
                 tokenizer.pad_token_id,
                 range(min(heads.values()), heads[source]),
+                servers[source],
+                heads["student"],
             )
             for source, model in models.items()
         }
@@ -164,8 +169,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         logger.info("loss: %s", self.loss_settings)
 
     @property
-    def teacher_model(self) -> nn.Module:
-        """The frozen teacher, as `trl.experimental.gkd.GKDTrainer` names it."""
+    def teacher_model(self) -> nn.Module | None:
+        """The frozen teacher, as `trl.experimental.gkd.GKDTrainer` names it; None when it is on a server."""
         return self.teacher.model
 
     # ---------------------------------------------------------------------------------------- one optimizer step
