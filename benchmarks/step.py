@@ -1,0 +1,287 @@
+"""Whole optimizer steps: this package, TRL's GKDTrainer and DistillationTrainer, and the same work done by hand.
+
+    python benchmarks/step.py                       # SmolLM2-135M pair, about 40 minutes on a quiet 2-core machine
+    python benchmarks/step.py --model glass         # the 0.85M pair, a minute: to see that the script works
+    python benchmarks/step.py --cases "on-policy, checkpointing"
+
+Every contender sees the same prompts and generates exactly the same number of tokens in every row (no stop tokens), so
+that lengths do not decide. Contenders take turns within a round, so a busy machine slows all of them; the table shows
+the best step of all rounds, in seconds and as a multiple of ours. "by hand" is the limit: one bare `generate` for the
+whole step, one bare teacher forward and one bare student forward and backward per micro-batch.
+
+Results are written to benchmarks/results/step_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig as TRLGKDConfig
+from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
+
+from gkd import GKDConfig, GKDTrainer
+from gkd.demo import glass_student, glass_teacher, smollm2_student, smollm2_teacher
+from gkd.demo_data import healthsearchqa_prompts, openwebtext_excerpts
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = {  # name: (lmbda, gradient checkpointing)
+    "on-policy, checkpointing": (1.0, True),
+    "on-policy": (1.0, False),
+    "half, checkpointing": (0.5, True),
+    "half": (0.5, False),
+    "data only, checkpointing": (0.0, True),
+    "data only": (0.0, False),
+}
+PAIRS = {"smollm2": (smollm2_student, smollm2_teacher), "glass": (glass_student, glass_teacher)}
+
+
+class StepTimes(TrainerCallback):
+    """Seconds from the end of one step to the end of the next, so that what precedes `on_step_begin` counts."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
+
+
+class Pair:
+    """Models, tokenizer and rows that all contenders share by name."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        student, teacher = PAIRS[args.model]
+        self.student, self.teacher, self.tokens = str(student()), str(teacher()), args.tokens
+        self.tokenizer = AutoTokenizer.from_pretrained(self.student)
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+        self.batch, self.accumulation = args.batch, args.accumulation
+        texts = [self._exactly(text, args.tokens) for text in openwebtext_excerpts()[:64]]
+        questions = healthsearchqa_prompts()[:64]
+        self.rows = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": t}]}
+            for q, t in zip(questions, texts, strict=True)
+        ]
+
+    def _exactly(self, text: str, tokens: int) -> str:
+        return str(self.tokenizer.decode(self.tokenizer(text)["input_ids"][: tokens - 1]))
+
+    def common(self, folder: str, steps: int, checkpointing: bool) -> dict[str, Any]:
+        cpu = not torch.cuda.is_available()
+        return {
+            "output_dir": folder,
+            "per_device_train_batch_size": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "max_steps": steps,
+            "gradient_checkpointing": checkpointing,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": cpu,
+            "bf16": not cpu,
+            "temperature": 1.0,
+            "seed": 0,
+        }
+
+    def lora(self) -> LoraConfig:
+        return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def load(self, name: str) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ours(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
+    """Seconds per step, and where they went (`time/...` of the last step)."""
+    timer = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GKDTrainer(
+            pair.load(pair.student),
+            pair.load(pair.teacher),
+            GKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **pair.common(folder, steps, checkpointing)),
+            train_dataset=Dataset.from_list(pair.rows),
+            processing_class=pair.tokenizer,
+            peft_config=pair.lora(),
+            callbacks=[timer],
+        )
+        for rollout in trainer.rollouts.values():  # nothing stops before the cap
+            object.__setattr__(rollout.settings, "stop_ids", ())
+        trainer.train()
+        parts = next(entry for entry in reversed(trainer.state.log_history) if "time/rollout" in entry)
+    return timer.seconds, {name: parts[f"time/{name}"] for name in ("rollout", "teacher", "student")}
+
+
+def trl_gkd(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
+    timer = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TRLGKDTrainer(
+            pair.load(pair.student),
+            pair.load(pair.teacher),
+            TRLGKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **pair.common(folder, steps, checkpointing)),
+            train_dataset=Dataset.from_list(pair.rows),
+            processing_class=pair.tokenizer,
+            peft_config=pair.lora(),
+            callbacks=[timer],
+        )
+        trainer.generation_config.min_new_tokens = pair.tokens
+        trainer.train()
+    return timer.seconds, {}
+
+
+def trl_distillation(
+    pair: Pair, lmbda: float, checkpointing: bool, steps: int
+) -> tuple[list[float], dict[str, float]]:
+    timer = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DistillationTrainer(
+            pair.load(pair.student),
+            pair.load(pair.teacher),
+            DistillationConfig(
+                beta=0.5,
+                max_completion_length=pair.tokens,
+                generation_kwargs={"min_new_tokens": pair.tokens},
+                **pair.common(folder, steps, checkpointing),
+            ),
+            train_dataset=Dataset.from_list([{"prompt": row["messages"][:1]} for row in pair.rows]),
+            processing_class=pair.tokenizer,
+            peft_config=pair.lora(),
+            callbacks=[timer],
+        )
+        trainer.train()
+    return timer.seconds, {}
+
+
+def by_hand(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
+    """The limit: the bare model calls of a step, without any loss beyond the model's own cross-entropy."""
+    student = get_peft_model(pair.load(pair.student), pair.lora())
+    teacher = pair.load(pair.teacher).eval()
+    if checkpointing:
+        student.enable_input_require_grads()
+        student.gradient_checkpointing_enable()
+    number = pair.batch * pair.accumulation
+    written = round(lmbda * number)
+    prompts = [pair.tokenizer.apply_chat_template(row["messages"][:1], tokenize=False) for row in pair.rows[:number]]
+    full = [pair.tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in pair.rows[:number]]
+    pair.tokenizer.padding_side = "left"
+    settings = GenerationConfig(
+        max_new_tokens=pair.tokens,
+        min_new_tokens=pair.tokens,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=pair.tokenizer.pad_token_id,
+    )
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        texts = full[written:]
+        if written:
+            student.eval()
+            batch = pair.tokenizer(prompts[:written], return_tensors="pt", padding=True).to(student.device)
+            with torch.no_grad():
+                texts = texts + pair.tokenizer.batch_decode(student.generate(**batch, generation_config=settings))
+            student.train()
+        for i in range(0, number, pair.batch):
+            batch = pair.tokenizer(texts[i : i + pair.batch], return_tensors="pt", padding=True).to(student.device)
+            with torch.no_grad():
+                teacher(**batch, use_cache=False)
+            student(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        student.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return seconds, {}
+
+
+Contender = Callable[[Pair, float, bool, int], tuple[list[float], dict[str, float]]]
+CONTENDERS: dict[str, Contender] = {
+    "gkd": ours,
+    "TRL GKDTrainer": trl_gkd,
+    "TRL DistillationTrainer": trl_distillation,
+    "by hand": by_hand,
+}
+
+
+def measure(pair: Pair, case: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Best seconds per step of each contender; the first step of every run warms up and is left out."""
+    lmbda, checkpointing = CASES[case]
+    seconds: dict[str, list[float]] = {}
+    parts: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, contender in CONTENDERS.items():
+            if name == "TRL DistillationTrainer" and lmbda < 1:
+                continue  # it is always on-policy
+            torch.manual_seed(0)
+            found, where = contender(pair, lmbda, checkpointing, steps + 1)
+            seconds.setdefault(name, []).extend(found[1:])
+            parts = where or parts
+    return {"seconds": {name: min(values) for name, values in seconds.items()}, "parts": parts}
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [f"{'case':28s}" + "".join(f"{name:>26s}" for name in CONTENDERS) + "   rollout/teacher/student"]
+    for case, result in results.items():
+        own = result["seconds"]["gkd"]
+        cells = [
+            f"{result['seconds'][name]:14.2f} s {result['seconds'][name] / own:8.2f}x"
+            if name in result["seconds"]
+            else f"{'-':>26s}"
+            for name in CONTENDERS
+        ]
+        where = " / ".join(f"{value:.1f}" for value in result["parts"].values())
+        lines.append(f"{case:28s}" + "".join(f"{cell:>26s}" for cell in cells) + f"   {where}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=PAIRS, default="smollm2")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens in every row")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each contender in a round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    pair = Pair(args)
+    results: dict[str, Any] = {}
+    for case in args.cases:
+        results[case] = measure(pair, case, args.rounds, args.steps)
+        print(table({case: results[case]}), flush=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    record = {"device": device, "torch": torch.__version__, "arguments": vars(args), "results": results}
+    path = ROOT / "benchmarks" / "results" / f"step_{'cuda' if torch.cuda.is_available() else 'cpu'}_{args.model}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print("\n" + table(results) + f"\n\nwritten to {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
