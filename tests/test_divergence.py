@@ -1,7 +1,9 @@
 """Each divergence against its definition from probabilities in float64; TRL's dense loss; the registry's errors."""
 
+import doctest
 import math
 import warnings
+from pathlib import Path
 
 import oracle
 import pytest
@@ -270,3 +272,13 @@ def test_dense_loss_gives_the_teacher_no_gradient():
 def test_dense_loss_refuses_what_has_no_meaning(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         generalized_jsd_loss(logits(2, 3), logits(2, 3), **bad)
+
+
+def test_the_guide_runs():
+    guide = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
+    try:
+        failed, attempted = doctest.testfile(str(guide), module_relative=False)
+    finally:
+        DIVERGENCES.pop("chi_squared", None)
+    assert attempted > 20
+    assert failed == 0
