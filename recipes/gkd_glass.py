@@ -14,9 +14,9 @@ from datasets import Dataset
 
 from gkd.demo import glass_student, glass_teacher
 from gkd.demo_data import translation_sentences
-from gkd.run import run
+from gkd.run import Settings, run
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "model_name_or_path": glass_student,
     "teacher_model_name_or_path": glass_teacher,
     "output_dir": "outputs/gkd_glass",
@@ -33,7 +33,7 @@ DEFAULTS = {
     "lora_target_modules": ["all-linear"],
     "learning_rate": 5e-3,
     "warmup_steps": 10,
-    "max_steps": 150,
+    "max_steps": 100,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "gradient_checkpointing": False,
@@ -45,7 +45,7 @@ DEFAULTS = {
 PROMPT_WORDS = 4
 
 
-def load_data(settings: Any) -> dict[str, Any]:
+def load_data(settings: Settings) -> dict[str, Any]:
     """Sentences of six words and more, cut after the fourth; the first four are plain words."""
     rows = []
     for sentence in translation_sentences():
@@ -59,4 +59,4 @@ def load_data(settings: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(load_data, defaults=DEFAULTS, description=__doc__)
+    run(load_data, defaults=DEFAULTS, description=__doc__.splitlines()[0])

@@ -13,9 +13,9 @@ from datasets import Dataset
 
 from gkd.demo import smollm2_student, smollm2_teacher
 from gkd.demo_data import healthsearchqa_prompts, openwebtext_excerpts
-from gkd.run import run
+from gkd.run import Settings, run
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "model_name_or_path": smollm2_student,
     "teacher_model_name_or_path": smollm2_teacher,
     "output_dir": "outputs/gkd_smollm2",
@@ -45,7 +45,7 @@ DEFAULTS = {
 HELD_OUT_TEXTS = 24
 
 
-def load_data(settings: Any) -> dict[str, Any]:
+def load_data(settings: Settings) -> dict[str, Any]:
     """Questions without answers: the student and the teacher write those."""
     rows = [
         {"prompt": [{"role": "user", "content": f"{question} Answer in one short sentence."}]}
@@ -60,4 +60,4 @@ def load_data(settings: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(load_data, defaults=DEFAULTS, description=__doc__)
+    run(load_data, defaults=DEFAULTS, description=__doc__.splitlines()[0])
