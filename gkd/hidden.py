@@ -43,7 +43,8 @@ def instead_of_logits(
 
     def keep(_module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
         results.append(result)  # behind all other hooks of the head, which may have put their own node on it
-        return args[0][:, :0].detach()
+        # Empty, but with the graph behind it: DDP looks for the parameters in use from the model's outputs.
+        return result.reshape(-1)[:0].view(args[0].shape[0], 0, 1)
 
     own = vars(head).get("forward")  # accelerate and others may have replaced it, too
     handle = head.register_forward_hook(keep)
