@@ -134,7 +134,7 @@ def _config(model: nn.Module) -> Any:
 
 def _comparable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        left_out = ("transformers_version", "use_cache", "dtype", "torch_dtype")
+        left_out = ("transformers_version", "architectures", "use_cache", "dtype", "torch_dtype")
         return {str(k): _comparable(v) for k, v in value.items() if str(k) not in left_out and str(k)[:1] != "_"}
     if isinstance(value, (list, tuple)):
         return [_comparable(item) for item in value]
