@@ -1,51 +1,164 @@
-"""What a checkpoint holds beside the Trainer's own files, and how a run finds it again.
+"""Saving and resuming: a killed run loses nothing that was saved, and goes on as if it had not been killed.
 
-Sources and rollouts need no state: they are functions of (seed, step, row). Only the ledger and the token count are
-kept.
+Sources and rollouts need no state: they are functions of (seed, step, row). Beside the Trainer's own files only the
+ledger, the token count and the number of skipped steps are kept, in the file that also says that the checkpoint is
+complete (`gkd.checkpoint_files`).
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+import torch
 
+from gkd import checkpoint_files as files
+from gkd.disk import full_disk_explained
+from gkd.distributed import max_over_ranks
+from gkd.faults import FaultGuard
 from gkd.metrics import Ledger
+from gkd.redact import is_secret_name, redact_settings
 
-STATE_FILE = "gkd_state.json"
+logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "Earlier checkpoints are untouched: make room (save_total_limit bounds how many are kept), then go on with "
+    "resume_from_checkpoint=true"
+)
 
 
 class CheckpointMixin:
-    """Saves and restores the ledger with the Trainer's checkpoints, under every DeepSpeed stage alike."""
+    """Checkpoints that are complete or not there, under every DeepSpeed stage alike; stops by a signal."""
 
     args: Any
     state: Any
+    accelerator: Any
     ledger: Ledger
+    guard: FaultGuard
     _get_output_dir: Any
     _total_train_tokens: int
+    _is_saving = False
+    _saved: str | None = None  # the checkpoint of the present step, once there is one
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; True resumes from the newest checkpoint in `output_dir`."""
-        path = resume_from_checkpoint
-        if path is True:
-            path = get_last_checkpoint(self.args.output_dir)
-        if isinstance(path, str):
-            self._load_state(path)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+    # ----------------------------------------------------------------------------------------------- resuming
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump({"ledger": self.ledger.as_dict(), "num_tokens": self._total_train_tokens}, file)
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kw: Any) -> Any:
+        """As in `transformers.Trainer`; True resumes from the complete checkpoint in `output_dir` saved last.
+
+        Raises:
+            ValueError: there is no such checkpoint, it is not complete, or ranks see different ones.
+            TrainingStopped: SIGTERM or SIGINT; a checkpoint was saved.
+            NotFiniteError: `max_nonfinite_steps` steps in a row were skipped; a checkpoint was saved.
+            DiskFullError: a checkpoint could not be saved.
+        """
+        checkpoint = self._resolve(resume_from_checkpoint or None)
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+        self._saved = checkpoint
+        self.guard.start()
+        with self.guard.request:
+            output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
+        self.guard.raise_if_stopped(self.state, self._folder(trial))
+        return output
+
+    def _resolve(self, wanted: str | bool | None) -> str | None:
+        checkpoint = files.find(self.args.output_dir) if wanted is True else wanted
+        step = -1 if checkpoint is None else files.step_of(str(checkpoint))
+        steps = torch.tensor([step, -step])
+        if self.accelerator.num_processes > 1:
+            steps = max_over_ranks(self.accelerator, steps)
+        if int(steps[0]) != -int(steps[1]):
+            raise ValueError(
+                f"resume_from_checkpoint={wanted}: ranks see different checkpoints (steps {-int(steps[1])} to "
+                f"{int(steps[0])}): output_dir={self.args.output_dir!r} must be shared by all machines"
+            )
+        if wanted is True and checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint=True: {self.args.output_dir} holds no complete checkpoint")
+        if isinstance(checkpoint, str) and wanted is not True:
+            fault = files.fault_of(checkpoint)
+            if fault is not None:
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint!r} is not complete ({fault}): pass another, or true for the "
+                    "complete one saved last"
+                )
+        assert checkpoint is None or isinstance(checkpoint, str), checkpoint
+        return checkpoint
 
     def _load_state(self, checkpoint: str) -> None:
-        path = os.path.join(checkpoint, STATE_FILE)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                state = json.load(file)
+        state = files.read_state(checkpoint)
+        if state is not None:
             self.ledger.load(state["ledger"])
             self._total_train_tokens = state["num_tokens"]
+            self.guard.nonfinite_steps = state.get("nonfinite_steps", 0)
+
+    # ------------------------------------------------------------------------------------------------- saving
+
+    def _folder(self, trial: Any) -> str:
+        return os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, writes = self._folder(trial), self.args.should_save
+        if self._saved is not None and os.path.realpath(self._saved) == os.path.realpath(folder):
+            return  # resumed at its end, or saved at the end of a step and again at the end of its epoch
+        try:
+            with full_disk_explained(f"checkpoint-{self.state.global_step}", folder, _REMEDY):
+                if writes:
+                    files.begin(folder)
+                self.accelerator.wait_for_everyone()
+                with self._until_complete():
+                    super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                self.accelerator.wait_for_everyone()  # every rank has written its files
+                if writes:
+                    files.finish(folder, self._own_state())
+        except OSError:
+            if writes:
+                files.discard(folder)  # what there is of it only takes room
+            raise
+        self._saved = folder
+        if writes:
+            best = self.state.best_model_checkpoint
+            files.rotate(self._get_output_dir(trial), self.args.save_total_limit, keep=[folder, best])
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "ledger": self.ledger.as_dict(),
+            "num_tokens": self._total_train_tokens,
+            "nonfinite_steps": self.guard.nonfinite_steps,
+        }
+
+    @contextmanager
+    def _until_complete(self) -> Iterator[None]:
+        """The Trainer deletes older checkpoints and pushes at the end of its own save: here, before it is complete."""
+        limit, self.args.save_total_limit, self._is_saving = self.args.save_total_limit, None, True
+        try:
+            yield
+        finally:
+            self.args.save_total_limit, self._is_saving = limit, False
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer pickles its arguments beside the weights; access tokens have no business there."""
+        with _without_secrets(self.args):
+            super()._save(*args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _without_secrets(config: Any) -> Iterator[None]:
+    """Inside, fields that hold a secret are None, and secrets in dictionaries are replaced."""
+    before = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
+    hidden: dict[str, Any] = {name: None for name, value in before.items() if value and is_secret_name(name)}
+    hidden |= {name: redact_settings(value) for name, value in before.items() if isinstance(value, dict)}
+    vars(config).update(hidden)
+    try:
+        yield
+    finally:
+        vars(config).update({name: before[name] for name in hidden})

@@ -112,6 +112,9 @@ class GKDConfig(SFTConfig):
     repetition_threshold: float = _field(
         0.5, "A completion is repetitive when more than this share of its 4-grams occurred before in it."
     )
+    max_nonfinite_steps: int = _field(
+        3, "So many steps in a row without a finite loss and gradient (they are skipped) end training; 0 = never."
+    )
     loss_chunk_size: int | None = _field(None, "Targets per chunk of the fused loss. None = from a byte budget.")
 
     # --- sampling, all explicit: nothing leaks in from a model's own generation config ---
@@ -207,6 +210,7 @@ class GKDConfig(SFTConfig):
             _within("min_p", self.min_p, 0, 1, "None turns it off")
         _whole("max_new_tokens", self.max_new_tokens, 1)
         _whole("top_k", self.top_k, 0)
+        _whole("max_nonfinite_steps", self.max_nonfinite_steps, 0)
         for name in ("teacher_top_k", "loss_chunk_size", "rollout_batch_size", "max_prompt_length", "max_length"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from gkd.errors import DiskFullError, NotFiniteError
+
 if TYPE_CHECKING:
     from gkd.settings import LoadData, Score, Settings
 
@@ -85,7 +87,10 @@ def execute_recipe(path: str | Path, argv: list[str]) -> None:
 
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """A user's mistake ends in one line on stderr and exit code 2 (the traceback too when GKD_DEBUG=1)."""
+    """A user's mistake ends in one line on stderr and exit code 2 (the traceback too when GKD_DEBUG=1).
+
+    A training that had to give up (steps that are not finite, a full disk) ends in one line and exit code 1; one that
+    a signal stopped with 128 + the signal's number."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("gkd").setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
@@ -95,6 +100,9 @@ def mistakes_in_one_line() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (NotFiniteError, DiskFullError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None

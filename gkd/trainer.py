@@ -25,8 +25,9 @@ from gkd.batch import collate, cut, per_target, select_targets, target_mask, tar
 from gkd.checkpoint import CheckpointMixin
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator
-from gkd.distributed import gathered, max_over_ranks, sum_over_ranks
+from gkd.distributed import gathered, sum_over_ranks
 from gkd.divergence import generalized_jsd_loss
+from gkd.faults import FaultGuard, nan_unless_finite
 from gkd.fused import FusedOutput, fused_divergence
 from gkd.hidden import instead_of_logits
 from gkd.metrics import Ledger, Meter
@@ -36,15 +37,14 @@ from gkd.signals import head_of, output_layer
 from gkd.source import SOURCES, choose_sources
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
+from gkd.trainer_logging import LoggingMixin
 from gkd.vocab import shared_vocabulary, stop_token_ids
 from gkd.window import count, measure, open_window, write_completions
 
 logger = logging.getLogger(__name__)
 
-TRUNCATION_WARNING = 0.2  # share of truncated rollouts in one logging period
 
-
-class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
+class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -122,7 +122,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._set_up_models(teacher, teacher_processing_class)
         self.ledger = Ledger()
-        self._warned_of_truncation = False
+        self.guard = FaultGuard(self.accelerator, self.ledger, args.max_nonfinite_steps)
+        self.add_callback(self.guard)
         self._meters = {"train": Meter(self.accelerator.device), "eval": Meter(self.accelerator.device)}
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
@@ -180,9 +181,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """One window: choose sources, write completions, sort, cut into micro-batches, count what is trained on."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        if not batches:
-            return [], None
         args, step = self.args, self.state.global_step
+        if not batches or step >= self.state.max_steps:  # resumed at the very end: no step is left
+            return [], None
         window = open_window(batches, self.accelerator.process_index, self.accelerator.num_processes)
         sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
         with self._meters["train"].phase("rollout"):
@@ -191,7 +192,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         counts = count(sequences)
         tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
         totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
-        self.ledger.add(totals[:6].view(2, len(SOURCES)).cpu())
+        self.guard.open_window(totals[:6].view(2, len(SOURCES)).cpu())
         self._total_train_tokens += int(totals[6])
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
@@ -207,6 +208,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
         before = meter.seconds("teacher")
         with meter.phase("student"):
             loss = super().training_step(*args, **kwargs)
+        self.guard.watch(loss, args[1]["rows"])
         meter.subtract("student", meter.seconds("teacher") - before)
         return loss
 
@@ -250,6 +252,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
             self._metrics[mode]["aux_loss"].append(outputs.aux_loss.item())
+        if mode == "train":
+            loss = nan_unless_finite(loss)
         if return_outputs:  # compute_metrics wants logits, which the loss never builds
             with torch.no_grad():
                 outputs = model(**model_inputs, use_cache=False)
@@ -272,34 +276,6 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, SFTTrainer):
                 select_targets(hidden, labels), self._head, signal, targets, weights, self.loss_settings, ce_weights
             )
         return output, sources
-
-    # ----------------------------------------------------------------------------------------------- logging
-
-    def _flush(self, mode: str) -> dict[str, float]:
-        return self._meters[mode].flush(
-            lambda values: sum_over_ranks(self.accelerator, values),
-            lambda values: max_over_ranks(self.accelerator, values),
-        )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics to a training log. The Trainer calls this on every rank, so the reduction meets."""
-        if "loss" in logs and self.model.training:
-            logs.update(self._flush("train"))
-            self._warn_of_truncation(logs)
-            logs.update({f"ledger/targets/{s}": float(n) for s, n in self.ledger.targets.items() if n})
-        super().log(logs, start_time)
-
-    def _warn_of_truncation(self, logs: dict[str, float]) -> None:
-        share = logs.get("rollout/truncated", 0.0)
-        if share > TRUNCATION_WARNING and not self._warned_of_truncation:
-            self._warned_of_truncation = True
-            logger.warning(
-                "%.0f %% of the rollouts were cut off at max_new_tokens=%d without a stop token: raise it, leave cut "
-                "rollouts out of the loss (mask_truncated_completions=True), or warm the student up on data (lmbda=0) "
-                "or on the teacher's text (seq_kd=True) until it has learnt to stop",
-                100 * share,
-                self.args.max_new_tokens,
-            )
 
 
 def _vocabulary_rows(model: Any) -> int:

@@ -40,7 +40,7 @@ LEVELS = {
     | {"random_state", "disk", "checkpoint_files"},
     2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"}
     | {"vllm_client", "vllm_checks", "servers"},
-    3: {"trainer", "trainer_card", "trainer_evaluation", "checkpoint", "faults", "progress"},
+    3: {"trainer", "trainer_card", "trainer_evaluation", "trainer_logging", "checkpoint", "faults", "progress"},
     4: {
         "run",
         "settings",

@@ -1,0 +1,214 @@
+"""What ends a training early, or a step: signals, and a loss or gradient that is not finite.
+
+A signal (SIGTERM, SIGINT) asks for a stop: the optimizer step is finished, a checkpoint is saved, and `train` raises
+`TrainingStopped`, which ends the program with 128 + the signal's number. A second one ends it at once.
+
+A step whose loss or gradient is not finite is skipped: no weight and no optimizer state moves. All ranks decide
+alike without a word, because a loss that is not finite makes its gradients NaN (`nan_unless_finite`) and the ranks'
+gradients are summed. The step still counts as one: its rows are passed over, and the learning rate goes on, so that
+it stays a function of the step's number.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import TrainerCallback
+
+from gkd.distributed import sum_over_ranks
+from gkd.errors import NotFiniteError, TrainingStopped
+from gkd.metrics import Ledger
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A launcher hands on to its ranks a signal that the terminal or the scheduler has already sent them.
+_ECHO_SECONDS = 5.0
+
+
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """The loss, bit for bit; when it is not finite, its gradients are all NaN."""
+    return loss * (1 + 0 * loss.detach())
+
+
+class StopRequest:
+    """While it is entered, the first signal is remembered and the second ends the process.
+
+    Only in the main thread, and only where the program has no handler of its own.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self.signum = None
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        name = signal.Signals(number).name
+        if self.signum is None:
+            self.signum, self._since = number, now
+            self._say(f"{name}: finishing this step, then saving; once more ends it at once\n")
+        elif now - self._since > (_ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0):
+            self._say(f"{name} again: ending without a checkpoint\n")
+            os._exit(128 + number)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        """Not print or logging: the handler may have interrupted one of them."""
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, text.encode())
+
+
+class FaultGuard(TrainerCallback):
+    """Skips steps that are not finite, and stops training for a signal or for too many of them.
+
+    Args:
+        accelerator: to agree with the other ranks.
+        ledger: a skipped step is taken out of it.
+        max_nonfinite_steps: so many skipped steps in a row end the training; 0 skips on for ever.
+    """
+
+    def __init__(self, accelerator: Accelerator, ledger: Ledger, max_nonfinite_steps: int) -> None:
+        self.accelerator = accelerator
+        self.ledger = ledger
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.request = StopRequest()
+        self.nonfinite_steps = 0  # so far, over resumes
+        self.stopped_by: int | None = None  # a signal that all ranks have agreed on
+        self._in_a_row = 0
+        self._counts: Tensor | None = None
+        self._losses: list[tuple[Tensor, list[int]]] = []
+        self._skipped = False
+
+    # ------------------------------------------------------------------------------ what the trainer tells it
+
+    def start(self) -> None:
+        """A training begins."""
+        self.stopped_by, self._in_a_row, self._losses = None, 0, []
+
+    def open_window(self, counts: Tensor) -> None:
+        """A step begins; `counts` [2, 3] goes into the ledger."""
+        self.ledger.add(counts)
+        self._counts, self._losses, self._skipped = counts, [], False
+
+    def watch(self, loss: Tensor, rows: Tensor) -> None:
+        """A micro-batch's loss, and its row numbers. Nothing waits for the device here."""
+        self._losses.append((loss.detach(), rows.tolist()))
+
+    # --------------------------------------------------------------------------------- what the Trainer calls
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An optimizer leaves a parameter without gradient alone, state included: a skipped step has none."""
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.scaler is not None:
+            return  # both skip by themselves
+        parameters = [p for group in kwargs["optimizer"].param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm):
+            self._skipped = True
+            for parameter in parameters:
+                parameter.grad = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        bad_rows = self._bad_rows()
+        term, interrupt, lost = self._agreed(bad_rows is not None)
+        skipped = self._skipped or self.accelerator.optimizer_step_was_skipped
+        if self.accelerator.mixed_precision == "fp16":  # overflowing is how its loss scale is found
+            skipped = lost
+        if skipped:
+            self._count(state.global_step, bad_rows, lost)
+        else:
+            self._in_a_row = 0
+        if term or interrupt:
+            self.stopped_by = signal.SIGTERM if term else signal.SIGINT
+        if self.is_stopping:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # a scheduler does not wait for long
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_stopping:
+            control.should_save = control.should_evaluate = False  # it has been saved
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether training ends before its last step."""
+        return self.stopped_by is not None or self._too_many
+
+    @property
+    def _too_many(self) -> bool:
+        return 0 < self.max_nonfinite_steps <= self._in_a_row
+
+    def raise_if_stopped(self, state: Any, checkpoint: str) -> None:
+        """After a training.
+
+        Raises:
+            TrainingStopped: a signal has stopped it.
+            NotFiniteError: too many steps in a row were not finite.
+        """
+        if self.stopped_by is not None:
+            name = signal.Signals(self.stopped_by).name
+            if state.is_world_process_zero:
+                text = f"stopped by {name} after step {state.global_step} of {state.max_steps}, saved {checkpoint}: "
+                self.request._say(text + "go on with resume_from_checkpoint=true\n")
+            raise TrainingStopped(128 + self.stopped_by)
+        if self._too_many:
+            raise NotFiniteError(
+                f"the loss or gradient of {self._in_a_row} steps in a row was not finite (max_nonfinite_steps="
+                f"{self.max_nonfinite_steps}), up to step {state.global_step}. The weights are those before them, "
+                f"saved in {checkpoint}. Look at the rows in the warnings; lower learning_rate or max_grad_norm, "
+                "train in bf16 or fp32 rather than fp16, or raise max_nonfinite_steps"
+            )
+        if self.request.signum is not None:  # it came too late to stop anything: as if training had not caught it
+            signal.raise_signal(self.request.signum)
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    def _bad_rows(self) -> list[int] | None:
+        """Rows of the micro-batches on this rank whose loss was not finite; None when all were."""
+        if not self._losses:
+            return None
+        finite = torch.isfinite(torch.stack([loss.float() for loss, _ in self._losses])).tolist()
+        bad = [rows for is_finite, (_, rows) in zip(finite, self._losses, strict=True) if not is_finite]
+        return [row for rows in bad for row in rows] if bad else None
+
+    def _agreed(self, lost: bool) -> list[bool]:
+        """Whether any rank has had a SIGTERM, a SIGINT, a loss that was not finite."""
+        flags = [self.request.signum == signal.SIGTERM, self.request.signum == signal.SIGINT, lost]
+        if self.accelerator.num_processes == 1:
+            return flags
+        return [n > 0 for n in sum_over_ranks(self.accelerator, torch.tensor(flags, dtype=torch.int32)).tolist()]
+
+    def _count(self, step: int, bad_rows: list[int] | None, lost: bool) -> None:
+        self.nonfinite_steps += 1
+        self._in_a_row += 1
+        assert self._counts is not None
+        self.ledger.add(-self._counts)
+        if bad_rows is None and lost:
+            return  # the rank whose loss it was tells
+        what = "gradient" if bad_rows is None else "loss"
+        rows = [row for _, rows in self._losses for row in rows] if bad_rows is None else bad_rows
+        logger.warning("step %d is skipped: its %s is not finite; rows %s", step, what, sorted(rows))
