@@ -141,6 +141,7 @@ class VLLMClient:
     ) -> Any:
         urls = [only] if only else self.urls
         start, pause, attempt, faults = time.monotonic(), FIRST_PAUSE, 0, 0
+        causes: dict[str, None] = {}  # in their order: the last attempt often only runs out of time
         while True:
             url = urls[(first + attempt) % len(urls)]
             left = max(timeout - (time.monotonic() - start), 0.001)
@@ -156,10 +157,12 @@ class VLLMClient:
             if cause is None:
                 return answer
             attempt += 1
+            causes[str(cause)] = None
             spent = time.monotonic() - start
             if spent + pause >= timeout or stop.is_set():
                 raise ServerError(
-                    f"{url}{path} gave no answer: {cause} ({attempt} attempts in {spent:.1f} s; {self.field})"
+                    f"{url}{path} gave no answer: {'; '.join([*causes][-3:])} "
+                    f"({attempt} attempts in {spent:.1f} s; {self.field})"
                 )
             self._warn(url, cause, pause)
             stop.wait(pause)
