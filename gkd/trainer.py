@@ -25,7 +25,7 @@ from gkd.batch import collate, cut, per_target, select_targets, target_mask, tar
 from gkd.checkpoint import CheckpointMixin
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator
-from gkd.distributed import gathered, sum_over_ranks
+from gkd.distributed import gathered, sum_over_ranks, zero_stage
 from gkd.divergence import generalized_jsd_loss
 from gkd.faults import FaultGuard, nan_unless_finite
 from gkd.fused import FusedOutput, fused_divergence
@@ -33,7 +33,7 @@ from gkd.hidden import instead_of_logits
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.servers import connect, make_teacher
-from gkd.signals import head_of, output_layer
+from gkd.signals import check_head, head_of, output_layer
 from gkd.source import SOURCES, choose_sources
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
@@ -134,6 +134,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTT
         student = self.accelerator.unwrap_model(self.model)
         self._head = head_of(student)
         self._head_module = output_layer(student)
+        if zero_stage(accelerator) < 3:  # a sharded model cannot be run outside its engine
+            check_head(student, self._head)
         if args.disable_dropout:
             checks.disable_dropout(self.model)
         if teacher_tokenizer is None:

@@ -261,6 +261,29 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
     assert torch.equal(*results)
 
 
+# ------------------------------------------------------------------------------- models with a life of their own
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "gpt2", "llama"])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_soft_caps_and_logit_scales_are_the_models_own(tmp_path, monkeypatch, kind, role):
+    options = {"gemma2": {"final_logit_softcapping": 3.0}, "granite": {"logits_scaling": 4.0}}.get(kind, {})
+    models = {"student": tiny_model(seed=1), "teacher": tiny_model(seed=2), role: tiny_model(kind, seed=3, **options)}
+    memory = Remember(monkeypatch)
+    trainer = trainer_of(tmp_path, **models, lmbda=0.5, learning_rate=0.0)
+    trainer.train()
+    expected = dense_loss(trainer.model, trainer.teacher_model, memory.windows[0]).item()
+    assert losses(trainer)[0] == pytest.approx(expected, rel=3e-4)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_changes_its_logits_otherwise_is_refused(tmp_path, role):
+    model = tiny_model(seed=3)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + torch.arange(logits.shape[-1]))
+    with pytest.raises(ValueError, match="does something to its logits"):
+        trainer_of(tmp_path, **{role: model})
+
+
 # -------------------------------------------------------------------------------- vocabularies of different size
 
 

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gkd.batch import select_targets
-from gkd.distributed import place_frozen
+from gkd.distributed import place_frozen, zero_stage
 from gkd.hidden import last_hidden
-from gkd.signals import DenseSignal, TeacherSignal, head_of, output_layer
+from gkd.signals import DenseSignal, TeacherSignal, check_head, head_of, output_layer
 
 
 class LocalTeacher:
@@ -27,6 +27,8 @@ class LocalTeacher:
         self._head_module = output_layer(model)
         self.accelerator = accelerator
         self.model = place_frozen(model, accelerator)
+        if zero_stage(accelerator) < 3:  # a sharded model cannot be run outside its engine
+            check_head(model, self.head)
 
     @torch.no_grad()
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
