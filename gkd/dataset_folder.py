@@ -71,10 +71,11 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def _readme(rows: Dataset, record: Mapping[str, Any]) -> str:
+    # No `configs`: the file's name says the split, and with them `load_dataset` keys its cache by the folder's last
+    # name alone, so that it would give the rows of another folder, or those from before the folder was rewritten.
     metadata = {
         "tags": ["gkd", "knowledge-distillation", "synthetic"],
         "task_categories": ["text-generation"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     }
     teacher = Repo(str(record["teacher"]), record.get("teacher_revision"))
     facts = [
