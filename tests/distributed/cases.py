@@ -1,0 +1,233 @@
+"""What a launched process trains: one small training after the other, each written down for the test to read.
+
+One launch holds many trainings because starting two processes costs more than a training. The test process runs the
+same cases alone, with both ranks' rows in one batch: what the ranks wrote must be equal to that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from transformers import GenerationConfig, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+
+import gkd.trainer
+from gkd import GKDConfig, GKDTrainer
+from gkd.rollouts.modes import generation_mode
+
+RANKS = 2
+ROWS = 24
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "max_steps": 5,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "lmbda": 0.5,
+    "max_new_tokens": 8,
+    "max_length": 128,
+    "temperature": 1.0,
+    "seed": 5,
+    "bf16": False,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {"seed": 1},
+    "tied": {"seed": 1, "tie_word_embeddings": True},
+    "teacher": {"seed": 2, "hidden": 48, "layers": 3},
+}
+PROBE = torch.tensor([[257, 65, 66, 67, 258]])
+STOPS = [258, *range(64)]  # so many stop tokens that untrained models stop, each row somewhere else
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        name: of its results.
+        args: fields of GKDConfig that differ from DEFAULTS.
+        environment: variables of the launcher that choose how the ranks are wired.
+        engine: what the student must be wrapped in: "ddp", "zero-1" ... (see `wiring`), "" for not at all.
+        student: which of MODELS.
+        lora: train an adapter, not the model.
+        in_memory: pass model objects rather than names.
+        disturb: give every rank's global random streams a state of their own before the trainer and before training.
+        resume: stop after this many steps, build everything anew and go on from the checkpoint.
+        refused: the words of the ValueError that must come instead of a training.
+    """
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    engine: str = ""
+    student: str = "untied"
+    lora: bool = True
+    in_memory: bool = False
+    disturb: bool = False
+    resume: int | None = None
+    refused: str | None = None
+
+    def alone(self) -> Case:
+        """The same on one process, undisturbed and never stopped: both ranks' rows in one batch."""
+        batch = self.args.get("per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"])
+        args = {**self.args, "per_device_train_batch_size": RANKS * batch}
+        args.pop("deepspeed", None)
+        return Case(self.name, args, student=self.student, lora=self.lora)
+
+
+def save_models(folder: Path) -> None:
+    """The models of all cases, on disk: under ZeRO-3 a model is split up while it is loaded."""
+    for name in MODELS:
+        _model(name).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+
+
+def _model(name: str) -> Any:
+    model = tiny_model(**MODELS[name])
+    model.generation_config = GenerationConfig(eos_token_id=STOPS, pad_token_id=256)
+    return model
+
+
+def _in_memory(folder: Path) -> Any:
+    """The model in `folder`, whole on every rank: its class alone knows nothing of ZeRO-3."""
+    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(folder))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=not model.config.tie_word_embeddings)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def run(case: Case, models: Path, folder: Path) -> None:
+    """Train (or be refused) and write everything there is to compare into `folder / case.name`."""
+    os.environ.update(case.environment)
+    try:
+        out = folder / case.name
+        out.mkdir(parents=True, exist_ok=True)
+        if case.refused is not None:
+            _expect_refusal(case, models, out)
+            return
+        before: list[list[Any]] = []
+        if case.resume is not None:
+            stop = {**case.args, "save_strategy": "steps", "save_steps": case.resume, "max_steps": case.resume}
+            stopped, before = _build(dataclasses.replace(case, args=stop), models, out)
+            stopped.train()
+        trainer, windows = _build(case, models, out)
+        checkpoint = None if case.resume is None else str(out / f"checkpoint-{case.resume}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert wiring(trainer) == case.engine, f"{case.name}: {wiring(trainer)} instead of {case.engine}"
+        trainer.save_model(str(out / "final"))
+        _write(trainer, before + windows, out)
+        trainer.accelerator.wait_for_everyone()
+    finally:
+        for name in case.environment:
+            os.environ.pop(name, None)
+
+
+def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[Any]]]:
+    rank = int(os.environ.get("RANK", 0))
+    if case.disturb:
+        _disturb(rank)
+    args = GKDConfig(output_dir=str(out), **{**DEFAULTS, **case.args})
+    student: Any = str(models / case.student)
+    teacher: Any = str(models / "teacher")
+    if case.in_memory:
+        student, teacher = _in_memory(models / case.student), _in_memory(models / "teacher")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    evaluates = args.eval_strategy != "no"
+    trainer = GKDTrainer(
+        student,
+        teacher,
+        args,
+        train_dataset=Dataset.from_list(tiny_rows(ROWS)),
+        eval_dataset=Dataset.from_list(tiny_rows(7, seed=9)) if evaluates else None,
+        processing_class=tiny_tokenizer(),
+        peft_config=lora if case.lora else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if case.engine:  # the launch is what it is meant to be: two processes that know of each other
+        assert args.world_size == dist.get_world_size() == trainer.accelerator.num_processes == RANKS
+    if case.disturb:
+        _disturb(rank)
+    return trainer, _remember_windows()
+
+
+def _disturb(rank: int) -> None:
+    random.seed(100 + rank)
+    np.random.seed(100 + rank)
+    torch.manual_seed(100 + rank)
+
+
+def _remember_windows() -> list[list[Any]]:
+    """From now on every window's sequences after the rollout are kept: row, source, ids, whether trained on."""
+    windows: list[list[Any]] = []
+    original = getattr(gkd.trainer.count, "original", gkd.trainer.count)
+
+    def count(sequences: list[Any]) -> torch.Tensor:
+        windows.append([[s.row, s.source, s.input_ids, s.num_targets] for s in sequences])
+        return original(sequences)
+
+    count.original = original  # type: ignore[attr-defined]
+    gkd.trainer.count = count  # type: ignore[assignment]
+    return windows
+
+
+def wiring(trainer: GKDTrainer) -> str:
+    """How the student is wrapped: "" (bare), "ddp", "zero-1", "zero-2"; "zero-3" if all of it is split up."""
+    wrapped = trainer.model_wrapped
+    kind = type(wrapped).__name__
+    if kind == "DistributedDataParallel":
+        return "ddp"
+    if kind != "DeepSpeedEngine":
+        return ""
+    stage = wrapped.zero_optimization_stage()
+    if stage == 3:
+        parameters = [p for model in (wrapped, trainer.teacher_model) for p in model.parameters()]
+        assert all(hasattr(p, "ds_id") for p in parameters)
+        # the forward passes of an evaluation leave parameters whole
+        if trainer.args.eval_strategy == "no" and any(p.numel() > 0 for p in parameters):
+            return "zero-3 partly"
+    return f"zero-{stage}"
+
+
+def _write(trainer: GKDTrainer, windows: list[list[Any]], out: Path) -> None:
+    accelerator = trainer.accelerator
+    (out / f"windows-{accelerator.process_index}.json").write_text(json.dumps(windows))
+    checkpointing = trainer.args.gradient_checkpointing_kwargs or {}
+    result = {
+        "logs": trainer.state.log_history,
+        "ledger": trainer.ledger.as_dict(),
+        "stop_ids": trainer.stop_ids,
+        "use_reentrant": checkpointing.get("use_reentrant"),
+        "device": str(accelerator.device),
+    }
+    with generation_mode(trainer.model_wrapped, None) as model:
+        logits = model(input_ids=PROBE).logits.float()
+    if accelerator.is_main_process:
+        (out / "result.json").write_text(json.dumps(result))
+        save_file({"logits": logits}, out / "logits.safetensors")
+
+
+def _expect_refusal(case: Case, models: Path, out: Path) -> None:
+    assert case.refused is not None
+    with pytest.raises(ValueError, match=case.refused) as refusal:
+        _build(case, models, out)
+    (out / "refusal.txt").write_text(str(refusal.value))

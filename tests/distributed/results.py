@@ -1,0 +1,100 @@
+"""What a training wrote down, read again, and what equality of two of them means."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import PROBE
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+@dataclass
+class Result:
+    """Attributes:
+    folder: of the training.
+    steps: logged lines with a loss, in order.
+    ranks: by rank and step, the sequences of the window: row, source, ids, number of targets.
+    windows: by step, the sequences of all ranks in one order.
+    weights: what was saved at the end.
+    logits: of the trained model, before it was saved.
+    facts: the rest of what cases.py wrote.
+    """
+
+    folder: Path
+    steps: list[dict[str, float]]
+    ranks: list[list[list[Any]]]
+    windows: list[list[Any]]
+    weights: dict[str, Tensor]
+    logits: Tensor
+    facts: dict[str, Any]
+
+
+def read(folder: Path) -> Result:
+    facts = json.loads((folder / "result.json").read_text())
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("windows-*.json"))]
+    windows = [sorted(sequence for part in parts for sequence in part) for parts in zip(*ranks, strict=True)]
+    weights = next(load_file(path) for path in sorted((folder / "final").glob("*.safetensors")))
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and torch.equal(head, embedding):
+        del weights["lm_head.weight"]  # one tied matrix: DeepSpeed saves it under both names, transformers under one
+    logits = load_file(folder / "logits.safetensors")["logits"]
+    return Result(folder, [line for line in facts["logs"] if "loss" in line], ranks, windows, weights, logits, facts)
+
+
+def assert_equal(one: Result, other: Result) -> None:
+    """The same training up to the rounding of fp32 sums in another order: losses, metrics, rollouts, weights."""
+    assert one.windows == other.windows, "rows, sources or sampled tokens differ"
+    assert one.facts["ledger"] == other.facts["ledger"]
+    assert len(one.steps) == len(other.steps)
+    for number, (mine, theirs) in enumerate(zip(one.steps, other.steps, strict=True), start=1):
+        assert _timeless(mine) == _timeless(theirs)
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-12), f"step {number}"
+        for name in _timeless(mine):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-9), f"{name} of step {number}"
+    assert one.weights.keys() == other.weights.keys()
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, other.weights[name], rtol=0, atol=1e-5, msg=lambda text, n=name: n + text)
+
+
+def _timeless(line: dict[str, float]) -> set[str]:
+    return {name for name in line if not name.startswith("time/")}
+
+
+def largest_differences(one: Result, other: Result) -> str:
+    """One line for a table: largest relative difference of loss and gradient norm, largest one of the weights."""
+
+    def relative(name: str) -> float:
+        pairs = [(a[name], b[name]) for a, b in zip(one.steps, other.steps, strict=True) if name in a]
+        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+
+    weights = max(float((weight - other.weights[name]).abs().max()) for name, weight in one.weights.items())
+    return f"{one.folder.name:24} {relative('loss'):9.1e} {relative('grad_norm'):9.1e} {weights:9.1e}"
+
+
+def assert_saved_whole(result: Result, folder: Path, student: Path) -> None:
+    """What stands in `folder` loads without this package and without DeepSpeed, with no empty tensor.
+
+    The model in `final` must also give the logits of the model that was trained.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, f"nothing was saved in {folder}"
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert saved
+    assert all(tensor.numel() > 0 for tensor in saved.values()), "an empty tensor was saved"
+    if (folder / "adapter_config.json").exists():
+        model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=PROBE).logits
+    assert logits.isfinite().all()
+    if folder.name == "final":
+        torch.testing.assert_close(logits, result.logits, rtol=0, atol=1e-5)
