@@ -22,6 +22,7 @@ from gkd.distributed import max_over_ranks
 from gkd.faults import FaultGuard
 from gkd.metrics import Ledger
 from gkd.redact import is_secret_name, redact_settings
+from gkd.vllm_client import ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class CheckpointMixin:
     guard: FaultGuard
     _get_output_dir: Any
     _total_train_tokens: int
+    _at_window: dict[str, Any]
+    model: Any
     _is_saving = False
     _saved: str | None = None  # the checkpoint of the present step, once there is one
 
@@ -54,13 +57,14 @@ class CheckpointMixin:
             TrainingStopped: SIGTERM or SIGINT; a checkpoint was saved.
             NotFiniteError: `max_nonfinite_steps` steps in a row were skipped; a checkpoint was saved.
             DiskFullError: a checkpoint could not be saved.
+            ServerError: a server failed for too long; a checkpoint was saved.
         """
         checkpoint = self._resolve(resume_from_checkpoint or None)
         if checkpoint is not None:
             self._load_state(checkpoint)
         self._saved = checkpoint
         self.guard.start()
-        with self.guard.request:
+        with self.guard.request, self._saved_when_a_server_fails(trial):
             output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
         self.guard.raise_if_stopped(self.state, self._folder(trial))
         return output
@@ -91,9 +95,12 @@ class CheckpointMixin:
     def _load_state(self, checkpoint: str) -> None:
         state = files.read_state(checkpoint)
         if state is not None:
-            self.ledger.load(state["ledger"])
-            self._total_train_tokens = state["num_tokens"]
-            self.guard.nonfinite_steps = state.get("nonfinite_steps", 0)
+            self._set_own_state(state)
+
+    def _set_own_state(self, state: dict[str, Any]) -> None:
+        self.ledger.load(state["ledger"])
+        self._total_train_tokens = state["num_tokens"]
+        self.guard.nonfinite_steps = state.get("nonfinite_steps", 0)
 
     # ------------------------------------------------------------------------------------------------- saving
 
@@ -131,6 +138,23 @@ class CheckpointMixin:
             "num_tokens": self._total_train_tokens,
             "nonfinite_steps": self.guard.nonfinite_steps,
         }
+
+    def _begin_window(self) -> None:
+        """A step begins: what a checkpoint says if this step is never finished."""
+        self._at_window = self._own_state()
+
+    @contextmanager
+    def _saved_when_a_server_fails(self, trial: Any) -> Iterator[None]:
+        """The weights are those of the last finished step, so what was learnt since the last checkpoint is kept."""
+        try:
+            yield
+        except ServerError as error:
+            together = error.on_all_ranks or self.accelerator.num_processes == 1  # saving takes all ranks
+            if together and self.state.global_step > 0:
+                self._set_own_state(self._at_window)
+                self._save_checkpoint(self.model, trial)
+                logger.warning("a server failed; go on from %s with resume_from_checkpoint=true", self._folder(trial))
+            raise
 
     @contextmanager
     def _until_complete(self) -> Iterator[None]:

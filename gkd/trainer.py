@@ -186,6 +186,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTT
         args, step = self.args, self.state.global_step
         if not batches or step >= self.state.max_steps:  # resumed at the very end: no step is left
             return [], None
+        self._begin_window()
         window = open_window(batches, self.accelerator.process_index, self.accelerator.num_processes)
         sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
         with self._meters["train"].phase("rollout"):
