@@ -76,17 +76,17 @@ def test_rules_that_read_the_row_see_no_padding(rule):
 
 
 def test_the_users_own_rule_sees_no_padding():
-    def unlike_before(input_ids, scores):
+    def like_before(input_ids, scores):
         counts = torch.nn.functional.one_hot(input_ids, VOCABULARY).sum(1)
-        return scores - 0.5 * counts
+        return scores + counts  # counted padding would pull the row to one token
 
     model = tiny_model("gpt2", seed=5)
     expected = []
     for prompt in PROMPTS:
         config = GenerationConfig(max_new_tokens=24, do_sample=False, pad_token_id=0)
-        output = model.generate(torch.tensor([prompt]), generation_config=config, logits_processor=[unlike_before])
+        output = model.generate(torch.tensor([prompt]), generation_config=config, logits_processor=[like_before])
         expected.append(output[0, len(prompt) :].tolist())
-    rollout = rollout_of(model, temperature=0, max_new_tokens=24, extra={"logits_processor": [unlike_before]})
+    rollout = rollout_of(model, temperature=0, max_new_tokens=24, extra={"logits_processor": [like_before]})
     assert rollout.generate(PROMPTS, 0) == expected
 
 
