@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
+from gkd.checkpoint_files import find
 from gkd.config import GKDConfig
 from gkd.loading import load_tokenizer
 from gkd.progress import ProgressBar
@@ -29,10 +29,20 @@ from gkd.settings import (
     parse,
     set_loading_arguments,
     student_name,
+    with_held_out,
 )
 from gkd.trainer import GKDTrainer
 
-__all__ = ["RunArguments", "Settings", "build_trainer", "dataset_by_name", "load_rows", "parse", "run"]
+__all__ = [
+    "RunArguments",
+    "Settings",
+    "build_trainer",
+    "dataset_by_name",
+    "load_rows",
+    "parse",
+    "run",
+    "with_held_out",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +122,7 @@ def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
 
 
 def _checkpoint(args: GKDConfig) -> str | bool | None:
-    """`--resume_from_checkpoint`: a folder, or "true" for the newest one in output_dir."""
+    """`--resume_from_checkpoint`: a folder, or "true" for the complete one in output_dir that was saved last."""
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none"):
         return None
@@ -120,10 +130,10 @@ def _checkpoint(args: GKDConfig) -> str | bool | None:
         if not os.path.isdir(wanted):
             raise ValueError(f"resume_from_checkpoint={wanted!r}: there is no such folder")
         return wanted
-    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if newest is None:
-        logger.warning("resume_from_checkpoint=true, but %s holds no checkpoint: starting anew", args.output_dir)
-    return newest
+    checkpoint = find(args.output_dir)
+    if checkpoint is None:
+        logger.warning("resume_from_checkpoint=true: %s holds no complete checkpoint, starting anew", args.output_dir)
+    return checkpoint
 
 
 def _write_history(trainer: GKDTrainer, output_dir: str) -> None:

@@ -149,3 +149,22 @@ def set_loading_arguments(settings: Settings) -> None:
     own = args.teacher_model_init_kwargs or {}
     assert not isinstance(own, str)  # TrainingArguments has parsed it
     args.teacher_model_init_kwargs = {**shared, **own}
+
+
+def with_held_out(data: dict[str, Any], rows: int = 64) -> dict[str, Any]:
+    """`data` with `eval` rows: for a data set without a test split, some of its train rows, always the same ones.
+
+    Args:
+        data: `train` rows, and `eval` rows or None.
+        rows: most rows to take out of `train`; never more than a tenth of them, and at least one.
+
+    Raises:
+        ValueError: there is nothing to share out.
+    """
+    if data.get("eval") is not None:
+        return data
+    size = max(1, min(rows, len(data["train"]) // 10))
+    if len(data["train"]) < 2:
+        raise ValueError("the data set has one row only: it needs at least one to train on and one to hold out")
+    split = data["train"].train_test_split(test_size=size, seed=0)
+    return {**data, "train": split["train"], "eval": split["test"]}
