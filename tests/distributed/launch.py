@@ -69,7 +69,14 @@ def execute(command: Sequence[str], **variables: str) -> str:
     return output
 
 
-def launch(cases: Sequence[Case], models: Path, folder: Path, options: Sequence[str], **variables: str) -> str:
+def launch(
+    cases: Sequence[Case],
+    models: Path,
+    folder: Path,
+    options: Sequence[str],
+    machines: Sequence[str] = ("--num_machines", "1", "--main_process_port", "0"),
+    **variables: str,
+) -> str:
     """`accelerate launch` with two processes that run the cases one after the other."""
     plan = folder / "plan.json"
     plan.write_text(
@@ -77,6 +84,6 @@ def launch(cases: Sequence[Case], models: Path, folder: Path, options: Sequence[
             {"cases": [dataclasses.asdict(case) for case in cases], "models": str(models), "folder": str(folder)}
         )
     )
-    command = ["-m", "accelerate.commands.launch", *options, "--num_processes", str(RANKS), "--num_machines", "1"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    return execute([*command, str(HERE / "worker.py"), str(plan), str(LIMIT_S - 60)], **variables)
+    command = ["-m", "accelerate.commands.launch", *options, *machines, "--num_processes", str(RANKS)]
+    command += ["--dynamo_backend", "no", str(HERE / "worker.py"), str(plan), str(LIMIT_S - 60)]
+    return execute(command, **variables)
