@@ -162,6 +162,15 @@ def test_each_prompt_is_asked_once_and_always_answered_alike(tmp_path, asked):
     assert cached(tmp_path / "other").generate([PROMPTS[2]], 4, [3]) == [second[1]]
 
 
+def test_what_another_rank_or_run_has_written_meanwhile_is_found(tmp_path, asked):
+    one, two = cached(tmp_path), cached(tmp_path)
+    first = one.generate(PROMPTS[:2], 0)
+    assert two.generate(PROMPTS[:2], 0) == first
+    one.generate(PROMPTS[2:], 1)
+    two.generate(PROMPTS, 1)
+    assert asked == [2, 2]
+
+
 def test_completions_are_those_of_the_model_under_the_prompts_own_random_numbers(tmp_path):
     rollout = cached(tmp_path)
     plain = rollout.inner.generate(PROMPTS, 0, [prompt_number(prompt) for prompt in PROMPTS])
@@ -196,7 +205,7 @@ def other_weight(model):
         {"extra": {"suppress_tokens": [4]}},
         {"extra": {"sequence_bias": {(4,): 3.0}}},
     ],
-    ids=str,
+    ids=lambda changed: "_".join(f"{k}={v}" for k, v in changed.items() if k != "model") or "model",
 )
 def test_any_change_of_the_key_asks_again(tmp_path, asked, changed):
     cached(tmp_path).generate(PROMPTS, 0)
