@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gkd.disk import full_disk_explained
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -130,7 +132,11 @@ class SequenceStore:
         return record[1]
 
     def add(self, completions: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
-        """Append (prompt, completion) pairs to this process's own file, and hand them to the operating system."""
+        """Append (prompt, completion) pairs to this process's own file, and hand them to the operating system.
+
+        Raises:
+            DiskFullError: there is no space left for them.
+        """
         lines = [(key, _line(key, ids)) for key, ids in ((self._record_key(p), c) for p, c in completions)]
         if not lines:
             return
@@ -138,7 +144,9 @@ class SequenceStore:
             self._own = f"{_safe(socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl"
             self._shards[self._own] = _Shard()
         shard = self._shards[self._own]
-        with open(self.path / self._own, "ab") as file:
+        path = self.path / self._own
+        remedy = "What was kept before is untouched: make room, or name another place with teacher_cache_dir"
+        with full_disk_explained("a sequence of the teacher", path, remedy), open(path, "ab") as file:
             assert file.tell() == shard.read, "this file has one writer"
             file.write(b"".join(line for _, line in lines))
         for key, line in lines:
