@@ -1,7 +1,8 @@
 """Put a model that is being trained into the state for generating, and back again exactly.
 
 One context manager owns every change: unwrap DDP and DeepSpeed, gather ZeRO-3 shards, eval mode, gradient
-checkpointing off, an empty generation config. All of it is undone when the body raises, too.
+checkpointing off, an empty generation config, no auxiliary loss of a router. All of it is undone when the body raises,
+too.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def generation_mode(model: nn.Module, accelerator: Accelerator | None) -> Iterat
         stack.enter_context(_evaluating(bare))
         stack.enter_context(_without_checkpointing(bare))
         stack.enter_context(_without_generation_config(bare))
+        stack.enter_context(_without_router_logits(bare))
         if accelerator is not None:
             stack.enter_context(accelerator.autocast())
         yield bare
@@ -100,3 +102,17 @@ def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def _without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """No auxiliary loss inside: with a KV cache it meets a mask that is longer than the tokens, and fails."""
+    config = model.config.get_text_config()
+    own = getattr(config, "output_router_logits", False)
+    if own:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if own:
+            config.output_router_logits = own
