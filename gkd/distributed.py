@@ -94,6 +94,13 @@ def place_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return model
 
 
+def place_student(model: nn.Module, accelerator: Accelerator) -> None:
+    """Put the student where it will be trained. Under ZeRO-1 and ZeRO-2 nobody else does so before training starts,
+    and an evaluation before it would run on the CPU."""
+    if zero_stage(accelerator) in (1, 2) and not getattr(model, "is_quantized", False):
+        model.to(accelerator.device)
+
+
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Elementwise sum over ranks, on the accelerator's device. A collective."""
     return accelerator.reduce(values.to(accelerator.device), reduction="sum")

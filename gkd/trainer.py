@@ -25,7 +25,7 @@ from gkd.batch import collate, cut, per_target, select_targets, target_mask, tar
 from gkd.checkpoint import CheckpointMixin
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator
-from gkd.distributed import gathered, sum_over_ranks, zero_stage
+from gkd.distributed import gathered, place_student, sum_over_ranks, zero_stage
 from gkd.divergence import generalized_jsd_loss
 from gkd.faults import FaultGuard, nan_unless_finite
 from gkd.fused import FusedOutput, fused_divergence
@@ -132,6 +132,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTT
     def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
         args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
         student = self.accelerator.unwrap_model(self.model)
+        place_student(student, accelerator)
         self._head = head_of(student)
         self._head_module = output_layer(student)
         if zero_stage(accelerator) < 3:  # a sharded model cannot be run outside its engine
