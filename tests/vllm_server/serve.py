@@ -18,7 +18,7 @@ from pathlib import Path
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-vllm"
 PYTHON = ENVIRONMENT / "bin" / "python"
 INSTALLED = ENVIRONMENT / ".installed"
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 
 OPTIONS = {
     "--host": "127.0.0.1",
