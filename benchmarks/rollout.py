@@ -8,7 +8,7 @@ set of stop tokens, so lengths are geometric), the others are stopped at the sam
 a round, so that a busy machine slows all of them; the table shows the best of the rounds. CPU time counts all threads;
 on a shared machine it is the steadier figure. A contender that cannot do a case shows why.
 
-Results are written to benchmarks/results/rollout_<device>.json.
+Results are merged into benchmarks/results/rollout_<device>.json.
 """
 
 from __future__ import annotations
@@ -211,6 +211,8 @@ def main() -> None:
             )
     path = ROOT / "benchmarks" / "results" / f"rollout_{args.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # cases that were not run keep their figures
+        output["cases"] = json.loads(path.read_text())["cases"] | output["cases"]
     path.write_text(json.dumps(output, indent=1) + "\n")
 
 
