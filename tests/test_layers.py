@@ -38,7 +38,7 @@ LEVELS = {
         "plots",
     }
     | {"random_state", "disk", "checkpoint_files"},
-    2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation"}
+    2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation", "memory"}
     | {"vllm_client", "vllm_checks", "servers"},
     3: {"trainer", "trainer_card", "trainer_evaluation", "trainer_logging", "checkpoint", "faults", "progress"},
     4: {
@@ -47,13 +47,14 @@ LEVELS = {
         "recipe",
         "evaluate",
         "report",
-        "precompute",
+        "precompute", "plan",
         "demo",
         "demo_models",
         "demo_data",
         "demo_fetch",
         "demo_minimind",
         "doctor",
+        "doctor_rows",
         "doctor_view",
         "evaluate_recipe",
         "new_recipe",

@@ -1,0 +1,212 @@
+"""How much memory a run needs on each GPU, from the models' configs alone.
+
+Letters: P parameters, A trained parameters, L layers, h hidden size, i MLP size, q and k widths of all query and of
+all key heads, V vocabulary, B rows of a micro-batch, R rows of a rollout, T tokens of a row, w and a bytes of a weight
+and of an activation, N GPUs. The formulas are in the functions; `docs/scaling.md` has them as a table, with what was
+measured beside what they give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gkd.fused_pass import chunk_rows
+
+GIB = 2**30
+# A CUDA context with its libraries' workspaces; a process on a CPU with torch, transformers and trl imported.
+OVERHEAD = {"cuda": int(1.0 * GIB), "cpu": int(0.7 * GIB)}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the formulas need to know of a model.
+
+    Attributes:
+        parameters: P. linear: those in the linear layers of its blocks. layers: L. hidden: h. intermediate: i (of the
+            active experts). query, key: q, k. vocab: V. lora_widths: sum of in + out over the linear layers.
+    """
+
+    parameters: int
+    linear: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    key: int
+    vocab: int
+    lora_widths: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run: models, numbers of bytes, sizes of batches, and what is split over how many GPUs.
+
+    Attributes:
+        weight_bytes, teacher_bytes: of one weight as loaded. activation_bytes: 2 under bf16 or fp16, else 4.
+        lora_r: rank, or None for full fine-tuning.
+        batch: B. tokens: T of the longest row. targets: most target tokens of a micro-batch. rollout_batch: R.
+        generates: which of "student", "teacher" write completions in this process.
+        zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
+        teacher_here: False when it is scored on a server.
+    """
+
+    student: ModelShape
+    teacher: ModelShape
+    gpus: int = 1
+    device: str = "cuda"
+    weight_bytes: int = 4
+    teacher_bytes: int = 2
+    activation_bytes: int = 2
+    lora_r: int | None = 16
+    batch: int = 4
+    tokens: int = 1024
+    targets: int = 512
+    rollout_batch: int = 16
+    generates: tuple[str, ...] = ("student",)
+    checkpointing: bool = True
+    zero_stage: int = 0
+    offload: bool = False
+    teacher_here: bool = True
+
+    @property
+    def trained(self) -> int:
+        """A: trained parameters."""
+        return self.student.parameters if self.lora_r is None else self.lora_r * self.student.lora_widths
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each GPU by part, and the peak: the larger of the rollout's and the training's moment."""
+
+    parts: dict[str, int]
+    rollout: int
+    training: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.rollout, self.training)
+
+
+def layer_activations(model: ModelShape, activation_bytes: int, trained: bool = True) -> int:
+    """Bytes per token and layer that the backward pass keeps (untrained: that live at once).
+
+    Kept: both norms' inputs and outputs and fp32 copies, queries and keys before and after the rotation, values, the
+    attention's output, and of the MLP gate, up, activation and product.
+    """
+    if not trained:
+        return activation_bytes * (2 * model.hidden + model.query + 2 * model.key + 3 * model.intermediate)
+    kept = 4 * model.hidden + 3 * model.query + 3 * model.key + 4 * model.intermediate
+    return activation_bytes * kept + 2 * 4 * model.hidden
+
+
+def activations(setup: Setup) -> int:
+    """Of the student's backward pass: every layer's, or with checkpointing every layer's input and one layer's all."""
+    rows, model = setup.batch * setup.tokens, setup.student
+    layer = rows * layer_activations(model, setup.activation_bytes)
+    if not setup.checkpointing:
+        return model.layers * layer
+    return model.layers * rows * model.hidden * setup.activation_bytes + layer
+
+
+def loss_buffers(setup: Setup) -> int:
+    """The fused divergence: chunk buffers that do not grow with the batch, and the targets' hidden states."""
+    vocab, trained_head = max(setup.student.vocab, setup.teacher.vocab), setup.lora_r is None
+    rows = min(chunk_rows(vocab, 4, setup.device, trained_head), setup.targets)
+    buffers = (6 if setup.device == "cuda" else 2.5) * rows * vocab * 4
+    hidden = setup.targets * (setup.student.hidden * (setup.activation_bytes + 4) + setup.teacher.hidden * 4)
+    head = vocab * setup.student.hidden * 4 if trained_head else 0
+    return int(buffers + hidden + head)
+
+
+def kv_cache(setup: Setup) -> int:
+    """Keys and values of the longest rollout: 2 x L x k x a bytes for each of R x T tokens."""
+    widest = 0
+    for who in setup.generates:
+        model = setup.student if who == "student" else setup.teacher
+        widest = max(widest, 2 * model.layers * model.key * setup.activation_bytes)
+    return setup.rollout_batch * setup.tokens * widest
+
+
+def estimate(setup: Setup) -> Estimate:
+    """Bytes on each GPU.
+
+    Stage 1 splits the optimizer states over the GPUs, stage 2 the gradients too, stage 3 the weights of student and
+    teacher too. A rollout needs the whole student: under stage 3 it is gathered once per optimizer step, and a LoRA
+    adapter is folded into a copy of the linear layers' weights.
+    """
+    split = [setup.gpus if setup.zero_stage >= stage else 1 for stage in range(4)]
+    trained, student, teacher = setup.trained, setup.student, setup.teacher
+    lora = setup.lora_r is not None
+    state_bytes = 8 + (4 if setup.zero_stage and setup.weight_bytes < 4 else 0)  # Adam's moments, fp32 master weights
+    offloaded = setup.offload and setup.zero_stage >= 1
+    weights = student.parameters * setup.weight_bytes + (trained * 4 if lora else 0)
+    parts = {
+        "student weights": 0 if offloaded and setup.zero_stage == 3 else weights // split[3],
+        "gradients": trained * 4 // split[2],
+        "optimizer": 0 if offloaded else trained * state_bytes // split[1],
+        "teacher weights": teacher.parameters * setup.teacher_bytes // split[3] if setup.teacher_here else 0,
+        "student activations": activations(setup),
+        "teacher activations": setup.batch * setup.tokens * layer_activations(teacher, setup.activation_bytes, False)
+        if setup.teacher_here
+        else 0,
+        "loss": loss_buffers(setup),
+        "KV cache": kv_cache(setup),
+        "gathered for the rollout": student.parameters * setup.weight_bytes
+        if setup.zero_stage == 3 and setup.generates
+        else 0,
+        "folded adapter": student.linear * setup.weight_bytes if lora and "student" in setup.generates else 0,
+        "overhead": OVERHEAD[setup.device],
+    }
+    standing = ("student weights", "gradients", "optimizer", "teacher weights", "overhead")
+    base = sum(parts[name] for name in standing)
+    rollout = base + sum(parts[name] for name in ("KV cache", "gathered for the rollout", "folded adapter"))
+    training = base + sum(parts[name] for name in ("student activations", "teacher activations", "loss"))
+    return Estimate(parts, rollout, training)
+
+
+def changes(setup: Setup) -> list[tuple[str, Setup]]:
+    """Single changes that save memory, the least intrusive first: (what to set, the changed setup)."""
+    found: list[tuple[str, Setup]] = []
+    if not setup.checkpointing:
+        found.append(("--gradient_checkpointing", replace(setup, checkpointing=True)))
+    rows = setup.rollout_batch
+    while rows > 1:
+        rows //= 2
+        found.append((f"--rollout_batch_size {rows}", replace(setup, rollout_batch=rows)))
+    batch = setup.batch
+    while batch > 1:
+        batch //= 2
+        note = f"--per_device_train_batch_size {batch} (and gradient_accumulation_steps x {setup.batch // batch})"
+        smaller = replace(setup, batch=batch, targets=max(1, setup.targets * batch // setup.batch))
+        found.append((note, smaller))
+    if setup.weight_bytes > 2:
+        found.append(("--dtype bfloat16", replace(setup, weight_bytes=2)))
+    if setup.gpus > 1:
+        for stage, name in ((2, "zero2"), (3, "zero3")):
+            if setup.zero_stage < stage:
+                found.append((f"deepspeed_configs/{name}.yaml", replace(setup, zero_stage=stage)))
+    if setup.teacher_here:
+        found.append(("--teacher_server_url: the teacher on a server of its own", replace(setup, teacher_here=False)))
+    if setup.lora_r is None:
+        found.append(("--use_peft --lora_r 16", replace(setup, lora_r=16)))
+    if setup.zero_stage >= 1 and not setup.offload:
+        name = "zero3_offload" if setup.zero_stage == 3 else "zero2_offload"
+        found.append((f"deepspeed_configs/{name}.yaml", replace(setup, offload=True)))
+    return found
+
+
+def smallest_change(setup: Setup, budget: int) -> list[str]:
+    """What to set so that the peak fits into `budget` bytes: one change if one is enough, else changes one after the
+    other, each the one that saves most; empty when nothing helps."""
+    for text, changed in changes(setup):
+        if estimate(changed).peak <= budget:
+            return [text]
+    steps: list[str] = []
+    while estimate(setup).peak > budget:
+        options = [(estimate(changed).peak, text, changed) for text, changed in changes(setup)]
+        options = [option for option in options if option[0] < estimate(setup).peak]
+        if not options:
+            return []
+        _, text, setup = min(options, key=lambda option: option[0])
+        steps.append(text)
+    return steps

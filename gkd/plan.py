@@ -1,0 +1,143 @@
+"""`gkd plan`: will it fit? The memory of a recipe's run on each GPU, from the configs alone; no weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gkd.memory import GIB, Estimate, ModelShape, Setup, estimate, smallest_change
+from gkd.recipe import Recipe
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNITS = {"": 1, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12}
+
+
+def parse_memory(text: str) -> int:
+    """ "80GB" -> bytes (GB = 10^9, GiB = 2^30).
+
+    Raises:
+        ValueError: no number with one of the units.
+    """
+    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
+    if match is None or match.group(2).upper() not in _UNITS:
+        raise ValueError(f"gpu_memory={text!r} is no amount of memory: write for example 80GB or 24GiB")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Count a model that is never built: its parameters stand on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    experts = getattr(text, "num_experts_per_tok", 1) or 1
+    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return ModelShape(
+        parameters=sum(p.numel() for p in model.parameters()),  # a tied head is one tensor, counted once
+        linear=sum(module.weight.numel() for module in linear),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=intermediate * experts,
+        query=heads * width,
+        key=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        vocab=text.vocab_size,
+        lora_widths=sum(module.in_features + module.out_features for module in linear),
+    )
+
+
+def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup:
+    """The run that a recipe with its flags asks for.
+
+    Raises:
+        ValueError: a model that is not named, or whose config cannot be read.
+    """
+    settings, args = recipe.settings, recipe.settings.training
+    if gpus < 1 or zero_stage not in range(4):
+        raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
+    student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path"))
+    teacher = shape_of(_config(args.teacher_model_name_or_path, "teacher_model_name_or_path"))
+    cuda = not args.use_cpu
+    own = args.teacher_model_init_kwargs or {}
+    dtype = str(own.get("dtype", settings.model.dtype) if isinstance(own, dict) else settings.model.dtype)
+    generates = tuple(
+        who for who, on in (("student", args.lmbda > 0), ("teacher", args.seq_kd and args.lmbda < 1)) if on
+    )
+    tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
+    return Setup(
+        student=student,
+        teacher=teacher,
+        gpus=gpus,
+        device="cuda" if cuda else "cpu",
+        weight_bytes=_BYTES.get(str(settings.model.dtype), 2),
+        teacher_bytes=_BYTES.get(dtype.removeprefix("torch."), 2),
+        activation_bytes=2 if args.bf16 or args.fp16 or _BYTES.get(str(settings.model.dtype), 2) == 2 else 4,
+        lora_r=settings.model.lora_r if settings.model.use_peft else None,
+        batch=args.per_device_train_batch_size,
+        tokens=tokens,
+        targets=args.per_device_train_batch_size * (args.max_new_tokens if args.lmbda == 1 else tokens),
+        rollout_batch=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
+        generates=generates if args.rollout_backend == "hf" else (),
+        checkpointing=args.gradient_checkpointing,
+        zero_stage=zero_stage,
+        offload=offload,
+        teacher_here=args.teacher_server_url is None,
+    )
+
+
+def _config(name: str | None, field: str) -> Any:
+    if name is None:
+        raise ValueError(f"{field} is missing: pass --{field}")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"{field}={name!r}: its config cannot be read: {error}") from error
+
+
+def plan(
+    recipe: Recipe, *, gpus: int, gpu_memory: str, zero_stage: int = 0, offload: bool = False, as_json: bool = False
+) -> int:
+    """Print the plan; returns 0 when the run fits, 1 when it does not."""
+    budget = parse_memory(gpu_memory)
+    setup = setup_of(recipe, gpus, zero_stage, offload)
+    found = estimate(setup)
+    fits = found.peak <= budget
+    remedy = [] if fits else smallest_change(setup, budget)
+    if as_json:
+        record = {"parts": found.parts, "rollout": found.rollout, "training": found.training, "peak": found.peak}
+        print(json.dumps({**record, "budget": budget, "fits": fits, "remedy": remedy}, indent=2))
+    else:
+        _show(setup, found, budget, remedy)
+    return 0 if fits else 1
+
+
+def _show(setup: Setup, found: Estimate, budget: int, remedy: list[str]) -> None:
+    console = Console()
+    table = Table(title=f"Memory on each of {setup.gpus} GPU(s), ZeRO stage {setup.zero_stage}", title_justify="left")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, size in found.parts.items():
+        if size:
+            table.add_row(name, f"{size / GIB:.2f}")
+    table.add_section()
+    for name, size in (("peak of the rollout", found.rollout), ("peak of the training", found.training)):
+        table.add_row(name, f"{size / GIB:.2f}")
+    console.print(table)
+    console.print(
+        f"{setup.student.parameters / 1e9:.2f}B student, {setup.trained / 1e6:.1f}M trained; "
+        f"{setup.teacher.parameters / 1e9:.2f}B teacher; {setup.batch} rows of up to {setup.tokens} tokens"
+    )
+    if found.peak <= budget:
+        console.print(f"fits: {found.peak / GIB:.1f} of {budget / GIB:.1f} GiB")
+    else:
+        console.print(f"does not fit: {found.peak / GIB:.1f} of {budget / GIB:.1f} GiB")
+        console.print("the smallest change that makes it fit: " + ("; ".join(remedy) or "none that gkd knows of"))

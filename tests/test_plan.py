@@ -1,0 +1,126 @@
+"""The memory plan: every part against the tensors of a real tiny model, and the remedies against the budget."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import save_tiny, tiny_model
+from transformers import DynamicCache
+
+from gkd.cli import main
+from gkd.memory import GIB, Setup, activations, changes, estimate, kv_cache, layer_activations, smallest_change
+from gkd.plan import parse_memory, shape_of
+
+KINDS = ["llama", "qwen2", "gemma2"]
+
+
+def setup_for(model, **values):
+    shape = shape_of(model.config)
+    defaults = {"student": shape, "teacher": shape, "activation_bytes": 4, "device": "cpu", "batch": 3, "tokens": 40}
+    return Setup(**{**defaults, **values})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_exactly(kind, tied):
+    model = tiny_model(kind, tie_word_embeddings=tied)
+    assert shape_of(model.config).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_parameters_are_counted_exactly(kind):
+    model = tiny_model(kind)
+    setup = setup_for(model, lora_r=4)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert setup.trained == peft.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kv_cache_is_the_caches_own_size(kind):
+    model = tiny_model(kind)
+    cache = DynamicCache(config=model.config)
+    model(torch.zeros(5, 17, dtype=torch.long), past_key_values=cache, use_cache=True)
+    held = sum(t.numel() * 4 for layer in cache.layers for t in (layer.keys, layer.values))
+    assert kv_cache(setup_for(model, rollout_batch=5, tokens=17)) == held
+
+
+def saved_bytes(model, rows, tokens):
+    """Bytes that the layers' backward pass keeps, each storage once, without the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(torch.ones(rows, tokens, dtype=torch.long), use_cache=False)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_activations_are_near_what_autograd_keeps(kind):
+    sizes = []
+    for layers in (2, 6):
+        model = tiny_model(kind, hidden=64, layers=layers)
+        peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        peft.enable_input_require_grads()
+        sizes.append(saved_bytes(model, 3, 128))
+    measured = (sizes[1] - sizes[0]) / 4 / (3 * 128)  # per layer and token
+    assert layer_activations(shape_of(model.config), 4) == pytest.approx(measured, rel=0.35)
+
+
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():
+    setup = setup_for(tiny_model("llama", layers=6), checkpointing=False)
+    layer = activations(setup) / 6
+    inputs = 6 * setup.batch * setup.tokens * setup.student.hidden * 4
+    from dataclasses import replace
+
+    assert activations(replace(setup, checkpointing=True)) == pytest.approx(layer + inputs)
+
+
+def test_stages_split_what_they_say():
+    setup = setup_for(tiny_model("llama"), gpus=4, lora_r=None)
+    from dataclasses import replace
+
+    parts = [estimate(replace(setup, zero_stage=stage)).parts for stage in range(4)]
+    for name, stage in (("optimizer", 1), ("gradients", 2), ("student weights", 3), ("teacher weights", 3)):
+        assert parts[stage][name] == parts[stage - 1][name] // 4 > 0, name
+    assert estimate(replace(setup, zero_stage=2, offload=True)).parts["optimizer"] == 0
+    assert estimate(replace(setup, teacher_here=False)).parts["teacher weights"] == 0
+
+
+def test_every_change_saves_memory_and_the_remedy_fits():
+    setup = setup_for(tiny_model("llama"), gpus=2, lora_r=None, checkpointing=False, device="cuda", rollout_batch=512)
+    peak = estimate(setup).peak
+    assert all(estimate(changed).peak <= peak for _, changed in changes(setup))
+    floor = estimate(setup).parts["overhead"]
+    assert smallest_change(setup, peak - 1)
+    assert smallest_change(setup, floor // 2) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("24GiB", 24 * GIB), ("1.5 GB", 1_500_000_000), ("7", 7)]
+)
+def test_amounts_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+def test_the_command(tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from gkd.run import run\nrun(defaults={'use_peft': True, 'lora_r': 4})\n")
+    student, teacher = save_tiny(tmp_path / "s"), save_tiny(tmp_path / "t", hidden=48)
+    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--output_dir", str(tmp_path)]
+    assert main(["plan", str(recipe), "--gpus", "2", "--zero_stage", "2", "--json", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["peak"] == max(found["rollout"], found["training"])
+    assert main(["plan", str(recipe), "--gpu_memory", "1MB", *flags]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", str(recipe), "--gpu_memory", "many", *flags])
+    assert stopped.value.code == 2
+    assert "gpu_memory='many'" in capsys.readouterr().err
