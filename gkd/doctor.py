@@ -1,0 +1,221 @@
+"""`gkd doctor`: what can be known about a run before it costs a GPU-day.
+
+The order is that of cost: versions and files first, weights last. A check that cannot be made because an earlier one
+failed is left out, and the failed one says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gkd.doctor_rows import examine_rows
+from gkd.doctor_view import Diagnosis
+from gkd.environment import describe_hardware, installed_versions
+from gkd.evaluate import Evaluator
+from gkd.evaluate_recipe import measuring_trainer
+from gkd.loading import load_tokenizer, vocabulary_rows
+from gkd.measures import Measures
+from gkd.recipe import Recipe
+from gkd.settings import Settings, student_name
+from gkd.setup_checks import check_tokenizer
+from gkd.trainer import GKDTrainer
+from gkd.vocab import compare_chat_templates, compare_stop_ids, shared_vocabulary
+
+ROWS_MEASURED, ROLLOUTS = 32, 8
+_MANY = 0.5  # a share of truncated rollouts that calls for a warning
+_SAME = 1e-6  # nats/token; a divergence below it is rounding
+
+T = TypeVar("T")
+Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]
+
+
+def examine(recipe: Recipe) -> Diagnosis:
+    """Everything, as far as it can be reached. A user's mistake becomes an error line; nothing is written to disk.
+
+    Args:
+        recipe: as `gkd.recipe.capture` gives it.
+    """
+    out, settings = Diagnosis(), recipe.settings
+    _machine(out)
+    tokenizers = _attempt(out, "Tokenizers", lambda: _tokenizers(out, settings))
+    if tokenizers is not None:
+        _attempt(out, "Token maps", lambda: _token_maps(out, settings, tokenizers))
+        _chat_templates(out, *tokenizers)
+    data = _attempt(out, "Data", lambda: recipe.load_data(settings))
+    if data is None or tokenizers is None:
+        return out
+    prepared = _attempt(out, "Rows", lambda: examine_rows(out, data["train"], tokenizers[0], settings.training))
+    if prepared is None or not out.passed:
+        return out
+    _attempt(out, "Models", lambda: _models(out, settings, data, prepared))
+    return out
+
+
+def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:
+    """The action's result; None and an error line when it raises what a user can mend."""
+    try:
+        return action()
+    except ValueError as error:
+        out.add(name, "error", str(error))
+        return None
+
+
+# ----------------------------------------------------------------------------------------------- without weights
+
+
+def _machine(out: Diagnosis) -> None:
+    out.add("Versions", "ok", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
+    out.add("Devices", "ok", describe_hardware())
+
+
+def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
+    """The student's, and the teacher's where it has one of its own."""
+    args, model = settings.training, settings.model
+    student = check_tokenizer(
+        load_tokenizer(student_name(settings), trust_remote_code=args.trust_remote_code, revision=model.model_revision)
+    )
+    named = args.teacher_model_name_or_path
+    if named is None:
+        out.add("Tokenizers", "warning", "the teacher has no name: its tokens are not compared", "name the teacher")
+        return student, None
+    try:
+        teacher = load_tokenizer(named, trust_remote_code=args.trust_remote_code)
+    except ValueError as error:
+        out.add(
+            "Tokenizers",
+            "warning",
+            f"the teacher's token map cannot be compared: {error}",
+            "save its tokenizer beside the teacher",
+        )
+        return student, None
+    out.add("Tokenizers", "ok", f"student {len(student):,} tokens, teacher {len(teacher):,}")
+    return student, teacher
+
+
+def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> None:
+    args = settings.training
+    names = {"student": student_name(settings), "teacher": args.teacher_model_name_or_path or student_name(settings)}
+    rows = {who: vocabulary_rows(name, trust_remote_code=args.trust_remote_code) for who, name in names.items()}
+    shared = shared_vocabulary(*tokenizers, rows["student"], rows["teacher"])
+    sizes = f"heads of {rows['student']:,} (student) and {rows['teacher']:,} rows (teacher)"
+    if tokenizers[1] is None:
+        out.add("Token maps", "warning", f"not compared; {sizes}", "make sure that both read the same tokens")
+    elif shared is None:
+        out.add("Token maps", "ok", f"every id stands for the same token; {sizes}")
+    else:
+        out.add("Token maps", "ok", f"every common id stands for the same token; {sizes}: the first {shared:,} count")
+
+
+def _chat_templates(out: Diagnosis, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> None:
+    remark = compare_chat_templates(student, teacher) if teacher is not None else None
+    if remark:
+        out.add("Chat templates", "warning", remark)
+    elif not student.chat_template:
+        out.add("Chat templates", "ok", "the student has none: rows must be plain text")
+    elif teacher is not None and teacher.chat_template:
+        out.add("Chat templates", "ok", "student's and teacher's write a question alike")
+    else:
+        out.add("Chat templates", "ok", "only the student has one")
+
+
+# -------------------------------------------------------------------------------------------------- with weights
+
+
+def _models(out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset) -> None:
+    """Load both models as a run does, and let them answer."""
+    usable = data["train"].select(list(prepared["row"][:ROWS_MEASURED]))
+    with measuring_trainer(settings, {**data, "train": usable}) as trainer:
+        student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher_model
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        size = f"student {student.num_parameters():,} parameters, {trained:,} of them trained"
+        if teacher is None:
+            out.add("Models", "ok", f"{size}; the teacher is on a server and not measured here")
+            return
+        out.add("Models", "ok", f"{size}; teacher {trainer.accelerator.unwrap_model(teacher).num_parameters():,}")
+        remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
+        ids = ", ".join(map(str, trainer.stop_ids["student"]))
+        out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{ids} for both")))
+        evaluator = _evaluator(trainer, data, prepared)
+        student_measures = evaluator.measure(trainer.model, "student")
+        teacher_measures = evaluator.measure(teacher, "teacher")
+    out.rollouts.extend(student_measures.samples)
+    _perplexities(out, student_measures, teacher_measures, len(evaluator.held_out))
+    _divergence(out, student_measures)
+    for measures in (student_measures, teacher_measures):
+        _rollouts(out, measures, settings.training.max_new_tokens, settings.training.repetition_threshold)
+
+
+def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> Evaluator:
+    """The harness of a run's evaluation, on a few train rows: prompts, and answers (or texts) for the perplexity."""
+    rows = list(prepared.select(range(min(ROWS_MEASURED, len(prepared)))))
+    answered = [row for row in rows if 0 < max(1, row["prompt_length"]) < len(row["input_ids"])]
+    held_out = [row["input_ids"] for row in answered]
+    starts: list[int] | None = [max(1, row["prompt_length"]) for row in answered]
+    if not held_out and data.get("held_out_text") is not None:
+        texts = [trainer.processing_class(text)["input_ids"] for text in data["held_out_text"][:ROWS_MEASURED]]
+        held_out, starts = [ids[: trainer.args.max_length] for ids in texts if len(ids) > 1], None
+    return Evaluator(
+        trainer.teacher.model,
+        trainer.processing_class,
+        # running text has no prompt: its first half is continued
+        [row["input_ids"][: row["prompt_length"] or -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]],
+        held_out,
+        trainer.rollouts["student"].settings,
+        trainer.loss_settings,
+        teacher_sampling=trainer.rollouts["teacher"].settings,
+        seed=trainer.args.seed,
+        held_out_starts=starts,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        num_samples=ROLLOUTS,
+        accelerator=trainer.accelerator,
+    )
+
+
+def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: int) -> None:
+    if "perplexity" not in student.values:
+        out.add("Perplexity", "ok", "not measured: the rows have no answers, and load_data gives no held_out_text")
+        return
+    values = [measures.values["perplexity"].value for measures in (student, teacher)]
+    message = f"student {values[0]:.3g}, teacher {values[1]:.3g} on {texts} texts"
+    if values[1] <= values[0]:
+        out.add("Perplexity", "ok", message)
+    else:
+        remedy = "is it the right teacher, and was it trained with this chat template? Tune it on this data first"
+        out.add("Perplexity", "warning", f"{message}: the teacher is the worse of the two", remedy)
+
+
+def _divergence(out: Diagnosis, student: Measures) -> None:
+    value = student.values["divergence_own"].value
+    message = f"{value:.3g} nats/token on the student's own completions"
+    if not math.isfinite(value):
+        out.add("Divergence", "error", message, "load the models in bfloat16 or float32, and look for broken weights")
+    elif value < _SAME:
+        out.add("Divergence", "warning", f"{message}: student and teacher are the same model", "name another teacher")
+    else:
+        out.add("Divergence", "ok", message)
+
+
+def _rollouts(out: Diagnosis, measures: Measures, max_new_tokens: int, repetition_threshold: float) -> None:
+    """Whether sampled completions end, and whether they go in circles."""
+    number = measures.values["ended"].count
+    truncated, repeated = 1 - measures.values["ended"].value, measures.values["repeated_4grams"].value
+    message = (
+        f"{round(truncated * number)} of {number} completions were cut off at max_new_tokens={max_new_tokens}; mean "
+        f"length {measures.values['length'].value:.0f}; {repeated:.0%} of the 4-grams are repetitions"
+    )
+    if truncated > _MANY:
+        remedy = "raise max_new_tokens" + (
+            ""
+            if measures.name == "teacher"
+            else "; if it never ends its answers, train it on data or with seq_kd first"
+        )
+    elif repeated > repetition_threshold:
+        remedy = "see drop_repetitive_completions, or start with a lower lmbda"
+    else:
+        remedy = ""
+    out.add(f"Rollouts, {measures.name}", "warning" if remedy else "ok", message, remedy)

@@ -1,0 +1,96 @@
+"""The doctor's look at the rows: formats, what is dropped or cut, where an answer begins and whether it stops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gkd.batch import IGNORE
+from gkd.config import GKDConfig
+from gkd.data import DataReport, prepare_dataset
+from gkd.doctor_view import Diagnosis, view
+from gkd.rows import ChatRow, Place, TokenRow, canonical_row
+from gkd.vocab import stop_token_ids
+
+ROWS_SHOWN = 3
+_LOOKED_AT = 10_000  # rows whose format and last token are looked at
+_MANY = 0.01  # a share of dropped rows that calls for a warning
+
+
+def examine_rows(out: Diagnosis, train: Dataset, tokenizer: PreTrainedTokenizerBase, args: GKDConfig) -> Dataset:
+    """The train rows as the trainer will prepare them; findings go to `out`.
+
+    Raises:
+        ValueError: what `gkd.data.prepare_dataset` refuses.
+    """
+    prepared, report = prepare_dataset(
+        train,
+        tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.prompt_limit,
+        overlong_prompt=args.overlong_prompt,
+        overlong_row=args.overlong_row,
+        assistant_turns=args.assistant_turns,
+        prompt_only_ok=args.lmbda == 1 or args.seq_kd,
+        prompts_needed=args.lmbda > 0 or args.seq_kd,
+        num_proc=args.dataset_num_proc,
+    )
+    stops = stop_token_ids(tokenizer, None)
+    _formats(out, train, bool(tokenizer.chat_template))
+    _counts(out, report)
+    _stops(out, prepared, report, stops)
+    out.rows.extend(view(row, tokenizer, stops) for row in prepared.select(range(min(ROWS_SHOWN, len(prepared)))))
+    return prepared
+
+
+def _formats(out: Diagnosis, train: Dataset, has_template: bool) -> None:
+    looked_at = train.select(range(min(_LOOKED_AT, len(train))))
+    formats = Counter(_format(row, number, has_template) for number, row in enumerate(looked_at))
+    listed = ", ".join(f"{number:,} {name}" for name, number in formats.most_common())
+    if has_template and {"pairs of texts", "plain prompts"} & formats.keys():
+        remedy = "give `prompt` as a list of turns if the models were trained on chats"
+        out.add("Formats", "warning", f"{listed}, although the student has a chat template", remedy)
+    else:
+        out.add("Formats", "ok", listed)
+
+
+def _format(row: dict[str, Any], number: int, has_template: bool) -> str:
+    kind = canonical_row(row, Place("train", number), has_template)
+    if isinstance(kind, TokenRow):
+        return "rows of token ids"
+    if isinstance(kind, ChatRow):
+        return "chats" if kind.answer is not None else "chats without an answer"
+    if not kind.prompt:
+        return "running texts"
+    return "plain prompts" if kind.completion is None else "pairs of texts"
+
+
+def _counts(out: Diagnosis, report: DataReport) -> None:
+    share = report.dropped / max(report.rows, 1)
+    remedy = "raise max_length or max_prompt_length, or see overlong_prompt and overlong_row"
+    out.add(
+        "Rows",
+        "warning" if share > _MANY else "ok",
+        f"{report.kept:,} of {report.rows:,} kept; {report.target_tokens:,} target tokens, longest prompt "
+        f"{report.longest_prompt:,}, longest row {report.longest_row:,}",
+        remedy if share > _MANY else "",
+    )
+    for remark in report.remarks():
+        out.add("Rows", "warning", remark)
+    if "prompt_not_prefix" not in report.rows_with:
+        out.add("Prompts", "ok", "each prompt's tokens are a prefix of its row's")
+
+
+def _stops(out: Diagnosis, prepared: Dataset, report: DataReport, stops: tuple[int, ...]) -> None:
+    cut = set(report.rows_with.get("row_cut", ()))
+    looked_at = prepared.select(range(min(_LOOKED_AT, len(prepared))))
+    answered = [row for row in looked_at if row["labels"][-1] != IGNORE and row["row"] not in cut]
+    open_ended = [row["row"] for row in answered if row["labels"][-1] not in stops]
+    if open_ended:
+        message = f"{len(open_ended):,} answers do not end with a stop token, the first in row {open_ended[0]}"
+        out.add("Stop tokens", "warning", message, "end them with the eos, or the student does not learn to stop")
+    elif answered:
+        out.add("Stop tokens", "ok", f"all {len(answered):,} whole answers end with a stop token, which is trained")

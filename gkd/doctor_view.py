@@ -1,0 +1,120 @@
+"""What the doctor shows: the checklist, and rows with their prompt, target and stop tokens in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from gkd.batch import IGNORE
+
+LEVELS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+KINDS = {"prompt": "cyan", "target": "green", "stop": "bold white on red", "untrained": "dim"}
+_SHOWN = 600  # characters of one piece of a row
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist. `level` is a key of LEVELS; `remedy` says what to do, "" when there is nothing."""
+
+    name: str
+    level: str
+    message: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A row as pieces of text, each with a kind of KINDS."""
+
+    number: int
+    pieces: list[tuple[str, str]]
+
+
+@dataclass
+class Diagnosis:
+    """What was found. `rollouts` are (prompt, completion) of the student."""
+
+    checks: list[Check] = field(default_factory=list)
+    rows: list[RowView] = field(default_factory=list)
+    rollouts: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.level != "error" for check in self.checks)
+
+    def add(self, name: str, level: str, message: str, remedy: str = "") -> None:
+        assert level in LEVELS, level
+        self.checks.append(Check(name, level, message, remedy))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+            "rows": [asdict(row) for row in self.rows],
+            "rollouts": [{"prompt": prompt, "completion": completion} for prompt, completion in self.rollouts],
+        }
+
+
+def view(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> RowView:
+    """A prepared row (`input_ids`, `labels`, `prompt_length`, `row`) as pieces of text."""
+    kinds = []
+    for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+        if label != IGNORE:
+            kinds.append("stop" if token in stop_ids else "target")
+        else:
+            kinds.append("prompt" if position < row["prompt_length"] else "untrained")
+    pieces = []
+    for kind, group in groupby(zip(kinds, row["input_ids"], strict=True), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in group], skip_special_tokens=False)
+        pieces.append((kind, str(text)))
+    return RowView(int(row["row"]), pieces)
+
+
+def show(diagnosis: Diagnosis, console: Console) -> None:
+    """Print the checklist, the rows and a few rollouts."""
+    for row in diagnosis.rows:
+        text = Text()
+        for kind, piece in row.pieces:
+            text.append(_shortened(piece), style=KINDS[kind])
+        console.print(Panel(text, title=f"row {row.number}", title_align="left"))
+    if diagnosis.rows:
+        legend = Text("colours: ")
+        for kind, style in KINDS.items():
+            legend.append(f" {kind} ", style=style)
+        console.print(legend)
+    if diagnosis.rollouts:
+        table = Table(title="Rollouts of the student", title_justify="left", show_lines=True)
+        for heading in ("Prompt (end)", "Completion"):
+            table.add_column(heading, ratio=1)
+        for prompt, completion in diagnosis.rollouts[:3]:
+            table.add_row(Text(prompt[-_SHOWN // 2 :]), Text(_shortened(completion)))
+        console.print(table)
+    for check in diagnosis.checks:
+        console.print(_line(check))
+    counts = [f"{sum(check.level == level for check in diagnosis.checks)} {level}" for level in LEVELS]
+    console.print(Text(", ".join(counts), style="bold"))
+
+
+def _line(check: Check) -> Group:
+    sign, style = LEVELS[check.level]
+    line = Table.grid(padding=(0, 1))
+    line.add_column(width=1)
+    line.add_column(width=20)
+    line.add_column(ratio=1, overflow="fold")
+    line.add_row(Text(sign, style=style), Text(check.name), Text(check.message))
+    if check.remedy:
+        line.add_row("", "", Text(f"→ {check.remedy}", style=style))
+    return Group(line)
+
+
+def _shortened(text: str) -> str:
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} […] {text[-half:]}"
