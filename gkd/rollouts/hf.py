@@ -92,7 +92,7 @@ class HFRollout:
         return completions
 
     def _layers_to_fold(self, model: PreTrainedModel, prompts: list[list[int]]) -> list[Any]:
-        # Measured on CPU: folding costs what the adapter costs in four decoding steps.
+        # On CPU (135M parameters, 16 rows, r=16) PEFT's merging took as long as the adapter costs in 3 to 4 steps.
         pays = self.settings.max_new_tokens >= 8 and bool(prompts)
         return foldable(model) if self.merge_adapter and pays else []
 
