@@ -65,10 +65,14 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
     if gpus < 1 or zero_stage not in range(4):
         raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
     student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path"))
-    teacher = shape_of(_config(args.teacher_model_name_or_path, "teacher_model_name_or_path"))
+    teacher_config = _config(args.teacher_model_name_or_path, "teacher_model_name_or_path")
+    teacher = shape_of(teacher_config)
     cuda = not args.use_cpu
     own = args.teacher_model_init_kwargs or {}
-    dtype = str(own.get("dtype", settings.model.dtype) if isinstance(own, dict) else settings.model.dtype)
+    dtype = str(own.get("dtype", "auto") if isinstance(own, dict) else "auto")
+    if dtype == "auto":
+        saved = getattr(teacher_config, "dtype", None) or "float32"
+        dtype = str(saved) if str(settings.model.dtype) == "float32" else str(settings.model.dtype)
     generates = tuple(
         who for who, on in (("student", args.lmbda > 0), ("teacher", args.seq_kd and args.lmbda < 1)) if on
     )

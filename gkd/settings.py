@@ -148,7 +148,9 @@ def set_loading_arguments(settings: Settings) -> None:
         args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
     own = args.teacher_model_init_kwargs or {}
     assert not isinstance(own, str)  # TrainingArguments has parsed it
-    args.teacher_model_init_kwargs = {**shared, **own}
+    # float32 is ModelConfig's default, made for a student: a teacher stays as it was saved unless the user says more.
+    dtype = "auto" if model.dtype == "float32" else model.dtype
+    args.teacher_model_init_kwargs = {**shared, "dtype": dtype, **own}
 
 
 def with_held_out(data: dict[str, Any], rows: int = 64) -> dict[str, Any]:
