@@ -69,6 +69,7 @@ class Case:
         engine: what the student must be wrapped in: "ddp", "zero-1" ... (see `wiring`), "" for not at all.
         student: which of MODELS.
         lora: train an adapter, not the model.
+        one_row: every row of the data is the same.
         in_memory: pass model objects rather than names.
         disturb: give every rank's global random streams a state of their own before the trainer and before training.
         resume: stop after this many steps, build everything anew and go on from the checkpoint.
@@ -81,6 +82,7 @@ class Case:
     engine: str = ""
     student: str = "untied"
     lora: bool = True
+    one_row: bool = False
     in_memory: bool = False
     disturb: bool = False
     resume: int | None = None
@@ -91,7 +93,7 @@ class Case:
         batch = self.args.get("per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"])
         args = {**self.args, "per_device_train_batch_size": RANKS * batch}
         args.pop("deepspeed", None)
-        return Case(self.name, args, student=self.student, lora=self.lora)
+        return Case(self.name, args, student=self.student, lora=self.lora, one_row=self.one_row)
 
 
 def save_models(folder: Path) -> None:
@@ -157,7 +159,7 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
         student,
         teacher,
         args,
-        train_dataset=Dataset.from_list(tiny_rows(ROWS)),
+        train_dataset=Dataset.from_list(tiny_rows(1) * ROWS if case.one_row else tiny_rows(ROWS)),
         eval_dataset=Dataset.from_list(tiny_rows(7, seed=9)) if evaluates else None,
         processing_class=tiny_tokenizer(),
         peft_config=lora if case.lora else None,

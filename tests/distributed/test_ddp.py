@@ -34,6 +34,7 @@ CASES = [
         {"per_device_train_batch_size": 1, "max_new_tokens": 1, "mask_truncated_completions": True},
         engine="ddp",
     ),
+    Case("one_prompt", {"lmbda": 1.0, "max_steps": 2}, engine="ddp", one_row=True),
     Case("disturbed", engine="ddp", disturb=True),
     Case("clipped", {"max_grad_norm": 0.01, "optim": "sgd", "learning_rate": 3.0}, engine="ddp"),
     Case("full", {"learning_rate": 1e-3}, engine="ddp", lora=False),
@@ -87,11 +88,12 @@ def test_the_cases_hold_what_they_are_there_for(folder):
 
 
 def test_ranks_sample_differently(folder):
-    """R44: no rank repeats the other's completions, although all draws hang on one seed."""
-    completions = [{str(s[2][-8:]) for step in rank for s in step if s[1] == "student"} for rank in
-                   read(folder / "mixed").ranks]  # fmt: skip
-    assert completions[0]
-    assert not completions[0] & completions[1]
+    """R44: the same prompt on two ranks gets other completions, although all draws hang on one seed."""
+    ranks = read(folder / "one_prompt").ranks
+    for step in zip(*ranks, strict=True):
+        completions = [str(ids) for sequences in step for _, _, ids, _ in sequences]
+        assert len(set(completions)) > len(completions) / 2, completions
+        assert [ids for _, _, ids, _ in step[0]] != [ids for _, _, ids, _ in step[1]]
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)

@@ -1,0 +1,158 @@
+"""Started by test_rank_faults.py: two forked ranks, and something that happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+from datasets import Dataset  # noqa: E402
+from forked import Child, ranks  # noqa: E402
+from tiny import tiny_rows  # noqa: E402
+from training import trainer_of  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+import gkd.trainer  # noqa: E402, F401 - imported before the fork
+from gkd.checkpoint_files import find, read_state  # noqa: E402
+
+VALUES: dict[str, Any] = {
+    "max_steps": 6,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "lmbda": 0.5,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "save_steps": 100,
+}
+Say = Callable[[str], None]
+
+
+class AtStep(TrainerCallback):
+    """Does something on one rank in the middle of a step (from 1)."""
+
+    def __init__(self, step: int, rank: int, act: Callable[[], object]) -> None:
+        self.step, self.rank, self.act = step, rank, act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step and args.process_index == self.rank:
+            self.act()
+
+
+def build(folder: Path, *callbacks: TrainerCallback, **values: Any) -> Any:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    rows = Dataset.from_list(tiny_rows(24))
+    trainer = trainer_of(folder, rows, callbacks=list(callbacks), **{**VALUES, **values})
+    assert trainer.accelerator.num_processes == 2
+    return trainer
+
+
+def report(trainer: Any, say: Say) -> None:
+    """The weights' sum in full, the ledger, the count: to be compared between ranks."""
+    trained = torch.cat([p.detach().double().flatten() for p in trainer.model.parameters()])
+    result = {
+        "weights": [float(trained.sum()), float(trained.abs().sum())],
+        "finite": bool(torch.isfinite(trained).all()),
+        "ledger": trainer.ledger.as_dict(),
+        "nonfinite": trainer.guard.nonfinite_steps,
+        "step": trainer.state.global_step,
+        "learning_rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    say(json.dumps(result))
+
+
+def outcome(children: list[Child]) -> list[dict[str, Any]]:
+    codes = [child.join() for child in children]
+    return [{"code": code, "lines": c.lines, "said": c.said()} for code, c in zip(codes, children, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+def one_rank_is_told_to_stop(folder: Path) -> list[Any]:
+    def work(say: Say) -> None:
+        build(folder / "run", AtStep(3, 1, lambda: signal.raise_signal(signal.SIGTERM))).train()
+
+    def again(say: Say) -> None:
+        trainer = build(folder / "run")
+        trainer.train(resume_from_checkpoint=True)
+        report(trainer, say)
+
+    def never(say: Say) -> None:
+        trainer = build(folder / "never")
+        trainer.train()
+        report(trainer, say)
+
+    stopped = outcome(ranks(work, folder))
+    checkpoint = find(folder / "run")
+    assert checkpoint is not None
+    state = read_state(checkpoint)
+    assert state is not None
+    saved = [checkpoint, sorted(state["files"])]
+    return [stopped, saved, outcome(ranks(again, folder)), outcome(ranks(never, folder))]
+
+
+def _spoil(trainer: Any, step: int) -> None:
+    """On rank 1 the loss of this step (from 0) is NaN."""
+    original = type(trainer)._divergence
+
+    def divergence(hidden: Any, teacher_signal: Any, inputs: Any, num_items: Any) -> Any:
+        output, sources = original(trainer, hidden, teacher_signal, inputs, num_items)
+        if trainer.state.global_step == step and trainer.args.process_index == 1:
+            import dataclasses
+
+            output = dataclasses.replace(output, loss=output.loss + float("inf"))
+        return output, sources
+
+    trainer._divergence = divergence
+
+
+def one_rank_has_no_finite_loss(folder: Path, **values: Any) -> list[Any]:
+    def work(say: Say) -> None:
+        trainer = build(folder / "run", max_steps=4, **values)
+        _spoil(trainer, 1)
+        trainer.train()
+        report(trainer, say)
+
+    return outcome(ranks(work, folder))
+
+
+def the_same_under_zero(folder: Path) -> list[Any]:
+    plan = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    path = folder / "plan.json"
+    path.write_text(json.dumps({**plan, **dict.fromkeys(sizes, "auto")}))
+    os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path))
+    try:
+        return one_rank_has_no_finite_loss(folder)
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"], os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+
+
+def one_rank_dies(folder: Path) -> list[Any]:
+    def work(say: Say) -> None:
+        build(folder / "run", AtStep(3, 1, lambda: os._exit(7)), save_steps=1).train()
+
+    start = time.monotonic()
+    result: list[Any] = outcome(ranks(work, folder))
+    return [*result, {"seconds": time.monotonic() - start, "newest": find(folder / "run")}]
+
+
+SCENES = (one_rank_is_told_to_stop, one_rank_has_no_finite_loss, the_same_under_zero, one_rank_dies)
+
+if __name__ == "__main__":
+    for scene in SCENES:
+        place = Path(sys.argv[1]) / scene.__name__
+        place.mkdir()
+        (place / "result.json").write_text(json.dumps(scene(place), indent=1))
