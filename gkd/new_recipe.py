@@ -129,14 +129,15 @@ def _pair(rows: Dataset, columns: tuple[str, str | None] | None) -> tuple[str, s
         if missing:
             raise ValueError(f"there is no column {missing[0]!r}: the data has {', '.join(names)}")
         return columns
-    for question, answer in PAIRS:
-        if question in names and answer in names and not {"messages", "conversations", "completion"} & set(names):
-            return question, answer
-    known = {"messages", "conversations", "prompt", "instruction", "input_ids", "text"} & set(names)
-    alone = next((column for column in PROMPTS if column in names), None)
-    if known or alone is None:
+    if {"messages", "conversations", "instruction", "input_ids"} & set(names) or {"prompt", "completion"} <= set(
+        names
+    ):
         return None
-    return alone, None
+    for question, answer in PAIRS:
+        if question in names and answer in names:
+            return question, answer
+    alone = next((column for column in PROMPTS if column in names), None)
+    return None if alone is None or {"prompt", "text"} & set(names) else (alone, None)
 
 
 def _renamed(row: dict[str, Any], pair: tuple[str, str | None] | None, chat: bool) -> dict[str, Any]:
@@ -161,7 +162,8 @@ def _answer(kind: Row) -> str | None:
 
 def render(name: str, data: str, split: str, student: str, teacher: str, look: Look, path: Path) -> str:
     """The recipe's text."""
-    title = f"GKD of {student} from {teacher} on {data} ({look.rows:,} rows)."
+    short = [Path(part).name.replace('"', "'") for part in (student, teacher, data)]
+    title = f"GKD of {short[0]} from {short[1]} on {short[2]} ({look.rows:,} rows)."
     fields: list[tuple[str, Any, str]] = [
         ("model_name_or_path", student, ""),
         ("teacher_model_name_or_path", teacher, ""),
@@ -182,9 +184,7 @@ def render(name: str, data: str, split: str, student: str, teacher: str, look: L
     values = "\n".join(
         f'    "{field}": {_literal(value)},' + (f"  # {note}" if note else "") for field, value, note in fields
     )
-    return _TEMPLATE.format(
-        title=title.replace("\\", "/").replace('"""', "'''"), path=path, values=values, load=_load_data(look)
-    )
+    return _TEMPLATE.format(title=title, path=path.as_posix(), values=values, load=_load_data(look))
 
 
 def _method(look: Look) -> list[tuple[str, Any, str]]:
@@ -214,13 +214,15 @@ def _literal(value: Any) -> str:
 
 
 def _load_data(look: Look) -> str:
+    if look.running_text:
+        return _RUNNING_TEXT
     if look.pair is None:
         return _AS_THEY_ARE
     question, answer = look.pair
-    prompt = f'row["{question}"]'
+    prompt = f"row[{_literal(question)}]"
     if look.chat:
         prompt = f'[{{"role": "user", "content": {prompt}}}]'
-    completion = f', "completion": row["{answer}"]' if answer else ""
+    completion = f', "completion": row[{_literal(answer)}]' if answer else ""
     return _RENAMED.format(prompt=prompt, completion=completion)
 
 
@@ -229,6 +231,8 @@ _TEMPLATE = '''"""{title}
     gkd doctor {path}
     python {path}
     accelerate launch {path}
+
+Written by `gkd new` and yours to change. Any field that --help lists may stand in DEFAULTS.
 """
 
 from typing import Any
@@ -249,6 +253,13 @@ if __name__ == "__main__":
 _AS_THEY_ARE = '''def load_data(settings: Settings) -> dict[str, Any]:
     """Rows as they are; without a test split, some are held out for the before/after table."""
     return with_held_out(dataset_by_name(settings))
+'''
+
+_RUNNING_TEXT = '''def load_data(settings: Settings) -> dict[str, Any]:
+    """Running text, all of it target. The before/after table continues the first words of held-out texts."""
+    data = with_held_out(dataset_by_name(settings))
+    prompts = data["eval"].map(lambda row: {"prompt": " ".join(row["text"].split()[:8])})
+    return {"train": data["train"], "prompts": prompts, "held_out_text": list(data["eval"]["text"])}
 '''
 
 _RENAMED = '''def as_row(row: dict[str, Any]) -> dict[str, Any]:

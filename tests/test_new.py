@@ -1,0 +1,163 @@
+"""`gkd new` on the formats that data comes in: what it reads off, and that the recipe it writes runs."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from tiny import save_tiny, tiny_rows, tiny_tokenizer
+
+from gkd.cli import main
+from gkd.new_recipe import look_at
+from gkd.recipe import capture
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FORMATS = {
+    "messages": tiny_rows(8),
+    "conversations": [
+        {"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": "Yes"}]} for n in range(8)
+    ],
+    "alpaca": [{"instruction": f"Add {n}.", "input": "1", "output": str(n + 1)} for n in range(8)],
+    "text pairs": [{"prompt": f"{n} + 1 = ", "completion": str(n + 1)} for n in range(8)],
+    "questions": [{"question": f"What is {n} + 1?", "answer": f'"{n + 1}"', "id": n} for n in range(8)],
+    "summaries": [{"document": f"It rained {n} days. " * 4, "summary": "Rain."} for n in range(8)],
+    "prompts only": [{"prompt": [{"role": "user", "content": f"Count to {n}."}]} for n in range(8)],
+    "queries only": [{"query": f"Count to {n}."} for n in range(8)],
+    "running text": [{"text": f"It rained on {n} days of the year."} for n in range(8)],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("user")
+    save_tiny(path / "student", seed=1)
+    save_tiny(path / "plain", seed=1, tokenizer=tiny_tokenizer(chat_template=None))
+    save_tiny(path / "teacher", seed=2, hidden=48, layers=3)
+    return path
+
+
+def new(folder, rows, *options, student="student", file="rows.jsonl"):
+    (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["new", "mine", "--data", str(folder / file), "--student", str(folder / student)]
+    command += ["--teacher", str(folder / "teacher"), "--output", str(folder / "mine.py"), "--force", *options]
+    assert main(command) == 0
+    return folder / "mine.py"
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_recipe_for_every_format_trains_one_step(name, folder, tmp_path, monkeypatch):
+    recipe = new(folder, FORMATS[name])
+    flags = ["--max_steps", "1", "--output_dir", str(tmp_path), "--max_new_tokens", "4", "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", [str(recipe), *flags, "--num_eval_prompts", "1"])
+    runpy.run_path(str(recipe), run_name="__main__")
+    (entry,) = [
+        line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "train_loss" in line
+    ]
+    assert entry["train_loss"] > 0
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["questions", "running text", "queries only"])
+def test_the_file_is_as_the_project_formats_it(name, folder):
+    recipe = new(folder, FORMATS[name])
+    for check in (["check"], ["format", "--check", "--diff"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *check, "--config", str(ROOT / "pyproject.toml"), str(recipe)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_what_the_data_says_goes_into_the_recipe(folder):
+    settings = capture(new(folder, FORMATS["messages"]), []).settings
+    assert (settings.training.lmbda, settings.training.seq_kd) == (0.5, False)
+    assert settings.model.model_name_or_path == str(folder / "student")
+    assert settings.training.output_dir == "outputs/mine"
+    only_prompts = capture(new(folder, FORMATS["prompts only"]), []).settings.training
+    assert (only_prompts.lmbda, only_prompts.seq_kd) == (0.5, True)
+    text = capture(new(folder, FORMATS["running text"]), []).settings.training
+    assert text.lmbda == 0
+    long = [{"prompt": "a ", "completion": "x" * 1000}] * 5
+    args = capture(new(folder, long), []).settings.training
+    assert args.max_new_tokens == 384  # 1000 / 3, up to a multiple of 64
+    assert args.max_length > args.max_new_tokens
+
+
+def test_questions_become_chats_only_with_a_chat_template(folder):
+    for student, prompt in (("student", [{"role": "user", "content": "What is 0 + 1?"}]), ("plain", "What is 0 + 1?")):
+        recipe = runpy.run_path(str(new(folder, FORMATS["questions"], student=student)), run_name="recipe")
+        assert recipe["as_row"](FORMATS["questions"][0]) == {"prompt": prompt, "completion": '"1"'}
+
+
+def test_columns_of_any_name(folder):
+    rows = [{'Frage "1"': "Wie?", "Antwort": "So.", "id": n} for n in range(8)]
+    options = ["--prompt_column", 'Frage "1"', "--completion_column", "Antwort"]
+    recipe = runpy.run_path(str(new(folder, rows, *options)), run_name="recipe")
+    assert recipe["as_row"](rows[0])["completion"] == "So."
+
+
+def test_a_known_format_wins_over_a_pair_of_names():
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b", "answer": "c"}])
+    assert look_at(rows, False).pair is None
+    rows = Dataset.from_list([{"prompt": "a", "answer": "c"}])
+    assert look_at(rows, False).pair == ("prompt", "answer")
+    rows = Dataset.from_list([{"instruction": "a", "input": "b", "output": "c"}])
+    assert look_at(rows, False).pair is None
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--data", "none.jsonl"], ["none.jsonl", "does not exist"]),
+        (["--prompt_column", "Frage"], ["'Frage'", "question, answer"]),
+        (["--completion_column", "answer"], ["--prompt_column"]),
+        (["--output", "mine.txt"], [".py"]),
+        (["--output", "there.py"], ["there.py", "--force"]),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(options, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.py").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(SystemExit) as stopped:
+        main(["new", "mine", "--data", "rows.jsonl", "--student", "x", "--teacher", "y", *options])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in parts), message
+    assert "Traceback" not in message
+    assert (tmp_path / "there.py").read_text() == ""
+
+
+@pytest.mark.parametrize("rows", [[{"foo": "a", "bar": "b"}], [{"messages": [{"role": "user"}]}]])
+def test_data_of_no_known_format_is_named(rows, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "new",
+                "mine",
+                "--data",
+                str(tmp_path / "rows.jsonl"),
+                "--student",
+                "x",
+                "--teacher",
+                "y",
+                "--output",
+                str(tmp_path / "mine.py"),
+            ]
+        )
+    assert next(iter(rows[0])) in capsys.readouterr().err
+    assert not (tmp_path / "mine.py").exists()
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", "class", ""])
+def test_names_that_are_no_names(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["new", name, "--data", "rows.jsonl", "--student", "x", "--teacher", "y"])
+    assert "NAME" in capsys.readouterr().err
