@@ -47,10 +47,10 @@ DENSE_BYTES_PER_LOGIT = 44  # measured: about eleven [N, V] fp32 tensors live at
 
 
 class Problem:
-    """Random inputs of one size; `step(method)` returns a function that runs forward and backward once."""
+    """Random inputs of one size; `step(method, divergence)` returns a function that runs forward and backward once."""
 
-    def __init__(self, n: int, divergence: str, trained: bool, args: argparse.Namespace) -> None:
-        self.n, self.divergence, self.trained = n, divergence, trained
+    def __init__(self, n: int, trained: bool, args: argparse.Namespace) -> None:
+        self.n, self.trained = n, trained
         self.device = torch.device(args.device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         generator = torch.Generator(self.device).manual_seed(0)
@@ -66,15 +66,15 @@ class Problem:
         self.targets = torch.randint(0, args.vocab, (n,), generator=generator, device=self.device)
         self.weights = torch.full((n,), 1 / n, device=self.device)
 
-    def step(self, method: str) -> Callable[[], Any]:
-        return getattr(self, f"_{method}")()
+    def step(self, method: str, divergence: str) -> Callable[[], Any]:
+        return getattr(self, f"_{method}")(divergence)
 
     def _finish(self, loss: torch.Tensor) -> None:
         loss.backward()
         self.hidden.grad = self.weight.grad = None
 
-    def _gkd(self) -> Callable[[], Any]:
-        settings = LossSettings(make_divergence(self.divergence))
+    def _gkd(self, divergence: str) -> Callable[[], Any]:
+        settings = LossSettings(make_divergence(divergence))
         signal = DenseSignal(self.teacher_hidden, Head(self.teacher_weight))
 
         def run() -> None:
@@ -83,7 +83,7 @@ class Problem:
 
         return run
 
-    def _limit(self) -> Callable[[], Any]:
+    def _limit(self, divergence: str) -> Callable[[], Any]:
         vocab = self.weight.shape[0]
         chunk = min(chunk_rows(vocab, 4, self.device.type, self.trained), self.n)
 
@@ -105,18 +105,18 @@ class Problem:
 
         return run
 
-    def _trl_chunked(self) -> Callable[[], Any]:
+    def _trl_chunked(self, divergence: str) -> Callable[[], Any]:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
         def run() -> None:
             per_token, _ = ChunkedDivergenceFunction.apply(
-                self.hidden, self.weight, None, self.teacher_hidden, self.teacher_weight, None, BETAS[self.divergence]
+                self.hidden, self.weight, None, self.teacher_hidden, self.teacher_weight, None, BETAS[divergence]
             )
             self._finish(per_token.mean())
 
         return run
 
-    def _trl_dense(self) -> Callable[[], Any]:
+    def _trl_dense(self, divergence: str) -> Callable[[], Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from trl.experimental.gkd import GKDTrainer
@@ -125,15 +125,15 @@ class Problem:
             logits = self.hidden @ self.weight.t()
             with torch.no_grad():
                 teacher = self.teacher_hidden @ self.teacher_weight.t()
-            self._finish(GKDTrainer.generalized_jsd_loss(logits, teacher, beta=BETAS[self.divergence]))
+            self._finish(GKDTrainer.generalized_jsd_loss(logits, teacher, beta=BETAS[divergence]))
 
         return run
 
-    def _liger(self) -> Callable[[], Any]:
+    def _liger(self, divergence: str) -> Callable[[], Any]:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         loss = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[self.divergence], compiled=False
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[divergence], compiled=False
         )
 
         def run() -> None:
@@ -163,12 +163,12 @@ def clock(args: argparse.Namespace) -> float:
 
 def measure_times(n: int, trained: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
     steps: dict[tuple[str, str], Callable[[], Any]] = {}
+    problem = Problem(n, trained, args)
     for divergence in args.divergences:
-        problem = Problem(n, divergence, trained, args)
         for method in args.methods:
             reason = available(method, divergence, n, args)
             if reason is None:
-                steps[divergence, method] = problem.step(method)
+                steps[divergence, method] = problem.step(method, divergence)
             else:
                 print(f"# N={n} {divergence} {method}: left out, {reason}", flush=True)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
@@ -205,7 +205,7 @@ def measure_memory(n: int, trained: bool, args: argparse.Namespace) -> list[dict
 
 def one_memory(args: argparse.Namespace) -> None:
     """In a fresh process: the peak of one step beyond what its inputs occupy, in bytes, on stdout."""
-    step = Problem(args.sizes[0], args.divergences[0], args.heads == ["trained"], args).step(args.one_memory)
+    step = Problem(args.sizes[0], args.heads == ["trained"], args).step(args.one_memory, args.divergences[0])
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -115,12 +115,13 @@ def jsd(beta: float = 0.5) -> Divergence:
         return (1 - beta) * kl_to_mixture(a.exp(), b.exp(), beta)
 
     def rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        gap = torch.sub(q, p, out=a)
-        q.clamp_min_(torch.finfo(q.dtype).tiny)
-        of_teacher = torch.div(gap, q, out=b).mul_(beta - 1).log1p_().mul_(q).sum(-1)
-        torch.clamp_min(p, torch.finfo(p.dtype).tiny, out=b)
-        slope = gap.div_(b).mul_(beta).log1p_().mul_(p).mul_(beta - 1)
-        return slope.sum(-1).sub_(of_teacher, alpha=beta), slope
+        # log(p / m) instead of log1p: a third of the time, as exact at p = q, and 1e-7 p away from it next to it.
+        tiny = torch.finfo(p.dtype).tiny
+        above_zero = torch.clamp_min(p, tiny, out=a)
+        mixture = torch.lerp(above_zero, q.clamp_min_(tiny), beta, out=b)
+        slope = above_zero.div_(mixture).log_().mul_(p).mul_(1 - beta)
+        of_teacher = torch.div(q, mixture, out=b).log_().mul_(q).sum(-1)
+        return slope.sum(-1).add_(of_teacher, alpha=beta), slope
 
     return Divergence(f"jsd(beta={beta})", phi, phi_a, rows)
 
