@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from gkd.distributed import sum_over_ranks
@@ -139,6 +140,8 @@ class FaultGuard(TrainerCallback):
             skipped = lost
         if skipped:
             self._count(state.global_step, bad_rows, lost)
+            if self.accelerator.optimizer_step_was_skipped and isinstance(kwargs["lr_scheduler"], LambdaLR):
+                kwargs["lr_scheduler"].step()  # the Trainer has not: DeepSpeed told it of the skip
         else:
             self._in_a_row = 0
         if term or interrupt:
