@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, Sequence, Value
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
 from gkd import setup_checks as checks
 from gkd.batch import IGNORE
@@ -118,6 +119,8 @@ def prepare(recipe: Recipe) -> Work:
         "teacher": stop_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config),
     }
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
+    if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
+        propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
     model = place_frozen(teacher, accelerator)
     pad_id = int(tokenizer.pad_token_id)
     foreign = range(min(own, size), size)
