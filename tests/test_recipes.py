@@ -116,7 +116,7 @@ def test_every_recipe_is_tested_and_listed():
 
 @pytest.mark.parametrize("name", sorted(DATA))
 def test_recipe_runs_two_steps(name, models, tmp_path, monkeypatch):
-    monkeypatch.setattr("gkd.demo_data.translation_sentences", lambda: ["one two three four five six seven"] * 300)
+    monkeypatch.setattr("gkd.demo_data.translation_sentences", lambda: ["one two three four five six seven"] * 270)
     monkeypatch.setattr("gkd.demo_data.healthsearchqa_prompts", lambda: [f"Is {n} healthy?" for n in range(80)])
     monkeypatch.setattr("gkd.demo_data.openwebtext_excerpts", lambda: ["Rain falls on the roof."] * 3)
     rows = (DATA[name] or []) * 4
@@ -134,6 +134,8 @@ def test_recipe_runs_two_steps(name, models, tmp_path, monkeypatch):
     measured = {row["key"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
     assert {"divergence_own", "ended"} <= measured.keys()
     assert ("score_greedy" in measured) == (name in SCORED)
+    if name in ("kd_qwen3", "kd_minimind", "gkd_glass"):
+        assert all(measured["perplexity"][place]["value"] > 1 for place in ("before", "after", "teacher"))
 
 
 def test_kd_qwen2_5_with_every_divergence_and_logs_to_tensorboard(models, tmp_path, monkeypatch):
@@ -141,23 +143,38 @@ def test_kd_qwen2_5_with_every_divergence_and_logs_to_tensorboard(models, tmp_pa
     for divergence in ("reverse_kl", "skew_forward_kl", "skew_reverse_kl"):
         folder = tmp_path / divergence
         folder.mkdir()
-        options = {"divergence": divergence, "ce_weight": 0.0, "evaluate_before_and_after": "false"}
+        options = {"divergence": divergence, "ce_weight": 0.0, "evaluate_before_and_after": "false", "max_steps": 1}
         out = run_recipe("kd_qwen2_5", models, folder, monkeypatch, ALPACA, **options)
         seen.append(next(entry["loss"] for entry in history(out)))
         assert list(out.rglob("events.out.tfevents*"))
     assert len(set(seen)) == 3
 
 
-def test_kd_qwen3_measures_perplexity_and_trains_on_first_answers_only(models, tmp_path, monkeypatch):
-    out = run_recipe("kd_qwen3", models, tmp_path, monkeypatch, GUANACO * 4)
-    rows = {row["key"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
-    assert all(rows["perplexity"][place]["value"] > 1 for place in ("before", "after", "teacher"))
+def test_kd_qwen3_trains_on_the_first_answer_only():
     split_text = functions("kd_qwen3")["split_text"]
     assert split_text(GUANACO[0]) == {
         "prompt": "### Human: What is a monopsony?\n### Assistant:",
         "completion": " One buyer, many.",
     }
     assert split_text({"text": "### Human: No answer"})["completion"] == ""
+
+
+def test_held_out_rows_are_the_same_every_time_and_only_taken_where_needed():
+    from datasets import Dataset
+
+    from gkd.run import with_held_out
+
+    rows = Dataset.from_dict({"n": list(range(100))})
+    data = with_held_out({"train": rows, "eval": None}, 64)
+    assert len(data["eval"]) == 10  # a tenth at most
+    assert sorted(data["train"]["n"]) + sorted(data["eval"]["n"]) != list(range(100))  # not simply the last ones
+    assert sorted([*data["train"]["n"], *data["eval"]["n"]]) == list(range(100))
+    assert with_held_out({"train": rows}, 64)["eval"]["n"] == data["eval"]["n"]
+    assert len(with_held_out({"train": rows}, 3)["eval"]) == 3
+    given = {"train": rows, "eval": rows}
+    assert with_held_out(given) is given
+    with pytest.raises(ValueError, match="one row"):
+        with_held_out({"train": rows.select([0])})
 
 
 # ------------------------------------------------------------------------------------------------------- minimind
