@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from gkd.config_servers import ROLLOUT_BACKENDS, SERVER_TIMEOUT, check_servers
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
+from gkd.redact import redact_settings
 from gkd.source import MIXINGS
 
 _OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
@@ -193,6 +194,10 @@ class GKDConfig(SFTConfig):
             ab_beta=self.ab_beta,
             akl_mu=self.akl_mu,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`, for loggers; secrets are hidden in nested dictionaries and addresses, too."""
+        return redact_settings(super().to_dict())
 
     def _check_ranges(self) -> None:
         _within("lmbda", self.lmbda, 0, 1, "0 trains on the data only, 1 on rollouts only")

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd import batch as batches
 from gkd._version import __version__
-from gkd.encode import Limits, RowEncoder
+from gkd.encode import Encoded, Limits, RowEncoder
 from gkd.files import read_rows
-from gkd.rows import Place, TextRow, canonical_row
+from gkd.rows import Place, Row, TextRow, canonical_row
 
 __all__ = ["DataReport", "PaddingCollator", "prepare_dataset", "read_rows"]
 
@@ -214,7 +214,7 @@ def _encode_batch(
                 "running text has no prompt to continue: give rows a `prompt` and a `completion` (a formatting_func "
                 "may return such a row, as a dict), or train on the data only with lmbda=0",
             )
-        encoded = encoder.encode(row, place)
+        encoded = _encoded(encoder, row, place)
         if prompts_needed and encoded.prompt_length == 0:
             place.bad("input_ids", "has no prompt: its first id is a target already")
         rows.append(encoded if "empty_answer" in encoded.notes else limits.fit(encoded, tokenizer.bos_token_id))
@@ -227,6 +227,17 @@ def _encode_batch(
         "targets": [sum(label != batches.IGNORE for label in row.labels[1:]) for row in rows],
         "length": [len(row.input_ids) for row in rows],
     }
+
+
+def _encoded(encoder: RowEncoder, row: Row, place: Place) -> Encoded:
+    """The row's ids; whatever a tokenizer raises, the row is named."""
+    try:
+        return encoder.encode(row, place)
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            raise  # names the row itself
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place.dataset} data set, row {place.number}: cannot be tokenized ({what})") from error
 
 
 def _formatted(result: Any, place: Place) -> Mapping[str, Any]:

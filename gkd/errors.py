@@ -5,7 +5,7 @@ class TrainingStopped(SystemExit):
     """A signal asked training to stop, and a checkpoint was saved; `code` is 128 + its number, as shells have it."""
 
 
-class NotFiniteError(ArithmeticError):
+class NotFiniteError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 

@@ -65,11 +65,23 @@ def _dataset(rows: list[dict[str, Any]], path: Path) -> Dataset:
         values = [row.get(column) for row in rows]
         try:
             table[column] = pyarrow.array(values)
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+            number = next(n for n, value in enumerate(values) if not _is_unicode(value))
+            text = f"{path}, row {number}: column '{column}' is not valid Unicode: {error.reason}"
+            raise ValueError(text) from error
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             raise ValueError(
                 f"the data file {path} holds values of different types in column '{column}': {error}"
             ) from error
     return Dataset(pyarrow.table(table))
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:

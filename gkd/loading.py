@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,24 @@ def vocabulary_rows(name: str, *, trust_remote_code: bool = False, revision: str
     return int(config.get_text_config().vocab_size)
 
 
+def safe_weights(name: str, init_kwargs: dict[str, Any] | None, field: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` that load safetensors only, unless they say otherwise themselves.
+
+    Older formats are pickles: to load one can be to run a program that somebody has put into it.
+
+    Raises:
+        ValueError: a local folder that has only those; with the remedy.
+    """
+    kwargs = {"use_safetensors": True, **(init_kwargs or {})}
+    only_pickles = any(Path(name).glob("pytorch_model*.bin")) and not any(Path(name).glob("*.safetensors"))
+    if kwargs["use_safetensors"] and "gguf_file" not in kwargs and only_pickles:
+        raise ValueError(
+            f"{name!r} holds its weights as a pickle (pytorch_model.bin), which may run any program when it is "
+            f"loaded: convert them to safetensors, or, if you trust them, set {field}={{'use_safetensors': False}}"
+        )
+    return kwargs
+
+
 def load_teacher(name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a teacher; `init_kwargs` is not changed.
 
@@ -55,9 +74,9 @@ def load_teacher(name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_
         trust_remote_code: whether code from the model's repository may run; off unless the user says so.
 
     Raises:
-        ValueError: the model is not there, or `dtype` is not one.
+        ValueError: the model is not there or not in safetensors, or `dtype` is not one.
     """
-    kwargs = dict(init_kwargs or {})
+    kwargs = safe_weights(name, init_kwargs, "teacher_model_init_kwargs")
     if "torch_dtype" in kwargs:  # the older spelling
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     dtype = kwargs.get("dtype")

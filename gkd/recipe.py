@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gkd.errors import DiskFullError, NotFiniteError
+from gkd.errors import DiskFullError
 
 if TYPE_CHECKING:
     from gkd.settings import LoadData, Score, Settings
@@ -100,7 +100,7 @@ def mistakes_in_one_line() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (NotFiniteError, DiskFullError) as error:
+    except (FloatingPointError, DiskFullError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

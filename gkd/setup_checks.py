@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArgume
 
 from gkd.config import GKDConfig
 from gkd.distributed import zero_stage
-from gkd.loading import load_teacher, load_tokenizer, model_name
+from gkd.loading import load_teacher, load_tokenizer, model_name, safe_weights
 from gkd.vocab import compare_chat_templates, compare_stop_ids
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,13 @@ def resolve_config(args: Any, model: Any) -> GKDConfig:
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or (
             model if isinstance(model, str) else ""
         )
-        return GKDConfig(output_dir=f"{str(name).rstrip('/').split('/')[-1] or 'model'}-GKD")
+        args = GKDConfig(output_dir=f"{str(name).rstrip('/').split('/')[-1] or 'model'}-GKD")
     if not isinstance(args, GKDConfig):
         kind = "a plain TrainingArguments" if isinstance(args, TrainingArguments) else "no training arguments at all"
         raise TypeError(f"args is {type(args).__name__}, {kind}: pass a gkd.GKDConfig")
+    if isinstance(model, str):
+        assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
+        args.model_init_kwargs = safe_weights(model, args.model_init_kwargs, "model_init_kwargs")
     return args
 
 

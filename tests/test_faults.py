@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 from pathlib import Path
@@ -12,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_rows
-from training import logged, losses, trainer_of
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_rows, tiny_tokenizer
+from training import config, logged, losses, trainer_of
 from transformers import TrainerCallback
 
 from gkd import checkpoint_files as files
+from gkd import run as run_module
 from gkd.disk import full_disk_explained
 from gkd.errors import DiskFullError, NotFiniteError, TrainingStopped
 from gkd.faults import StopRequest, nan_unless_finite
+from gkd.files import read_rows
 
 SAVING = {"save_strategy": "steps", "save_steps": 100, "optim": "adamw_torch", "learning_rate": 1e-2}
 
@@ -360,3 +364,124 @@ def test_pickled_arguments_can_still_be_read(tmp_path):
     assert args.hub_token is None
     assert args.generation_kwargs == {"no_repeat_ngram_size": 3}
     assert args.seed == 5
+
+
+def test_secrets_in_loading_arguments_and_addresses_are_hidden_from_loggers(tmp_path):
+    args = config(tmp_path, hub_token=TOKEN, teacher_model_init_kwargs={"token": TOKEN, "dtype": "float32"})
+    assert args.teacher_model_init_kwargs == {"token": TOKEN, "dtype": "float32"}
+    for text in (args.to_json_string(), str(args.to_sanitized_dict())):
+        assert TOKEN not in text
+        assert "float32" in text
+
+
+# -------------------------------------------------------------------------------- what is loaded, what is read
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_weights_come_from_safetensors_only(tmp_path, who):
+    save_tiny(tmp_path / "student", seed=1)
+    save_tiny(tmp_path / "teacher", seed=2)
+    weights_of = tmp_path / who / "model.safetensors"
+    torch.save(load_file(weights_of), tmp_path / who / "pytorch_model.bin")
+    values = {"student": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher")}
+    assert trainer_of(tmp_path / "out", **values)  # both are there: safetensors it is
+    weights_of.unlink()
+    field = {"student": "model_init_kwargs", "teacher": "teacher_model_init_kwargs"}[who]
+    with pytest.raises(ValueError, match=f"pickle.*{field}="):
+        trainer_of(tmp_path / "out", **values)
+    assert trainer_of(tmp_path / "out", **values, **{field: {"use_safetensors": False}})
+
+
+def test_code_of_a_model_repository_does_not_run_by_itself(tmp_path):
+    save_tiny(tmp_path / "student", seed=1)
+    settings = json.loads((tmp_path / "student" / "config.json").read_text())
+    settings["model_type"] = "home_made"
+    settings["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "student" / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "student" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for values in ({"student": str(tmp_path / "student")}, {"teacher": str(tmp_path / "student")}):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            trainer_of(tmp_path / "out", **values)
+    assert not (tmp_path / "ran").exists()
+    assert config(tmp_path).trust_remote_code is False
+
+
+def test_a_poisoned_cache_is_not_unpickled(tmp_path):
+    values = {"lmbda": 0.0, "seq_kd": True, "teacher_cache_dir": str(tmp_path / "cache")}
+    trainer_of(tmp_path / "run", **values).train()
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / "more.jsonl").write_bytes(pickle.dumps(Bomb()) + b"\n")
+    (folder / "more.pkl").write_bytes(pickle.dumps(Bomb()))
+    trainer_of(tmp_path / "run", **values).train()
+
+
+def test_a_row_that_cannot_be_tokenized_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "a ", "completion": "b"})
+    path.write_text(good + "\n" + r'{"prompt": "half an emoji \ud83d ", "completion": "c"}' + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: column 'prompt' is not valid Unicode"):
+        read_rows(path)
+    tokenizer = tiny_tokenizer()
+    original = type(tokenizer).__call__
+
+    def call(self, text, *args, **kwargs):
+        if "boom" in text:
+            raise RuntimeError("it gives up")
+        return original(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    rows = [{"prompt": word, "completion": " b"} for word in ("a", "b", "boom")]
+    with pytest.raises(ValueError, match=r"train data set, row 2: cannot be tokenized \(RuntimeError: it gives up"):
+        trainer_of(tmp_path, Dataset.from_list(rows))
+
+
+def test_exit_codes_of_a_recipe(tmp_path, monkeypatch, capsys):
+    """2 for the user, 1 for a training that gave up, 128 + n for a signal; one line each."""
+    save_tiny(tmp_path / "student", seed=1)
+    save_tiny(tmp_path / "teacher", seed=2)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+
+    def code(act, **changes):
+        class Act(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                act()
+
+        build = run_module.build_trainer
+
+        def build_trainer(settings, data):
+            trainer = build(settings, data)
+            trainer.add_callback(Act())
+            return trainer
+
+        values = {
+            "model_name_or_path": tmp_path / "student", "teacher_model_name_or_path": tmp_path / "teacher",
+            "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out", "max_steps": 3,
+            "per_device_train_batch_size": 2, "max_new_tokens": 4, "evaluate_before_and_after": "false",
+            "report_to": "none", "resume_from_checkpoint": "true", **changes,
+        }  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "build_trainer", build_trainer)
+            with pytest.raises(SystemExit) as stopped:
+                run_module.run(argv=[part for k, v in values.items() for part in (f"--{k}", str(v))])
+        return stopped.value.code
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert code(lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    assert code(lambda: signal.raise_signal(signal.SIGINT)) == 130  # goes on from checkpoint-1
+    assert files.find(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+    capsys.readouterr()
+    assert code(lambda: monkeypatch.setattr(torch, "save", refuse), save_steps=1) == 1
+    monkeypatch.undo()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno 28] the disk is full: checkpoint-3")
+    diverging = {"learning_rate": "inf", "max_nonfinite_steps": 1, "output_dir": tmp_path / "inf"}
+    assert code(lambda: None, **diverging, lmbda=0) == 1
+    assert "error: the loss or gradient of 1 steps in a row" in capsys.readouterr().err
+    assert code(lambda: None, **diverging, lmbda=1) == 1  # a rollout meets those weights
+    assert "error: a rollout met logits" in capsys.readouterr().err
