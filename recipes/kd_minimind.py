@@ -1,6 +1,6 @@
 """KD between MiniMind-style small models, dense or with experts, on `conversations`: alpha CE + (1 - alpha) T^2 KL.
 
-    python recipes/kd_minimind.py                        # minutes on two CPU cores: makes its models and data
+    python recipes/kd_minimind.py                        # two minutes of CPU: makes its models and data
     python recipes/kd_minimind.py --model_name_or_path $(python -m gkd.demo_minimind student-moe)
     python recipes/kd_minimind.py --dataset_name sft_data.jsonl \\
         --model_name_or_path my-minimind-512 --teacher_model_name_or_path my-minimind-768
