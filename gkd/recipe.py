@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gkd.errors import DiskFullError
+from gkd.vllm_client import ServerError
 
 if TYPE_CHECKING:
     from gkd.settings import LoadData, Score, Settings
@@ -89,7 +90,7 @@ def execute_recipe(path: str | Path, argv: list[str]) -> None:
 def mistakes_in_one_line() -> Iterator[None]:
     """A user's mistake ends in one line on stderr and exit code 2 (the traceback too when GKD_DEBUG=1).
 
-    A training that had to give up (steps that are not finite, a full disk) ends in one line and exit code 1; one that
+    A training that had to give up (steps that are not finite, a full disk, a server) ends in one line and exit code 1; one that
     a signal stopped with 128 + the signal's number."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("gkd").setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
@@ -100,7 +101,7 @@ def mistakes_in_one_line() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (FloatingPointError, DiskFullError) as error:
+    except (FloatingPointError, DiskFullError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -46,8 +46,9 @@ def weights(trainer):
 # ------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+@pytest.mark.parametrize(
+    ("number", "strategy"), [(signal.SIGTERM, "no"), (signal.SIGINT, "steps"), (signal.SIGTERM, "epoch")]
+)
 def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, capfd, number, strategy):
     values = {**SAVING, "save_strategy": strategy, "max_steps": 8, "lmbda": 0.5}
     stop = at_step(3, lambda: signal.raise_signal(number))
@@ -168,8 +169,16 @@ def spoil(trainer, steps, how, monkeypatch):
     monkeypatch.setattr(trainer, "_divergence", divergence)
 
 
-@pytest.mark.parametrize("how", ["nan", "inf", "loss alone", "gradient"])
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+@pytest.mark.parametrize(
+    ("how", "optim"),
+    [
+        ("nan", "adamw_torch"),
+        ("inf", "adamw_torch_fused"),
+        ("loss alone", "sgd"),
+        ("gradient", "adamw_torch"),
+        ("nan", "adafactor"),
+    ],
+)
 def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog, how, optim):
     values = {**SAVING, "optim": optim, "lmbda": 0.0, "per_device_train_batch_size": 2, "weight_decay": 0.1}
     trainer = trainer_of(
@@ -258,7 +267,7 @@ def small_disk(path, size):
     return mounted.returncode == 0
 
 
-@pytest.mark.parametrize("room", [0, 30, 150, 300, 450, 460])
+@pytest.mark.parametrize("room", [0, 30, 300, 460])
 def test_a_full_disk_during_a_save_on_a_real_file_system(tmp_path, room):
     """The second checkpoint meets a disk with `room` KiB left: in the weights, the optimizer, the last small files."""
     disk = tmp_path / "disk"
