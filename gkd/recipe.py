@@ -90,8 +90,8 @@ def execute_recipe(path: str | Path, argv: list[str]) -> None:
 def mistakes_in_one_line() -> Iterator[None]:
     """A user's mistake ends in one line on stderr and exit code 2 (the traceback too when GKD_DEBUG=1).
 
-    A training that had to give up (steps that are not finite, a full disk, a server) ends in one line and exit code 1; one that
-    a signal stopped with 128 + the signal's number."""
+    A training that had to give up (steps that are not finite, a full disk, a server) ends in one line and exit code 1;
+    one that a signal stopped with 128 + the signal's number."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("gkd").setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:

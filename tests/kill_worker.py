@@ -30,6 +30,8 @@ from gkd.checkpoint_files import find, step_of  # noqa: E402
 from gkd.sequence_store import SequenceStore  # noqa: E402
 
 STEPS, KILLS = 40, 24
+FATAL = ("save", "any", "clock", "student's rollout", "save", "clock", "step", "any")
+MOST = {"save": 100, "any": 130, "student's rollout": 12, "step": 20}  # moments of about three steps
 SEED = int(os.environ.get("GKD_KILL_SEED", "20"))
 VALUES: dict[str, Any] = {
     "max_steps": STEPS,
@@ -52,14 +54,14 @@ def build(folder: Path) -> Any:
 
 
 class Moments:
-    """Counts what happens in this process, and ends it without a word at the n-th moment.
+    """Counts what happens in this process, and ends it without a word at the n-th moment of a phase ("any": of all).
 
     Moments are: a file of the output folder is opened for writing, renamed, removed, a folder is made or removed; a
     forward pass in a rollout or a step; an optimizer step.
     """
 
-    def __init__(self, folder: Path, fatal: int) -> None:
-        self.folder, self.left, self.phase = str(folder), fatal, "step"
+    def __init__(self, folder: Path, fatal: str, number: int) -> None:
+        self.folder, self.fatal, self.left, self.phase = str(folder), fatal, number, "step"
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
@@ -71,8 +73,8 @@ class Moments:
             self.happens("save" if "checkpoint-" in str(args[0]) else "cache")
 
     def happens(self, phase: str) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.left -= self.fatal in (phase, "any")
+        if self.left == 0 and self.fatal in (phase, "any"):
             (Path(self.folder).parent / "phase").write_text(phase)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -91,9 +93,9 @@ class Moments:
             model.register_forward_pre_hook(lambda *a, **k: self.happens(self.phase))
 
 
-def train(folder: Path, say: Any, fatal: int) -> None:
+def train(folder: Path, say: Any, fatal: str = "never", number: int = 0) -> None:
     """One incarnation."""
-    moments = Moments(folder, fatal)
+    moments = Moments(folder, fatal, number)
     trainer = build(folder)
     moments.watch(trainer)
     resumed = find(folder)
@@ -144,9 +146,9 @@ def main(work: Path) -> None:
     saved, cut_off, span = -1, 0, 0.5
     while len(kills) < KILLS:
         (work / "phase").unlink(missing_ok=True)
-        by_clock = len(kills) % 3 == 2
-        fatal = 0 if by_clock else draw.randint(5, 130)
-        child = Child(lambda say, n=fatal: train(folder, say, n), work / f"child-{len(kills)}.txt")
+        fatal = FATAL[len(kills) % len(FATAL)]
+        by_clock, number = fatal == "clock", draw.randint(1, MOST.get(fatal, 1))
+        child = Child(lambda say, f=fatal, n=number: train(folder, say, f, n), work / f"child-{len(kills)}.txt")
         resumed = None
         line = child.wait_for("resumed")
         if line is not None:
@@ -169,9 +171,9 @@ def main(work: Path) -> None:
         phase = (work / "phase").read_text() if (work / "phase").exists() else "clock"
         sequences = check_cache(folder)
         kills.append({"phase": phase, "resumed": resumed, "saved": saved, "broken": broken, "cached": sequences})
-    last = Child(lambda say: train(folder, say, 0), work / "last.txt")
+    last = Child(lambda say: train(folder, say), work / "last.txt")
     assert last.join() == 0, last.said()[-3000:]
-    never = Child(lambda say: train(work / "never", say, 0), work / "never.txt")
+    never = Child(lambda say: train(work / "never", say), work / "never.txt")
     assert never.join() == 0, never.said()[-3000:]
     warned = sum("is left out" in path.read_text() for path in work.glob("*.txt"))
     result = {"kills": kills, "cut_off": cut_off, "warned": warned}
