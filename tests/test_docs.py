@@ -1,7 +1,6 @@
 """The documents say what the code does: fields, files, commands, links and examples are checked."""
 
 import dataclasses
-import doctest
 import re
 import runpy
 import shlex
@@ -77,13 +76,10 @@ def python_blocks(text):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_blocks_compile_and_sessions_run(page):
-    text = page.read_text(encoding="utf-8")
-    for block in python_blocks(text):
-        if not block.startswith(">>>"):
+def test_python_blocks_compile(page):
+    for block in python_blocks(page.read_text(encoding="utf-8")):
+        if not block.startswith(">>>"):  # a session; tests/test_divergence.py runs the one of docs/losses.md
             compile(block, str(page), "exec")
-    failures, _ = doctest.testfile(str(page), module_relative=False)
-    assert failures == 0
 
 
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
