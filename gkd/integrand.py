@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,9 +34,9 @@ class Divergence:
     """
 
     name: str
-    phi: Integrand
-    phi_a: Integrand | None = None
-    rows_fn: RowsFn | None = None
+    phi: Integrand = field(repr=False)
+    phi_a: Integrand | None = field(default=None, repr=False)
+    rows_fn: RowsFn | None = field(default=None, repr=False)
     needs_teacher_support: bool = False
 
     def rows(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
