@@ -19,7 +19,8 @@ export TOKENIZERS_PARALLELISM := false
 
 # What a test run must not depend on: the Hub, the number of cores, an accelerator, an account.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=disabled
-PYTEST_ARGS ?=
+# Two workers, a file to each: half the time on two cores. `make test PYTEST_ARGS="-k name"` runs some in one process.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # A vLLM server for tests has an environment of its own: vLLM needs an older transformers than the package is tested with.
 VLLM_VENV := $(CURDIR)/.venv-vllm

@@ -8,12 +8,21 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level():
+    """A recipe that ran in this process has raised the package's log level: back to the default."""
+    yield
+    logging.getLogger("gkd").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

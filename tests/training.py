@@ -28,7 +28,6 @@ def config(folder: Any, **values: Any) -> GKDConfig:
         "gradient_checkpointing": False,
         "max_new_tokens": 8,
         "max_length": 256,
-        "teacher_cache_dir": "off",
         "seed": 5,
     }
     return GKDConfig(**{**defaults, **values})
