@@ -15,6 +15,7 @@ import torch
 from trl import SFTConfig
 
 from gkd.config_servers import ROLLOUT_BACKENDS, SERVER_TIMEOUT, check_servers
+from gkd.config_teacher import check_teacher
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
 from gkd.redact import redact_settings
 from gkd.source import MIXINGS
@@ -170,6 +171,7 @@ class GKDConfig(SFTConfig):
         self._check_choices()
         self._check_ineffective()
         check_servers(self)
+        check_teacher(self)
 
     def _choose_for_cpu(self) -> None:
         """Without an accelerator: use_cpu, without which accelerate leaves several processes apart and the Trainer

@@ -1,4 +1,4 @@
-"""vLLM servers in the place of models: checked first, then made into a rollout or a teacher."""
+"""vLLM servers in the place of models: checked first, then made into a rollout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.config import GKDConfig
 from gkd.rollouts import ROLLOUTS, SamplingSettings, VLLMRollout
-from gkd.teachers import TEACHERS, Teacher
 from gkd.vllm_checks import ServedModel, check_length, check_tokenizer, served_model
 from gkd.vllm_client import VLLMClient
 
@@ -52,13 +51,6 @@ def connect(args: GKDConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Se
             check_length(client, server.served, needed[who])
             found[who] = server
     return found
-
-
-def make_teacher(args: GKDConfig, model: Any, accelerator: Accelerator, server: Server | None) -> Teacher:
-    """The teacher: on its server, or the model in this process."""
-    if server is None:
-        return TEACHERS["local"](model, accelerator)
-    return TEACHERS["server"](server.client, server.served, args.teacher_top_k)
 
 
 def make_server_rollout(

@@ -32,9 +32,10 @@ from gkd.fused import FusedOutput, fused_divergence
 from gkd.hidden import instead_of_logits
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
-from gkd.servers import connect, make_teacher
+from gkd.servers import connect
 from gkd.signals import check_head, head_of, output_layer
 from gkd.source import SOURCES, choose_sources
+from gkd.teacher_setup import make_teacher
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.trainer_logging import LoggingMixin
@@ -144,7 +145,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTT
         servers = connect(args, tokenizer)
         heads = {"student": _vocabulary_rows(student), "teacher": _vocabulary_rows(teacher_model or student)}
         shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
-        self.teacher = make_teacher(args, teacher_model, accelerator, servers["teacher"])
+        self.teacher = make_teacher(args, teacher_model, student, accelerator, servers["teacher"])
         self.loss_settings = loss_settings(args, shared)
         self.stop_ids = {
             "student": stop_token_ids(tokenizer, student.generation_config),

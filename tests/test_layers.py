@@ -21,6 +21,7 @@ LEVELS = {
         "metrics",
         "config",
         "config_servers",
+        "config_teacher",
         "rows",
         "encode",
         "files",
@@ -39,7 +40,7 @@ LEVELS = {
     }
     | {"random_state", "disk", "checkpoint_files"},
     2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation", "memory"}
-    | {"vllm_client", "vllm_checks", "servers"},
+    | {"vllm_client", "vllm_checks", "servers", "teacher_setup"},
     3: {"trainer", "trainer_card", "trainer_evaluation", "trainer_logging", "checkpoint", "faults", "progress"},
     4: {
         "run",
