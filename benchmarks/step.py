@@ -9,7 +9,7 @@ that lengths do not decide. Contenders take turns within a round, so a busy mach
 the best step of all rounds, in seconds and as a multiple of ours. "by hand" is the limit: one bare `generate` for the
 whole step, one bare teacher forward and one bare student forward and backward per micro-batch.
 
-Results are written to benchmarks/results/step_<device>.json.
+Results are merged, case by case, into benchmarks/results/step_<device>_<model>.json.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ CASES = {  # name: (lmbda, gradient checkpointing)
     "data only, checkpointing": (0.0, True),
     "data only": (0.0, False),
 }
+SIZES = ("batch", "accumulation", "tokens")
 PAIRS = {"smollm2": (smollm2_student, smollm2_teacher), "glass": (glass_student, glass_teacher)}
 
 
@@ -117,70 +118,65 @@ class Pair:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def run_trainer(trainer_class: Any, config: Any, pair: Pair, rows: list[Any], force: Any) -> tuple[Any, list[float]]:
+    """Train with one of the three trainers; `force(trainer)` makes it write the full number of tokens."""
+    timer = StepTimes()
+    trainer = trainer_class(
+        pair.load(pair.student),
+        pair.load(pair.teacher),
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=pair.tokenizer,
+        peft_config=pair.lora(),
+        callbacks=[timer],
+    )
+    force(trainer)
+    trainer.train()
+    return trainer, timer.seconds
+
+
 def ours(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
     """Seconds per step, and where they went (`time/...` of the last step)."""
-    timer = StepTimes()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = GKDTrainer(
-            pair.load(pair.student),
-            pair.load(pair.teacher),
-            GKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **pair.common(folder, steps, checkpointing)),
-            train_dataset=Dataset.from_list(pair.rows),
-            processing_class=pair.tokenizer,
-            peft_config=pair.lora(),
-            callbacks=[timer],
-        )
-        for rollout in trainer.rollouts.values():  # nothing stops before the cap
+
+    def nothing_stops(trainer: Any) -> None:
+        for rollout in trainer.rollouts.values():
             object.__setattr__(rollout.settings, "stop_ids", ())
-        trainer.train()
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **pair.common(folder, steps, checkpointing))
+        trainer, seconds = run_trainer(GKDTrainer, config, pair, pair.rows, nothing_stops)
         parts = next(entry for entry in reversed(trainer.state.log_history) if "time/rollout" in entry)
-    return timer.seconds, {name: parts[f"time/{name}"] for name in ("rollout", "teacher", "student")}
+    return seconds, {name: parts[f"time/{name}"] for name in ("rollout", "teacher", "student")}
 
 
 def trl_gkd(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
-    timer = StepTimes()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TRLGKDTrainer(
-            pair.load(pair.student),
-            pair.load(pair.teacher),
-            TRLGKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **pair.common(folder, steps, checkpointing)),
-            train_dataset=Dataset.from_list(pair.rows),
-            processing_class=pair.tokenizer,
-            peft_config=pair.lora(),
-            callbacks=[timer],
-        )
+    def nothing_stops(trainer: Any) -> None:
         trainer.generation_config.min_new_tokens = pair.tokens
-        trainer.train()
-    return timer.seconds, {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = TRLGKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **pair.common(folder, steps, checkpointing))
+        return run_trainer(TRLGKDTrainer, config, pair, pair.rows, nothing_stops)[1], {}
 
 
 def trl_distillation(
     pair: Pair, lmbda: float, checkpointing: bool, steps: int
 ) -> tuple[list[float], dict[str, float]]:
-    timer = StepTimes()
+    prompts = [{"prompt": row["messages"][:1]} for row in pair.rows]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DistillationTrainer(
-            pair.load(pair.student),
-            pair.load(pair.teacher),
-            DistillationConfig(
-                beta=0.5,
-                max_completion_length=pair.tokens,
-                generation_kwargs={"min_new_tokens": pair.tokens},
-                **pair.common(folder, steps, checkpointing),
-            ),
-            train_dataset=Dataset.from_list([{"prompt": row["messages"][:1]} for row in pair.rows]),
-            processing_class=pair.tokenizer,
-            peft_config=pair.lora(),
-            callbacks=[timer],
+        config = DistillationConfig(
+            beta=0.5,
+            max_completion_length=pair.tokens,
+            generation_kwargs={"min_new_tokens": pair.tokens},
+            **pair.common(folder, steps, checkpointing),
         )
-        trainer.train()
-    return timer.seconds, {}
+        return run_trainer(DistillationTrainer, config, pair, prompts, lambda trainer: None)[1], {}
 
 
 def by_hand(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
     """The limit: the bare model calls of a step, without any loss beyond the model's own cross-entropy."""
     student = get_peft_model(pair.load(pair.student), pair.lora())
     teacher = pair.load(pair.teacher).eval()
+    student.train()  # in eval mode there is no gradient checkpointing
     if checkpointing:
         student.enable_input_require_grads()
         student.gradient_checkpointing_enable()
@@ -226,24 +222,24 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def measure(pair: Pair, case: str, rounds: int, steps: int) -> dict[str, Any]:
+def measure(pair: Pair, case: str, args: argparse.Namespace) -> dict[str, Any]:
     """Best seconds per step of each contender; the first step of every run warms up and is left out."""
     lmbda, checkpointing = CASES[case]
     seconds: dict[str, list[float]] = {}
     parts: dict[str, float] = {}
-    for _ in range(rounds):
-        for name, contender in CONTENDERS.items():
+    for _ in range(args.rounds):
+        for name in args.contenders:
             if name == "TRL DistillationTrainer" and lmbda < 1:
                 continue  # it is always on-policy
             torch.manual_seed(0)
-            found, where = contender(pair, lmbda, checkpointing, steps + 1)
+            found, where = CONTENDERS[name](pair, lmbda, checkpointing, args.steps + 1)
             seconds.setdefault(name, []).extend(found[1:])
             parts = where or parts
     return {"seconds": {name: min(values) for name, values in seconds.items()}, "parts": parts}
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [f"{'case':28s}" + "".join(f"{name:>26s}" for name in CONTENDERS) + "   rollout/teacher/student"]
+    lines = [f"{'case':38s}" + "".join(f"{name:>26s}" for name in CONTENDERS) + "   rollout/teacher/student"]
     for case, result in results.items():
         own = result["seconds"]["gkd"]
         cells = [
@@ -253,7 +249,7 @@ def table(results: dict[str, Any]) -> str:
             for name in CONTENDERS
         ]
         where = " / ".join(f"{value:.1f}" for value in result["parts"].values())
-        lines.append(f"{case:28s}" + "".join(f"{cell:>26s}" for cell in cells) + f"   {where}")
+        lines.append(f"{case:38s}" + "".join(f"{cell:>26s}" for cell in cells) + f"   {where}")
     return "\n".join(lines)
 
 
@@ -261,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=PAIRS, default="smollm2")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens in every row")
@@ -271,13 +268,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     pair = Pair(args)
-    results: dict[str, Any] = {}
+    path = ROOT / "benchmarks" / "results" / f"step_{'cuda' if torch.cuda.is_available() else 'cpu'}_{args.model}.json"
+    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    changed = [f"{name} {vars(args)[name]}" for name in SIZES if vars(args)[name] != parser.get_default(name)]
     for case in args.cases:
-        results[case] = measure(pair, case, args.rounds, args.steps)
-        print(table({case: results[case]}), flush=True)
+        name = ", ".join([case, *changed])
+        results[name] = {**measure(pair, case, args), "load": round(os.getloadavg()[0], 1)}
+        print(table({name: results[name]}), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     record = {"device": device, "torch": torch.__version__, "arguments": vars(args), "results": results}
-    path = ROOT / "benchmarks" / "results" / f"step_{'cuda' if torch.cuda.is_available() else 'cpu'}_{args.model}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     print("\n" + table(results) + f"\n\nwritten to {path.relative_to(ROOT)}")
