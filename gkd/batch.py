@@ -28,6 +28,7 @@ class Sequence:
         source: `"data"`, `"student"` or `"teacher"`.
         row: row number in the data set.
         truncated: the completion reached the cap without a stop token.
+        teacher: number of the teacher that scores this row, of several (`teacher_adapters`).
     """
 
     input_ids: list[int]
@@ -36,6 +37,7 @@ class Sequence:
     source: str = "data"
     row: int = -1
     truncated: bool = False
+    teacher: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -46,10 +48,12 @@ class Sequence:
         return len(self.input_ids) - self.prompt_length
 
 
-def join(prompt: list[int], completion: list[int], source: str, row: int, truncated: bool, train: bool) -> Sequence:
+def join(
+    prompt: list[int], completion: list[int], source: str, row: int, truncated: bool, train: bool, teacher: int = 0
+) -> Sequence:
     """A sequence from a rollout: every token of the completion is trained on, or none when `train` is false."""
     labels = [IGNORE] * len(prompt) + (list(completion) if train else [IGNORE] * len(completion))
-    return Sequence([*prompt, *completion], labels, len(prompt), source, row, truncated)
+    return Sequence([*prompt, *completion], labels, len(prompt), source, row, truncated, teacher)
 
 
 def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
@@ -59,7 +63,7 @@ def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
     """
     mask = batch["attention_mask"].bool()
     prompt_lengths = batch.get("prompt_lengths")
-    rows = batch.get("rows")
+    rows, teachers = batch.get("rows"), batch.get("teachers")
     sequences = []
     for index in range(mask.shape[0]):
         keep = mask[index]
@@ -70,7 +74,8 @@ def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
         else:
             prompt_length = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
         row = int(rows[index]) if rows is not None else -1
-        sequences.append(Sequence(input_ids, labels, prompt_length, "data", row))
+        teacher = int(teachers[index]) if teachers is not None else 0
+        sequences.append(Sequence(input_ids, labels, prompt_length, "data", row, teacher=teacher))
     return sequences
 
 
@@ -93,8 +98,8 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
     """Pad on the right to the longest row (rounded up to `multiple`).
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` [B, T] and `sources`, `rows` [B], all int64. A causal model's
-        hidden states at real positions do not see padding on their right.
+        `input_ids`, `attention_mask`, `labels` [B, T] and `sources`, `rows`, `teachers` [B], all int64. A causal
+        model's hidden states at real positions do not see padding on their right.
     """
     longest = max(len(s.input_ids) for s in sequences)
     if multiple:
@@ -114,6 +119,7 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
         "labels": labels,
         "sources": torch.tensor([SOURCES.index(s.source) for s in sequences]),
         "rows": torch.tensor([s.row for s in sequences]),
+        "teachers": torch.tensor([s.teacher for s in sequences]),
     }
 
 
@@ -132,6 +138,12 @@ def sequence_weights(labels: Tensor) -> Tensor:
     mask = target_mask(labels)
     counts = mask.sum(dim=1, keepdim=True).clamp(min=1)
     return (1.0 / counts).expand_as(mask)[mask]
+
+
+def target_positions(labels: Tensor) -> Tensor:
+    """[B, T] labels -> [N]: which target of its row each one is, counted from 1."""
+    mask = target_mask(labels)
+    return mask.cumsum(dim=1)[mask]
 
 
 def per_target(values: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ that ends an answer is. See `gkd.rows` for the formats and `gkd.encode` for the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,7 @@ def prepare_dataset(
     name: str = "train",
     num_proc: int | None = None,
     formatting_func: Callable[[dict[str, Any]], str | Mapping[str, Any]] | None = None,
+    teachers: Collection[str] = (),
 ) -> tuple[Dataset, DataReport]:
     """Tokenizes a data set once, before training.
 
@@ -129,24 +130,25 @@ def prepare_dataset(
         name: what messages call this data set.
         num_proc: processes of `datasets.map`.
         formatting_func: row -> another row of a known format, as a dict, or -> running text, as in `SFTTrainer`.
+        teachers: names that the column `teacher` may hold, when there are several teachers.
 
     Returns:
         The data set with `input_ids`, `labels` (-100 off target; all of them -100 for a prompt-only row),
-        `prompt_length` (a rollout starts from `input_ids[:prompt_length]`) and `row` (number in `dataset`), and the
-        report.
+        `prompt_length` (a rollout starts from `input_ids[:prompt_length]`), `row` (number in `dataset`) and, with
+        `teachers`, `teacher` (number in their order), and the report.
 
     Raises:
         ValueError: no data set with rows of known length; a malformed row (number and column are named); rows without
-            an answer or a prompt where one is needed; no row left.
+            an answer or a prompt where one is needed, or of no known teacher; no row left.
     """
-    _check_kind(dataset, name)
+    check_kind(dataset, name)
     limits = Limits(max_length, max_prompt_length, overlong_prompt, overlong_row)
     encoded = dataset.map(
         _encode_batch,
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_COLUMNS,
+        features=Features({**_COLUMNS, "teacher": Value("int64")}) if teachers else _COLUMNS,
         num_proc=num_proc,
         desc=f"Tokenizing {name} data set",
         fn_kwargs={
@@ -156,6 +158,7 @@ def prepare_dataset(
             "name": name,
             "prompts_needed": prompts_needed,
             "formatting_func": formatting_func,
+            "teachers": list(teachers),
             "version": __version__,
         },
     )
@@ -174,7 +177,12 @@ def prepare_dataset(
     return encoded.remove_columns(["notes", "targets", "length"]), report
 
 
-def _check_kind(dataset: Any, name: str) -> None:
+def check_kind(dataset: Any, name: str) -> None:
+    """Refuse what is no data set with rows of known number.
+
+    Raises:
+        ValueError: with the remedy.
+    """
     if isinstance(dataset, (DatasetDict, IterableDatasetDict, dict)):
         raise ValueError(f"the {name} data set is a dict of splits ({', '.join(dataset)}): pass one of them")
     if isinstance(dataset, IterableDataset):
@@ -198,13 +206,16 @@ def _encode_batch(
     name: str,
     prompts_needed: bool,
     formatting_func: Callable[[dict[str, Any]], Any] | None,
+    teachers: list[str],
     version: str,  # only there for the key of the cache of datasets.map: another version may tokenize otherwise
 ) -> dict[str, list[Any]]:
     encoder = RowEncoder(tokenizer, assistant_turns)
-    rows = []
+    rows, teacher_numbers = [], []
     for i, number in enumerate(numbers):
         place = Place(name, number)
         raw: Mapping[str, Any] = {column: values[i] for column, values in columns.items()}
+        if teachers:
+            teacher_numbers.append(_teacher_number(raw.get("teacher"), teachers, place))
         if formatting_func is not None:
             raw = _formatted(formatting_func(dict(raw)), place)
         row = canonical_row(raw, place, bool(tokenizer.chat_template))
@@ -226,7 +237,15 @@ def _encode_batch(
         "notes": [list(row.notes) for row in rows],
         "targets": [sum(label != batches.IGNORE for label in row.labels[1:]) for row in rows],
         "length": [len(row.input_ids) for row in rows],
+        **({"teacher": teacher_numbers} if teachers else {}),
     }
+
+
+def _teacher_number(name: Any, teachers: list[str], place: Place) -> int:
+    if name not in teachers:
+        found = "is missing" if name is None else f"is {name!r}, which no teacher is called"
+        place.bad("teacher", f"{found}: every row names one of {', '.join(teachers)} (teacher_adapters)")
+    return teachers.index(name)
 
 
 def _encoded(encoder: RowEncoder, row: Row, place: Place) -> Encoded:
@@ -275,7 +294,7 @@ def _read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[i
 class PaddingCollator:
     """Pads prepared rows on the right to the longest, whatever side the tokenizer pads on.
 
-    Returns int64 tensors: `input_ids`, `attention_mask`, `labels` [B, T]; `prompt_lengths`, `rows` [B].
+    Returns int64 tensors: `input_ids`, `attention_mask`, `labels` [B, T]; `prompt_lengths`, `rows`, `teachers` [B].
     """
 
     pad_id: int
@@ -284,11 +303,15 @@ class PaddingCollator:
     def __call__(self, features: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [
             batches.Sequence(
-                list(row["input_ids"]), list(row["labels"]), int(row["prompt_length"]), row=int(row["row"])
+                list(row["input_ids"]),
+                list(row["labels"]),
+                int(row["prompt_length"]),
+                row=int(row["row"]),
+                teacher=int(row.get("teacher", 0)),
             )
             for row in features
         ]
         padded = batches.collate(sequences, self.pad_id, self.pad_to_multiple_of)
         prompt_lengths = torch.tensor([sequence.prompt_length for sequence in sequences])
-        names = ("input_ids", "attention_mask", "labels", "rows")
+        names = ("input_ids", "attention_mask", "labels", "rows", "teachers")
         return {**{key: padded[key] for key in names}, "prompt_lengths": prompt_lengths}

@@ -7,7 +7,7 @@ add to their own sums and meet in one collective that all of them enter, `Meter.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,8 @@ TOKEN_METRICS = (
     ("teacher/log_prob", "teacher_log_prob"),
     ("student/cross_entropy", "cross_entropy"),
 )
+# Those that are also told for each of several teachers, as `teacher/<name>/<log name>`.
+TEACHER_METRICS = (("divergence", "divergence"), ("agreement", "agreement"))
 PHASES = ("rollout", "teacher", "student")
 _ROLLOUT = ("sequences", "length", "ended", "truncated", "repetitive", "empty")
 
@@ -55,27 +57,43 @@ class Ledger:
 
 
 class Meter:
-    """Collects one logging period's metrics on this rank; `flush` reduces them over all ranks and starts anew."""
+    """Collects one logging period's metrics on this rank; `flush` reduces them over all ranks and starts anew.
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    Args:
+        device: where sums of device tensors are kept.
+        teachers: names of several teachers, in the order of their numbers.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", teachers: Iterable[str] = ()) -> None:
         self.device = torch.device(device)
+        self.teachers = tuple(teachers)
         self._reset()
 
     def _reset(self) -> None:
         self._token_sums = [torch.zeros(len(SOURCES), dtype=torch.float64, device=self.device) for _ in TOKEN_METRICS]
         self._token_counts = [torch.zeros_like(sums) for sums in self._token_sums]
+        # [metric, teacher]; the last row counts targets
+        self._by_teacher = torch.zeros(
+            len(TEACHER_METRICS) + 1, len(self.teachers), dtype=torch.float64, device=self.device
+        )
         self._rollouts = torch.zeros(len(_ROLLOUT), len(SOURCES), dtype=torch.float64)
         self._longest = torch.zeros(len(SOURCES), dtype=torch.float64)
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
-    def add_targets(self, output: Any, sources: Tensor) -> None:
-        """Add per-target values of a `FusedOutput`; `sources` [N] holds indices into SOURCES."""
+    def add_targets(self, output: Any, sources: Tensor, teachers: Tensor | None = None) -> None:
+        """Add per-target values of a `FusedOutput`; `sources` [N] holds indices into SOURCES, `teachers` [N] the
+        numbers of the teachers where there are several."""
         membership = torch.nn.functional.one_hot(sources, len(SOURCES)).double()  # [N, 3]
         for i, (_, attribute) in enumerate(TOKEN_METRICS):
             values = getattr(output, attribute)
             if values is not None:  # stays on the device: no synchronisation per micro-batch
                 self._token_sums[i] = self._token_sums[i] + values.double() @ membership
                 self._token_counts[i] = self._token_counts[i] + membership.sum(dim=0)
+        if self.teachers:
+            assert teachers is not None
+            values = [getattr(output, attribute).double() for _, attribute in TEACHER_METRICS]
+            whose = torch.nn.functional.one_hot(teachers, len(self.teachers)).double()  # [N, teachers]
+            self._by_teacher = self._by_teacher + torch.stack([*values, torch.ones_like(values[0])]) @ whose
 
     def add_sequence(self, sequence: Sequence, ended: bool, repetitive: bool = False, empty: bool = False) -> None:
         """Add one sequence after the rollout."""
@@ -112,9 +130,11 @@ class Meter:
             max_over_ranks: elementwise maximum.
 
         Returns:
-            `name` over all sources and `name/source` for each source that occurred; seconds are the slowest rank's.
+            `name` over all sources, `name/source` for each source and `teacher/<name>/...` for each of several
+            teachers that occurred; seconds are the slowest rank's.
         """
-        sums = torch.cat([*self._token_sums, *self._token_counts, self._rollouts.flatten().to(self.device)])
+        rollout_sums = self._rollouts.flatten().to(self.device)
+        sums = torch.cat([*self._token_sums, *self._token_counts, rollout_sums, self._by_teacher.flatten()])
         sums = sum_over_ranks(sums).cpu()
         peaks = torch.cat([self._longest, torch.tensor([self._seconds[p] for p in PHASES], dtype=torch.float64)])
         peaks = max_over_ranks(peaks.to(self.device)).cpu()
@@ -123,14 +143,24 @@ class Meter:
         token_sums, token_counts, rollouts = (
             sums[:n].view(-1, 3),
             sums[n : 2 * n].view(-1, 3),
-            sums[2 * n :].view(-1, 3),
+            sums[2 * n : 2 * n + rollout_sums.numel()].view(-1, 3),
         )
         logs = _token_means(token_sums, token_counts)
+        logs.update(self._teacher_means(sums[2 * n + rollout_sums.numel() :]))
         logs.update(_rollout_means(rollouts, peaks[: len(SOURCES)]))
         logs.update(
             {f"time/{name}": round(float(s), 4) for name, s in zip(PHASES, peaks[len(SOURCES) :], strict=True)}
         )
         return logs
+
+    def _teacher_means(self, sums: Tensor) -> dict[str, float]:
+        table = sums.view(len(TEACHER_METRICS) + 1, len(self.teachers))
+        return {
+            f"teacher/{teacher}/{name}": float(table[i, j] / table[-1, j])
+            for j, teacher in enumerate(self.teachers)
+            if table[-1, j] > 0
+            for i, (name, _) in enumerate(TEACHER_METRICS)
+        }
 
 
 def _token_means(sums: Tensor, counts: Tensor) -> dict[str, float]:

@@ -7,14 +7,15 @@ window, so everything in it is on-policy, and the engine gets one large request.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gkd.batch import Sequence, join, unpad
+from gkd.batch import IGNORE, Sequence, join, unpad
 from gkd.metrics import Meter
 from gkd.rollouts.base import Rollout, is_truncated, repeated_ngram_share
+from gkd.rollouts.routed import RoutedRollout
 from gkd.source import SOURCES
 
 
@@ -72,37 +73,60 @@ class Window:
         sizes: rows per micro-batch.
         indices: each row's number in the whole step, over all ranks; what sources and sampling are keyed on.
         total: rows in the whole step.
+        fillers: sequences of one token and no target, where this rank has fewer rows than its micro-batches have
+            places (`sizes` counts both).
     """
 
     sequences: list[Sequence]
     sizes: list[int]
     indices: list[int]
     total: int
+    fillers: list[Sequence] = field(default_factory=list)
 
 
-def open_window(batches: list[dict[str, Tensor]], rank: int, world_size: int) -> Window:
+def open_window(
+    batches: list[dict[str, Tensor]], rank: int, world_size: int, rows_of_last: int | None = None
+) -> Window:
     """Take the collated micro-batches of a step apart and number their rows as one process would meet them.
 
     accelerate deals batches out in turn: micro-batch i of rank r is batch i * world_size + r of the stream, and its
     even_batches makes the ranks' batches equally large. So the numbering is the same for any number of ranks.
+
+    Args:
+        batches: of this rank.
+        rank, world_size: this rank's number, and how many there are.
+        rows_of_last: rows in the ranks' last batches together; what stands behind them in an epoch's last round are
+            rows that even_batches repeats from its beginning. They have been trained on, so fillers take their
+            places. None: there are no repeats.
     """
-    sequences: list[Sequence] = []
-    sizes: list[int] = []
-    indices: list[int] = []
-    start = 0
+    window = Window([], [], [], 0)
     for batch in batches:
         rows = unpad(batch)
-        sequences += rows
-        sizes.append(len(rows))
-        indices += range(start + rank * len(rows), start + (rank + 1) * len(rows))
-        start += world_size * len(rows)
-    return Window(sequences, sizes, indices, start)
+        window.sizes.append(len(rows))
+        end = window.total + world_size * len(rows)
+        if batch is batches[-1] and rows_of_last is not None:
+            end = window.total + rows_of_last
+        for index, row in enumerate(rows, start=window.total + rank * len(rows)):
+            if index < end:
+                window.sequences.append(row)
+                window.indices.append(index)
+            else:
+                window.fillers.append(Sequence(row.input_ids[:1], [IGNORE], 1, row=row.row, teacher=row.teacher))
+        window.total = end
+    return window
+
+
+def prompts_of(window: Window, sources: list[str], source: str) -> tuple[list[int], list[list[int]], list[int]]:
+    """What `source` writes on this rank: places in the window, prompts, row numbers in the step."""
+    mine = [i for i, index in enumerate(window.indices) if sources[index] == source]
+    rows = [window.sequences[i] for i in mine]
+    return mine, [row.input_ids[: row.prompt_length] for row in rows], [window.indices[i] for i in mine]
 
 
 def write_completions(
     window: Window,
     sources: list[str],
-    rollouts: Mapping[str, Rollout],
+    rollouts: Mapping[str, Rollout | RoutedRollout],
     step: int,
     hygiene: Hygiene,
 ) -> list[Sequence]:
@@ -122,13 +146,17 @@ def write_completions(
     for source in ("student", "teacher"):
         if source not in sources:
             continue
-        mine = [i for i, index in enumerate(window.indices) if sources[index] == source]
-        prompts = [window.sequences[i].input_ids[: window.sequences[i].prompt_length] for i in mine]
-        completions = rollouts[source].generate(prompts, step, [window.indices[i] for i in mine])
-        for i, prompt, completion in zip(mine, prompts, completions, strict=True):
+        mine, prompts, numbers = prompts_of(window, sources, source)
+        rows = [window.sequences[i] for i in mine]
+        rollout = rollouts[source]
+        if isinstance(rollout, RoutedRollout):
+            completions = rollout.generate_by([row.teacher for row in rows], prompts, step, numbers)
+        else:
+            completions = rollout.generate(prompts, step, numbers)
+        for i, row, prompt, completion in zip(mine, rows, prompts, completions, strict=True):
             verdict = hygiene.judge(completion, source)
             train = hygiene.trains(verdict)
-            written[i] = join(prompt, completion, source, window.sequences[i].row, verdict.truncated, train)
+            written[i] = join(prompt, completion, source, row.row, verdict.truncated, train, row.teacher)
     return written
 
 

@@ -94,14 +94,18 @@ def fingerprint(model: nn.Module) -> str:
     """32 hexadecimal digits of a model's config and weights; the name and the folder it came from do not matter.
 
     Of every parameter: name, shape, dtype, the sum of all its bytes as 64-bit words (so one changed weight shows), and
-    256 words spread over it (so an exchange shows). Read at memory speed. Sharded parameters (ZeRO-3) are gathered one
-    at a time: all ranks call this, and all get the result that an unsharded model gives.
+    256 words spread over it (so an exchange shows). Read at memory speed. Of an adapter also how strongly it acts.
+    Sharded parameters (ZeRO-3) are gathered one at a time: all ranks call this, and all get the result that an
+    unsharded model gives.
 
     Raises:
         ValueError: weights that are not in memory (offloaded to disk).
     """
     state = hashlib.blake2b(digest_size=16)
     state.update(digest(_config(model)).encode())
+    for place, module in model.named_modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            state.update(json.dumps([place, module.scaling]).encode())
     for name, parameter in model.named_parameters():
         with gathered([parameter]), torch.no_grad():
             if parameter.device.type == "meta":

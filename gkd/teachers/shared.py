@@ -1,0 +1,101 @@
+"""Teachers without weights of their own, and several teachers in the place of one.
+
+A base model in memory once can be the student's base and the teacher (self-distillation: the student without its
+adapter), or several teachers, each with another adapter. See `gkd.adapters.second_model`.
+
+B rows, T tokens, N targets, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from gkd.batch import per_target, target_mask
+from gkd.distributed import freeze, gathered
+from gkd.signals import DenseSignal, TeacherSignal, check_head, head_of, output_layer
+from gkd.teachers.local import LocalTeacher
+
+
+class SharedTeacher(LocalTeacher):
+    """Scores with weights that somebody else owns, too: the student, or other teachers.
+
+    Under ZeRO-3 the owner's engine has split them up, and this model runs outside it: all of them are gathered while
+    it scores, as for a rollout.
+    """
+
+    def __init__(self, model: Any, accelerator: Accelerator) -> None:
+        self.head = head_of(model)
+        self._head_module = output_layer(model)
+        self.accelerator = accelerator
+        self.model = freeze(model)
+        if not getattr(model, "is_quantized", False):
+            _move(model, accelerator.device)
+        if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # split up: cannot be run yet
+            check_head(model, self.head)
+
+    @torch.no_grad()
+    def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
+        with gathered(self.model.parameters()):
+            return super().score(batch)
+
+
+def _move(model: Any, device: torch.device) -> None:
+    """In place, so that the owner's weights come along; those that are split up stand where their owner wants them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not hasattr(tensor, "ds_id"):
+            tensor.data = tensor.data.to(device)
+
+
+class RoutedTeacher:
+    """Several teachers; each row of a batch is scored by its own (`teachers` [B], numbers in the order of `of`).
+
+    Args:
+        of: the teachers by name. They have the same output head.
+
+    Raises:
+        ValueError: an adapter with a head of its own.
+    """
+
+    model: Any = None  # there is not one
+
+    def __init__(self, of: Mapping[str, SharedTeacher]) -> None:
+        self.of = dict(of)
+        self.teachers = list(of.values())
+        self.head = self.teachers[0].head
+        for name, teacher in of.items():
+            if teacher.head.weight is not self.head.weight:
+                raise ValueError(
+                    f"teacher_adapters: {name!r} has an output head of its own (modules_to_save), and the rows of a "
+                    "micro-batch are projected together: use adapters that leave the head alone"
+                )
+
+    @torch.no_grad()
+    def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
+        """As `Teacher.score`; one forward pass for each teacher that has a row in the batch."""
+        labels, numbers = batch["labels"], batch["teachers"]
+        whose = per_target(numbers, labels)
+        hidden: Tensor | None = None
+        # Ranks differ in whose rows they hold: what is split up is gathered here, once, on all of them.
+        with gathered(parameter for teacher in self.teachers for parameter in teacher.model.parameters()):
+            for number in numbers.unique().tolist():
+                signal = self.teachers[number].score(_rows(batch, numbers == number))
+                assert isinstance(signal, DenseSignal)
+                if hidden is None:
+                    hidden = signal.hidden.new_empty(int(target_mask(labels).sum()), signal.hidden.shape[1])
+                hidden[whose == number] = signal.hidden
+        assert hidden is not None, "a batch without rows"
+        return DenseSignal(hidden, self.head)
+
+    def head_parameters(self) -> Iterable[Tensor | None]:
+        return self.teachers[0].head_parameters()
+
+
+def _rows(batch: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """Some rows of a batch that is padded on the right, without the padding that all of them have."""
+    longest = int(batch["attention_mask"][keep].sum(dim=1).max())
+    return {name: batch[name][keep, :longest] for name in ("input_ids", "attention_mask", "labels")}
