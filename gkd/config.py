@@ -133,6 +133,9 @@ class GKDConfig(SFTConfig):
     rollout_batch_size: int | None = _field(
         None, "Most sequences generated at a time: bounds the KV cache. None = per_device_train_batch_size x 4."
     )
+    fold_adapter: bool = _field(
+        True, "Fold a LoRA adapter into a copy of the weights for a rollout in this process: faster, more memory."
+    )
 
     # --- servers ---
     rollout_backend: str = _field(
@@ -146,6 +149,9 @@ class GKDConfig(SFTConfig):
     )
     rollout_server_timeout: float = _field(
         SERVER_TIMEOUT, "Seconds that one request to a server may take in all, repetitions included."
+    )
+    rollout_staleness: int = _field(
+        0, "0: every rollout is from the present weights. 1: a server writes the next step's while this one trains."
     )
     teacher_server_url: str | None = _field(
         None, "A vLLM server that scores as the teacher, in place of a teacher model; needs teacher_top_k."

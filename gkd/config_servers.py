@@ -23,7 +23,9 @@ def check_servers(config: Any) -> None:
 def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
     on_server = config.rollout_backend == "vllm"
     any_server = on_server or config.teacher_server_url is not None
-    in_process = not on_server or (config.seq_kd and config.teacher_server_url is None)
+    teacher_here = config.seq_kd and config.teacher_server_url is None
+    in_process = not on_server or teacher_here
+    writes_here = (config.lmbda > 0 and not on_server) or (config.lmbda < 1 and teacher_here)
     timeout = config.rollout_server_timeout
     no_effect = "has no effect without rollout_backend='vllm': set that, or leave it out"
     return [
@@ -34,6 +36,16 @@ def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
         ),
         (not on_server and config.rollout_server_url is not None, f"rollout_server_url {no_effect}"),
         (not on_server and config.rollout_adapter_dir is not None, f"rollout_adapter_dir {no_effect}"),
+        (
+            config.rollout_staleness not in (0, 1),
+            f"rollout_staleness={config.rollout_staleness} is out of range: 0 samples from the present weights, 1 "
+            "from those of one step before",
+        ),
+        (not on_server and config.rollout_staleness != 0, f"rollout_staleness {no_effect}"),
+        (
+            not config.fold_adapter and not writes_here,
+            "fold_adapter=False has no effect where nothing is generated in this process: leave it out",
+        ),
         (
             not 0 < timeout < math.inf,
             f"rollout_server_timeout={timeout} must be a number of seconds above 0: {SERVER_TIMEOUT:.0f}, say",

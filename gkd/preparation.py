@@ -121,7 +121,13 @@ def make_rollout(
     if server is not None:
         rollout = make_server_rollout(args, source, server, settings, get_model, accelerator, vocabulary)
     else:
-        rollout = ROLLOUTS["hf"](get_model, accelerator, settings, seed=args.seed, source=source, batch_size=size)
+        options: dict[str, Any] = {
+            "seed": args.seed,
+            "source": source,
+            "batch_size": size,
+            "merge_adapter": args.fold_adapter,
+        }
+        rollout = ROLLOUTS["hf"](get_model, accelerator, settings, **options)
     if source != "teacher" or args.teacher_cache_folder is None or not args.seq_kd or args.lmbda == 1:
         return rollout
     return keep_completions(rollout, args, server or get_model(), accelerator)

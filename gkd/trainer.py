@@ -34,18 +34,19 @@ from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.servers import connect
 from gkd.signals import check_head, head_of, output_layer
-from gkd.source import SOURCES, choose_sources
+from gkd.source import SOURCES
 from gkd.teacher_setup import make_teacher
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.trainer_logging import LoggingMixin
+from gkd.trainer_window import WindowMixin
 from gkd.vocab import shared_vocabulary, stop_token_ids
-from gkd.window import count, measure, open_window, write_completions
+from gkd.window import count, measure, write_completions
 
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTTrainer):
+class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -184,15 +185,16 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTT
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """One window: choose sources, write completions, sort, cut into micro-batches, count what is trained on."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         args, step = self.args, self.state.global_step
-        if not batches or step >= self.state.max_steps:  # resumed at the very end: no step is left
+        opened = self._next_window(epoch_iterator, num_batches)
+        if opened is None or step >= self.state.max_steps:  # resumed at the very end: no step is left
             return [], None
         self._begin_window()
-        window = open_window(batches, self.accelerator.process_index, self.accelerator.num_processes)
-        sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
+        window, sources = opened
         with self._meters["train"].phase("rollout"):
             sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)
+            self._count_age(sources)
+            self._ask_ahead(epoch_iterator)
         measure(sequences, self.hygiene, self._meters["train"])
         counts = count(sequences)
         tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
@@ -203,7 +205,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, SFTT
         trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
         micro_batches = [
             collate(rows, self.processing_class.pad_token_id, args.pad_to_multiple_of)
-            for rows in cut(sequences, window.sizes)
+            for rows in cut(sequences + window.fillers, window.sizes)
         ]
         return micro_batches, trained.clamp(min=1).to(device)
 

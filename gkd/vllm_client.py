@@ -108,14 +108,16 @@ class VLLMClient:
         """The same for GET, from one server."""
         return self._request("GET", path, None, 0, url, timeout, lambda _: None, threading.Event())
 
-    def run_all(self, calls: Sequence[Callable[[threading.Event], Any]]) -> list[Any]:
+    def run_all(
+        self, calls: Sequence[Callable[[threading.Event], Any]], stop: threading.Event | None = None
+    ) -> list[Any]:
         """Run calls at the same time, in threads; results in their order. The first failure ends the others' waiting.
 
-        A call is given the event that says so, to pass on as `stop`.
+        A call is given the event that says so, to pass on as `stop`; the caller may set it, too.
         """
         if not calls:
             return []
-        stop = threading.Event()
+        stop = stop or threading.Event()
         with ThreadPoolExecutor(min(len(calls), _IN_FLIGHT * len(self.urls))) as pool:
             futures = [pool.submit(call, stop) for call in calls]
             try:

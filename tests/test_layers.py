@@ -37,26 +37,20 @@ LEVELS = {
         "card",
         "card_info",
         "plots",
-        "positions",
-        "config_logging",
     }
     | {"random_state", "disk", "checkpoint_files"},
-    2: {
-        "teachers",
-        "rollouts",
-        "distributed",
-        "hidden",
-        "loading",
-        "setup_checks",
-        "window",
-        "preparation",
-        "memory",
-        "placement",
-        "quantized",
-        "tokenizer_options",
-    }
-    | {"vllm_client", "vllm_checks", "servers", "teacher_setup", "adapters"},
-    3: {"trainer", "trainer_card", "trainer_evaluation", "trainer_logging", "trainer_window", "checkpoint", "faults", "progress", "completions"},
+    2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation", "memory"}
+    | {"vllm_client", "vllm_checks", "servers", "teacher_setup"},
+    3: {
+        "trainer",
+        "trainer_card",
+        "trainer_evaluation",
+        "trainer_logging",
+        "trainer_window",
+        "checkpoint",
+        "faults",
+        "progress",
+    },
     4: {
         "run",
         "settings",

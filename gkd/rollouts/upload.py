@@ -76,11 +76,10 @@ class AdapterUpload:
         self.name = agree(self.accelerator, name, failure)
         return self.name
 
-    def restore(self, url: str) -> None:
-        """Load the current adapter again on a server that has lost it, as one does that was started anew."""
-        assert self.name is not None
+    def restore(self, url: str, name: str) -> None:
+        """Load an adapter again on a server that has lost it, as one does that was started anew."""
         with self._lock:  # many requests notice at once
-            self._load(url, self.name)
+            self._load(url, name)
 
     def _publish(self, model: PeftModel, step: int) -> str:
         draft = os.path.join(self.folder, f"gkd-{self.run}-draft")
@@ -131,6 +130,11 @@ class AdapterUpload:
                     if error.status != 404:  # a server that was started anew has forgotten it
                         raise
             shutil.rmtree(self._path(name), ignore_errors=True)
+
+
+def version_of(name: str) -> int:
+    """The optimizer step that an adapter's name is stamped with."""
+    return int(name.split("-")[-2])
 
 
 def agree(accelerator: Accelerator | None, value: str | None, failure: Exception | None) -> str:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import nn
 
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.modes import generation_mode
-from gkd.rollouts.upload import AdapterUpload, agree
+from gkd.rollouts.upload import AdapterUpload, agree, version_of
 from gkd.vllm_checks import ServedModel
 from gkd.vllm_client import RefusedError, ServerError, VLLMClient
 
@@ -31,8 +33,31 @@ WEIGHTS_TOLERANCE = 0.3
 _COMPARED_PROMPTS = 8
 
 
+@dataclass(frozen=True)
+class _Request:
+    """Rollouts that have been asked for.
+
+    Attributes:
+        step, prompts, rows: of the call. version: the optimizer step whose weights sample, that is, how many steps
+            they have been trained for. model: the name that the server has them under.
+        failure: what was wrong before anything was asked for. future: the completions. stop: set to give up.
+    """
+
+    step: int
+    prompts: list[list[int]]
+    rows: list[int]
+    version: int
+    model: str
+    failure: Exception | None
+    future: Future[list[list[int]]]
+    stop: threading.Event
+
+
 class VLLMRollout:
     """Samples from a server: the student through its adapter, or a server's own base model (a teacher).
+
+    Attributes:
+        age: of the weights that sampled the last completions, in optimizer steps; 0 is on-policy.
 
     Args:
         client: the servers.
@@ -73,6 +98,8 @@ class VLLMRollout:
         self.get_model, self.vocabulary = get_model, vocabulary
         self.upload = None if get_model is None else AdapterUpload(client, get_model, accelerator, adapter_dir)
         self._weights_compared = get_model is None
+        self._ahead: _Request | None = None
+        self.age = 0
 
     def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
         """Sample one completion for each prompt, see `Rollout.generate`. Every rank must call this for every step.
@@ -84,20 +111,56 @@ class VLLMRollout:
         """
         rows = list(range(len(prompts))) if rows is None else rows
         assert len(rows) == len(prompts), f"{len(prompts)} prompts with {len(rows)} row numbers"
-        model = self.served.name if self.upload is None else self.upload.current(step)
+        request, self._ahead = self._ahead, None
+        if request is None:
+            request = self._ask(prompts, step, rows, version=step)
+        asked_for = (request.step, request.rows, request.prompts)
+        assert asked_for == (step, rows, prompts), f"step {request.step} was asked for ahead, not {step}"
         completions: list[list[int]] = []
+        failure = request.failure
+        try:
+            completions = request.future.result()
+        except (ServerError, ValueError) as error:
+            failure = failure or error
+        agree(self.accelerator, request.model, failure)
+        self._weights_compared = True
+        self.age = step - request.version
+        return completions
+
+    def generate_ahead(self, prompts: list[list[int]], step: int, rows: list[int]) -> None:
+        """Ask for the completions of the next step, from the weights that this step starts with, and come back at
+        once: `generate` for that step then waits for them, and raises what went wrong. Every rank must call this.
+
+        Raises:
+            ValueError, ServerError: the adapter cannot be loaded. All ranks raise it.
+        """
+        assert self._ahead is None, "one step ahead, not two"
+        self._ahead = self._ask(prompts, step, rows, version=step - 1)
+
+    def forget(self) -> None:
+        """Give up what was asked for ahead; a request that the server is answering ends with its answer."""
+        if self._ahead is not None:
+            self._ahead.stop.set()
+            self._ahead = None
+
+    def _ask(self, prompts: list[list[int]], step: int, rows: list[int], version: int) -> _Request:
+        """Upload the present weights and send the requests; what fails for this rank alone is kept for later."""
+        model = self.served.name if self.upload is None else self.upload.current(version)
+        assert self.upload is None or version_of(model) == version, (model, version)
         failure: Exception | None = None
+        calls: list[Callable[[threading.Event], list[int]]] = []
         try:
             if not self._weights_compared:
                 self._compare_weights(model, [prompt for prompt in prompts if prompt][:_COMPARED_PROMPTS])
             self._check_prompts(prompts, rows, step)
             calls = [self._call(model, prompt, step, row) for prompt, row in zip(prompts, rows, strict=True)]
-            completions = self.client.run_all(calls)
         except (ServerError, ValueError) as error:
             failure = error
-        agree(self.accelerator, model, failure)
-        self._weights_compared = True
-        return completions
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="gkd-rollout")
+        future = pool.submit(self.client.run_all, calls, stop)
+        pool.shutdown(wait=False)
+        return _Request(step, prompts, rows, version, model, failure, future, stop)
 
     # ------------------------------------------------------------------------------------------------ a request
 
@@ -139,7 +202,7 @@ class VLLMRollout:
         except RefusedError as error:
             if error.status != 404 or self.upload is None:
                 raise
-            self.upload.restore(error.url)
+            self.upload.restore(error.url, payload["model"])
             body = self.client.post(path, payload, url=error.url, again=_aborted, stop=stop)
         if body.get("model") != payload["model"]:
             raise ServerError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import PROBE
+from cases import PROBE, Case
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -62,6 +63,21 @@ def assert_equal(one: Result, other: Result) -> None:
     assert one.weights.keys() == other.weights.keys()
     for name, weight in one.weights.items():
         torch.testing.assert_close(weight, other.weights[name], rtol=0, atol=1e-5, msg=lambda text, n=name: n + text)
+
+
+def assert_as_one_process(case: Case, folder: Path, alone: Callable[[Case], Result]) -> None:
+    """What two processes wrote into `folder` about this case equals what one process comes to."""
+    result, reference = read(folder / case.name), alone(case)
+    assert len(result.ranks) == 2
+    print(largest_differences(result, reference))
+    assert_equal(result, reference)
+
+
+def assert_all_saved_whole(case: Case, folder: Path, models: Path) -> None:
+    """The model at the end and every checkpoint of the case load, see `assert_saved_whole`."""
+    result = read(folder / case.name)
+    for saved in (result.folder / "final", *result.folder.glob("checkpoint-*")):
+        assert_saved_whole(result, saved, models / case.student)
 
 
 def _timeless(line: dict[str, float]) -> set[str]:

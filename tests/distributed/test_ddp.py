@@ -8,7 +8,7 @@ import pytest
 from accelerate import Accelerator
 from cases import Case, run
 from launch import launch
-from results import assert_equal, assert_saved_whole, largest_differences, read
+from results import assert_all_saved_whole, assert_as_one_process, read
 
 from gkd.setup_checks import check_wiring
 
@@ -39,6 +39,8 @@ CASES = [
     Case("clipped", {"max_grad_norm": 0.01, "optim": "sgd", "learning_rate": 3.0}, engine="ddp"),
     Case("full", {"learning_rate": 1e-3}, engine="ddp", lora=False),
     Case("tied", {"learning_rate": 1e-3}, engine="ddp", lora=False, student="tied"),
+    Case("uneven", {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 4}, engine="ddp"),
+    Case("uneven_resumed", {"per_device_train_batch_size": 5}, engine="ddp", resume=1),
     Case("resumed", {"max_steps": 6, "gradient_checkpointing": True}, engine="ddp", resume=3),
 ]
 REFUSED = [
@@ -61,17 +63,12 @@ def folder(models, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_processes_equal_one(case, folder, alone):
-    result, reference = read(folder / case.name), alone(case)
-    assert len(result.ranks) == 2
-    print(largest_differences(result, reference))
-    assert_equal(result, reference)
+    assert_as_one_process(case, folder, alone)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_saved(case, folder, models):
-    result = read(folder / case.name)
-    for saved in (result.folder / "final", *result.folder.glob("checkpoint-*")):
-        assert_saved_whole(result, saved, models / case.student)
+    assert_all_saved_whole(case, folder, models)
 
 
 def test_the_cases_hold_what_they_are_there_for(folder):
@@ -82,6 +79,8 @@ def test_the_cases_hold_what_they_are_there_for(folder):
     assert {s[1] for rank in few for step in rank for s in step} == {"student", "teacher"}
     without = [[sum(s[3] for s in step) for step in rank] for rank in read(folder / "rank_without_target").ranks]
     assert any(a == 0 < b or b == 0 < a for a, b in zip(*without, strict=True))
+    rows = [[len(step) for step in rank] for rank in read(folder / "uneven").ranks]
+    assert rows == [[10, 4, 10, 4], [10, 0, 10, 0]], "24 rows: an epoch ends with 4, all of them on one rank"
     lengths = [len(s[2]) for rank in read(folder / "mixed").ranks for step in rank for s in step]
     assert len(set(lengths)) > 5
     assert max(line["grad_norm"] for line in read(folder / "clipped").steps) > 0.01

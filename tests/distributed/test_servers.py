@@ -28,14 +28,20 @@ def ran(models: Path, tmp_path_factory: pytest.TempPathFactory):
     zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(out / "zero3.json")}
     with FakeServer(tiny_model(seed=1)) as server, FakeServer(tiny_model(seed=1), max_lora_rank=1) as strict:
         args = {"rollout_backend": "vllm", "rollout_server_url": server.url, "gradient_accumulation_steps": 2}
-        cases = [Case("ddp", args, engine="ddp"), Case("zero3", args, environment=zero, engine="zero-3")]
+        ahead = {**args, "rollout_staleness": 1}
+        cases = [
+            Case("ddp", args, engine="ddp"),
+            Case("ahead", ahead, engine="ddp"),
+            Case("zero3", args, environment=zero, engine="zero-3"),
+            Case("ahead_zero3", ahead, environment=zero, engine="zero-3"),
+        ]
         refused = Case("refused", {**args, "rollout_server_url": strict.url}, refused="is greater than max_lora_rank")
         # ZeRO-3 last: what transformers remembers of it outlives its case
-        launch([cases[0], refused, cases[1]], models, out, ["--multi_gpu", "--mixed_precision", "no"])
+        launch([*cases[:2], refused, *cases[2:]], models, out, ["--multi_gpu", "--mixed_precision", "no"])
         yield out, cases, server
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["ddp", "zero3"])
+@pytest.mark.parametrize("number", range(4), ids=["ddp", "ahead", "zero3", "ahead_zero3"])
 def test_two_processes_equal_one(number, ran, alone, models):
     out, cases, _ = ran
     result, reference = read(out / cases[number].name), alone(cases[number])
@@ -53,6 +59,7 @@ def test_one_rank_uploads_and_all_ask_for_its_adapter(ran):
     loads = [body["lora_name"] for path, body in ran[2].seen if path == "/v1/load_lora_adapter"]
     assert len(loads) == len(set(loads))
     for run in {name.split("-")[1] for name in loads}:
-        assert [name.split("-")[2] for name in loads if name.split("-")[1] == run] == list("01234")
+        versions = [name.split("-")[2] for name in loads if name.split("-")[1] == run]
+        assert versions in (list("01234"), list("013")), versions
     asked = {body["model"] for path, body in ran[2].seen if path == "/v1/completions"}
     assert asked <= set(loads)
