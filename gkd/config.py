@@ -32,6 +32,8 @@ _INEFFECTIVE = (
     ("packing", False, "rows are sorted by length and trimmed per micro-batch instead"),
     ("padding_free", False, "rows are sorted by length and trimmed per micro-batch instead"),
     ("eval_packing", None, "leave it out"),
+    ("packing_strategy", "bfd", "leave it out"),
+    ("dataset_text_field", "text", "rename the column to `text`"),
     ("assistant_only_loss", False, "use assistant_turns='all' to train on every assistant turn"),
     ("completion_only_loss", None, "only completions are trained on, always"),
     ("loss_type", "nll", "name the divergence with `divergence`, mix in cross-entropy with `ce_weight`"),

@@ -19,6 +19,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,9 @@ def main(what: str) -> None:
     }
     if what not in makers:
         raise SystemExit(f"error: {what!r} is unknown: name one of {', '.join(makers)}")
-    print(makers[what]())
+    with redirect_stdout(sys.stderr):  # a shell takes the folder from stdout, and nothing else
+        folder = makers[what]()
+    print(folder)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from gkd.measures import Measures
 from gkd.recipe import Recipe
 from gkd.settings import Settings, student_name
 from gkd.setup_checks import check_tokenizer
+from gkd.tokenizer_options import apply_options
 from gkd.trainer import GKDTrainer
 from gkd.vocab import compare_chat_templates, compare_stop_ids, shared_vocabulary
 
@@ -79,6 +80,7 @@ def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
     student = check_tokenizer(
         load_tokenizer(student_name(settings), trust_remote_code=args.trust_remote_code, revision=model.model_revision)
     )
+    apply_options(student, args)
     named = args.teacher_model_name_or_path
     if named is None:
         out.add("Tokenizers", "warning", "the teacher has no name: its tokens are not compared", "name the teacher")

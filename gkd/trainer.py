@@ -36,6 +36,7 @@ from gkd.servers import connect
 from gkd.signals import check_head, head_of, output_layer
 from gkd.source import SOURCES
 from gkd.teacher_setup import make_teacher
+from gkd.tokenizer_options import apply_options, template_already_taken
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.trainer_logging import LoggingMixin
@@ -96,26 +97,27 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, Wind
         args = checks.resolve_config(args, model)
         checks.check_launch(args)
         teacher = checks.resolve_teacher(model, teacher_model, args)
-        tokenizer = checks.resolve_tokenizer(processing_class, model, args)
+        tokenizer = apply_options(checks.resolve_tokenizer(processing_class, model, args), args)
         self._formatting_func = formatting_func
         train_dataset, eval_dataset, collator = prepare_rows(
             train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator
         )
         args.remove_unused_columns = False  # the collator needs prompt_length and row
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        super().__init__(
-            model,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
-        )
+        with template_already_taken(args):
+            super().__init__(
+                model,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                peft_config=peft_config,
+            )
         checks.check_wiring(self.accelerator)
         checks.check_student(self.model)
         for role, quantizable in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):

@@ -39,7 +39,7 @@ LEVELS = {
         "plots",
     }
     | {"random_state", "disk", "checkpoint_files"},
-    2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "window", "preparation", "memory"}
+    2: {"teachers", "rollouts", "distributed", "hidden", "loading", "setup_checks", "tokenizer_options", "window", "preparation", "memory"}
     | {"vllm_client", "vllm_checks", "servers", "teacher_setup"},
     3: {
         "trainer",
