@@ -15,6 +15,7 @@ from torch import Tensor
 from gkd.batch import IGNORE, Sequence, join, unpad
 from gkd.metrics import Meter
 from gkd.rollouts.base import Rollout, is_truncated, repeated_ngram_share
+from gkd.rollouts.routed import RoutedRollout
 from gkd.source import SOURCES
 
 
@@ -110,7 +111,7 @@ def open_window(
                 window.sequences.append(row)
                 window.indices.append(index)
             else:
-                window.fillers.append(Sequence(row.input_ids[:1], [IGNORE], 1, row=row.row))
+                window.fillers.append(Sequence(row.input_ids[:1], [IGNORE], 1, row=row.row, teacher=row.teacher))
         window.total = end
     return window
 
@@ -125,7 +126,7 @@ def prompts_of(window: Window, sources: list[str], source: str) -> tuple[list[in
 def write_completions(
     window: Window,
     sources: list[str],
-    rollouts: Mapping[str, Rollout],
+    rollouts: Mapping[str, Rollout | RoutedRollout],
     step: int,
     hygiene: Hygiene,
 ) -> list[Sequence]:
@@ -146,11 +147,16 @@ def write_completions(
         if source not in sources:
             continue
         mine, prompts, numbers = prompts_of(window, sources, source)
-        completions = rollouts[source].generate(prompts, step, numbers)
-        for i, prompt, completion in zip(mine, prompts, completions, strict=True):
+        rows = [window.sequences[i] for i in mine]
+        rollout = rollouts[source]
+        if isinstance(rollout, RoutedRollout):
+            completions = rollout.generate_by([row.teacher for row in rows], prompts, step, numbers)
+        else:
+            completions = rollout.generate(prompts, step, numbers)
+        for i, row, prompt, completion in zip(mine, rows, prompts, completions, strict=True):
             verdict = hygiene.judge(completion, source)
             train = hygiene.trains(verdict)
-            written[i] = join(prompt, completion, source, window.sequences[i].row, verdict.truncated, train)
+            written[i] = join(prompt, completion, source, row.row, verdict.truncated, train, row.teacher)
     return written
 
 
