@@ -7,7 +7,6 @@ complete (`gkd.checkpoint_files`).
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from gkd.disk import full_disk_explained
 from gkd.distributed import max_over_ranks
 from gkd.faults import FaultGuard
 from gkd.metrics import Ledger
-from gkd.redact import is_secret_name, redact_settings
+from gkd.positions import PositionProfile
 from gkd.vllm_client import ServerError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +38,7 @@ class CheckpointMixin:
     state: Any
     accelerator: Any
     ledger: Ledger
+    positions: PositionProfile
     guard: FaultGuard
     _get_output_dir: Any
     _total_train_tokens: int
@@ -99,6 +99,8 @@ class CheckpointMixin:
 
     def _set_own_state(self, state: dict[str, Any]) -> None:
         self.ledger.load(state["ledger"])
+        if "positions" in state:
+            self.positions.load(state["positions"])
         self._total_train_tokens = state["num_tokens"]
         self.guard.nonfinite_steps = state.get("nonfinite_steps", 0)
 
@@ -136,6 +138,7 @@ class CheckpointMixin:
         return {
             "ledger": self.ledger.as_dict(),
             "num_tokens": self._total_train_tokens,
+            "positions": self.positions.as_dict(),
             "nonfinite_steps": self.guard.nonfinite_steps,
         }
 
@@ -168,21 +171,3 @@ class CheckpointMixin:
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._is_saving:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer pickles its arguments beside the weights; access tokens have no business there."""
-        with _without_secrets(self.args):
-            super()._save(*args, **kwargs)  # type: ignore[misc]
-
-
-@contextmanager
-def _without_secrets(config: Any) -> Iterator[None]:
-    """Inside, fields that hold a secret are None, and secrets in dictionaries are replaced."""
-    before = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
-    hidden: dict[str, Any] = {name: None for name, value in before.items() if value and is_secret_name(name)}
-    hidden |= {name: redact_settings(value) for name, value in before.items() if isinstance(value, dict)}
-    vars(config).update(hidden)
-    try:
-        yield
-    finally:
-        vars(config).update({name: before[name] for name in hidden})

@@ -9,5 +9,9 @@ class NotFiniteError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
+class PushError(RuntimeError):
+    """A push to the Hub failed; the message says what is saved where, and how to push it again."""
+
+
 class DiskFullError(OSError):
     """There is no space left for what was being written; the message names it, the path and the remedy."""

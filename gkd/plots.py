@@ -16,7 +16,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.transforms import ScaledTranslation
 
 History = Sequence[Mapping[str, Any]]
 
@@ -72,6 +73,9 @@ ENTROPY_LINES = (
     Line("student/entropy", "student", "student"),
     Line("teacher/entropy", "teacher", "teacher"),
 )
+POSITION_LINES = tuple(Line(line.key.removeprefix("loss/"), line.label, line.role) for line in LOSS_LINES[1:])
+POSITION_NOTE = "pale: first third of the training, full: last third"
+POSITION_MINIMUM = 8  # targets in a bucket of positions, below which its mean says little
 AGREEMENT_LINES = (Line("student/agreement", "top-1 agreement", "student"),)
 
 
@@ -109,6 +113,38 @@ def plot_entropy(history: History) -> Figure | None:
     )
 
 
+def plot_positions(history: History) -> Figure | None:
+    """Divergence along the completion by source, in the first and in the last third of the training.
+
+    Reads the last entry with `divergence_by_position` (`gkd.positions.PositionProfile.as_dict`); None without one.
+    """
+    profile = next((e["divergence_by_position"] for e in reversed(history) if "divergence_by_position" in e), None)
+    if profile is None:
+        return None
+    figure, (axes,) = _figure(1)
+    for line in POSITION_LINES:
+        colour, style = COLOURS[line.role], STYLES[line.role]
+        label: str | None = line.label
+        for third, alpha, width in ((-1, None, 1.8), (0, 0.35, 1.1)):
+            counts = profile["counts"][line.key][third]
+            points = [i for i, count in enumerate(counts) if count >= POSITION_MINIMUM]
+            places = [_centre(profile["starts"], i) for i in points]
+            means = [profile["sums"][line.key][third][i] / counts[i] for i in points]
+            if points:
+                axes.plot(
+                    places, means, style, color=colour, alpha=alpha, lw=width, marker="o", markersize=3, label=label
+                )
+                label = None  # one entry of the legend for both
+    if not axes.lines:
+        return None
+    _finish(axes, "Divergence along the completion", "divergence (nats per target token)", note=POSITION_NOTE)
+    axes.set_xlabel("position in the completion (token)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    return figure
+
+
 def plot_evaluation(comparison: Mapping[str, Any]) -> Figure | None:
     """Bars before, after, teacher with standard errors, one small panel for each measure, since units differ.
 
@@ -136,6 +172,11 @@ def write_plots(
     folder = Path(folder)
     makers: list[tuple[str, str, Callable[[], Figure | None]]] = [
         ("loss.png", "Loss by source of the sequence", lambda: plot_loss(history)),
+        (
+            "positions.png",
+            f"Divergence along the position in the completion ({POSITION_NOTE})",
+            lambda: plot_positions(history),
+        ),
         ("lengths.png", "Lengths of the completions and how they end", lambda: plot_lengths(history)),
         ("entropy.png", "Entropies and agreement of student and teacher", lambda: plot_entropy(history)),
         ("evaluation.png", "Before and after, with standard errors", lambda: plot_evaluation(comparison or {})),
@@ -210,13 +251,19 @@ def _draw(axes: Axes, history: History, lines: Sequence[Line]) -> bool:
     return drawn
 
 
-def _finish(axes: Axes, title: str, unit: str, share: bool = False) -> None:
+def _centre(starts: Sequence[int], bucket: int) -> float:
+    """Where a bucket of positions is drawn: the geometric mean of its ends; the open one at its first."""
+    last = starts[bucket + 1] - 1 if bucket + 1 < len(starts) else starts[bucket]
+    return math.sqrt(starts[bucket] * last)
+
+
+def _finish(axes: Axes, title: str, unit: str, share: bool = False, note: str = "thick: running mean") -> None:
     axes.set_title(title, fontsize=11, loc="left")
     if any(line.get_alpha() for line in axes.lines):
-        axes.set_title("thick: running mean", fontsize=9, loc="right", color="#555555")
+        axes.set_title(note, fontsize=9, loc="right", color="#555555")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if share:
@@ -226,9 +273,19 @@ def _finish(axes: Axes, title: str, unit: str, share: bool = False) -> None:
         low, high = axes.dataLim.y0, axes.dataLim.y1
         low = min(0.0, low)
         axes.set_ylim(low - (0.05 * (high - low) if low < 0 else 0.0), high + (0.06 * (high - low) or 1.0))
-    # Under the axes: a legend inside them covers a curve sooner or later. The anchor clears tick and axis labels.
+    # Under the axes: a legend inside them covers a curve sooner or later. Half an inch clears tick and axis labels.
+    assert axes.figure is not None
+    under = axes.transAxes + ScaledTranslation(0, -0.5, axes.figure.dpi_scale_trans)
     names = axes.get_legend_handles_labels()[1]
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.21), ncols=len(names), frameon=False, fontsize=9)
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(0.0, 0.0),
+        bbox_transform=under,
+        borderaxespad=0.0,
+        ncols=len(names),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def _bars(row: Mapping[str, Any]) -> list[tuple[str, float, float]]:
@@ -257,8 +314,9 @@ def _bar_panel(axes: Axes, row: Mapping[str, Any]) -> None:
     for place, value, error in zip(places, values, errors, strict=True):
         above = value >= 0
         y = value + error + 0.02 * span if above else value - error - 0.02 * span
-        axes.text(place, y, f"{value:.3g}", ha="center", va="bottom" if above else "top", fontsize=8)
-    axes.set_ylim(min(low, 0.0) - (0.14 * span if low < 0 else 0.0), max(high, 0.0) + 0.14 * span)
+        axes.text(place, y, f"{value:.3g}".replace("-", "−"), ha="center", va="bottom" if above else "top", fontsize=8)
+    top = max(high, 0.0) + 0.14 * span if (low, high) != (0.0, 0.0) else span  # all zero: not an axis of small parts
+    axes.set_ylim(min(low, 0.0) - (0.14 * span if low < 0 else 0.0), top)
     axes.axhline(0.0, color="#222222", linewidth=0.6)
     axes.set_xticks(places, [place for place, _, _ in bars], fontsize=9)
     axes.set_title(_wrap(row["label"]), fontsize=9)

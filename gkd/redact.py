@@ -60,6 +60,13 @@ def redact_command(command: Sequence[str]) -> str:
     return shlex.join(words)
 
 
+def without_secrets(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of an object, to be pickled: fields that hold a secret are None, dictionaries are redacted."""
+    hidden: dict[str, Any] = {name: None for name, value in state.items() if value and is_secret_name(name)}
+    hidden |= {name: redact_settings(value) for name, value in state.items() if isinstance(value, dict)}
+    return {**state, **hidden}
+
+
 def redact_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings with secrets replaced, in nested dictionaries too."""
     shown: dict[str, Any] = {}

@@ -89,7 +89,7 @@ def _run(settings: Settings, load_data: LoadData, score: Score | None) -> None:
     seconds = time.perf_counter() - start
     if measure:
         report.measure_after()
-    trainer.save_model(args.output_dir)
+    trainer.save_model(args.output_dir, _internal_call=True)  # the push comes last, when all is there
     if trainer.is_world_process_zero():
         _write_history(trainer, args.output_dir)
         trainer.card_extras = report.finish(args.output_dir, seconds, settings.script.dataset_name)

@@ -30,6 +30,7 @@ from gkd.divergence import generalized_jsd_loss
 from gkd.faults import FaultGuard, nan_unless_finite
 from gkd.fused import FusedOutput, fused_divergence
 from gkd.hidden import instead_of_logits
+from gkd.hub import HubMixin
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.servers import connect
@@ -47,7 +48,7 @@ from gkd.window import count, measure, write_completions
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer):
+class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -134,6 +135,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, Wind
     # ---------------------------------------------------------------------------------------------- set-up
 
     def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
+        self._set_up_logging()
         args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
         student = self.accelerator.unwrap_model(self.model)
         place_student(student, accelerator)
@@ -205,11 +207,12 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, Wind
         self._total_train_tokens += int(totals[6])
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
-        micro_batches = [
-            collate(rows, self.processing_class.pad_token_id, args.pad_to_multiple_of)
-            for rows in cut(sequences + window.fillers, window.sizes)
-        ]
-        return micro_batches, trained.clamp(min=1).to(device)
+        micro_batches = cut(sequences + window.fillers, window.sizes)
+        if self.completions is not None:
+            self.completions.open(micro_batches)
+        pad_id = self.processing_class.pad_token_id
+        collated = [collate(rows, pad_id, args.pad_to_multiple_of) for rows in micro_batches]
+        return collated, trained.clamp(min=1).to(device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
@@ -254,7 +257,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, EvaluationMixin, LoggingMixin, Wind
         self._meters[mode].add_targets(output, sources)
         if mode == "eval":
             self._count_evaluation(output, inputs)
-        elif num_items_in_batch is not None:
+        else:
+            self._observe(output, sources, inputs["labels"])
+        if mode == "train" and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             # a mean per micro-batch, which DDP averages over ranks: average it over the window, as SFTTrainer does

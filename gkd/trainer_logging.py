@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import Tensor
+
+from gkd.batch import target_positions
+from gkd.completions import CompletionLog
 from gkd.distributed import max_over_ranks, sum_over_ranks
 from gkd.faults import FaultGuard
 from gkd.metrics import Ledger, Meter
+from gkd.positions import PositionProfile
 
 logger = logging.getLogger(__name__)
 
@@ -15,15 +20,40 @@ TRUNCATION_WARNING = 0.2  # share of truncated rollouts in one logging period
 
 
 class LoggingMixin:
-    """Our metrics in every training log, reduced over ranks."""
+    """Our metrics in every training log, reduced over ranks; sample completions; divergence along the position."""
 
     args: Any
+    state: Any
     accelerator: Any
     model: Any
     ledger: Ledger
     guard: FaultGuard
     _meters: dict[str, Meter]
+    hygiene: Any
+    processing_class: Any
+    callback_handler: Any
+    add_callback: Any
+    completions: CompletionLog | None = None
     _warned_of_truncation = False
+
+    def _set_up_logging(self) -> None:
+        self.positions = PositionProfile(self.accelerator.device)
+        if self.args.log_completions:
+            self.completions = CompletionLog(
+                self.processing_class,
+                self.hygiene,
+                lambda: self.callback_handler.callbacks,
+                self.args.log_completions_steps,
+                self.args.num_completions_to_print,
+            )
+            self.add_callback(self.completions)
+
+    def _observe(self, output: Any, sources: Tensor, labels: Tensor) -> None:
+        """Keep what a training micro-batch shows: `output` of the fused divergence, `sources` [N], `labels` [B, T]."""
+        if self.completions is not None:
+            self.completions.add(output.divergence)
+        done = (self.state.global_step, self.state.max_steps)
+        self.positions.add(output.divergence, sources, target_positions(labels), *done)
 
     def _flush(self, mode: str) -> dict[str, float]:
         return self._meters[mode].flush(
@@ -33,6 +63,8 @@ class LoggingMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics to a training log. The Trainer calls this on every rank, so the reduction meets."""
+        if "loss" in logs or "train_runtime" in logs:
+            self.positions.flush(lambda values: sum_over_ranks(self.accelerator, values))
         if "loss" in logs and self.model.training:
             logs.update(self._flush("train"))
             self._warn_of_truncation(logs)
@@ -40,6 +72,8 @@ class LoggingMixin:
                 logs["nonfinite_steps"] = float(self.guard.nonfinite_steps)
             logs.update({f"ledger/targets/{s}": float(n) for s, n in self.ledger.targets.items() if n})
         super().log(logs, start_time)  # type: ignore[misc]
+        if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
+            self.state.log_history[-1]["divergence_by_position"] = self.positions.as_dict()
 
     def _warn_of_truncation(self, logs: dict[str, float]) -> None:
         share = logs.get("rollout/truncated", 0.0)

@@ -57,7 +57,7 @@ LEVELS = {
         "tokenizer_options",
     }
     | {"vllm_client", "vllm_checks", "servers", "teacher_setup", "teacher_scores", "absent_teacher", "adapters"},
-    3: {"trainer", "trainer_card", "trainer_evaluation", "trainer_logging", "trainer_window", "checkpoint", "faults", "progress", "completions"},
+    3: {"trainer", "trainer_card", "trainer_evaluation", "trainer_logging", "trainer_window", "checkpoint", "faults", "progress", "completions", "hub"},
     4: {
         "run",
         "settings",

@@ -15,6 +15,7 @@ from gkd.plots import (
     plot_evaluation,
     plot_lengths,
     plot_loss,
+    plot_positions,
     running_mean,
     series,
     write_plots,
@@ -40,7 +41,18 @@ def history(steps: int) -> list[dict]:
         for step in range(1, steps + 1)
     ]
     lines.insert(steps // 2, {"step": steps // 2, "eval_loss": 0.4, "epoch": 0.5})
-    return [*lines, {"step": steps, "train_loss": 0.3, "train_runtime": 12.0}]
+    return [*lines, {"step": steps, "train_loss": 0.3, "train_runtime": 12.0, "divergence_by_position": profile()}]
+
+
+def profile() -> dict:
+    """As `gkd.positions.PositionProfile.as_dict`: the student wrote up to 5 tokens, the data set's rows are longer."""
+    starts = [1, 2, 3, 4, 6, 8]
+    student, data = [40, 30, 20, 10, 3, 0], [40, 40, 40, 80, 60, 500]
+    none = [[0] * len(starts)] * 3
+    counts = {"data": [data, data, data], "student": [student, student, [0, *student[1:]]], "teacher": none}
+    means = {"data": (0.2, 0.1, 0.1), "student": (0.4, 0.3, 0.2), "teacher": (0.0, 0.0, 0.0)}
+    sums = {s: [[m * n for n in row] for m, row in zip(means[s], counts[s], strict=True)] for s in counts}
+    return {"starts": starts, "sums": sums, "counts": counts}
 
 
 def comparison(scale: float = 1.0) -> dict:
@@ -109,7 +121,7 @@ def test_a_long_series_gets_a_running_mean_over_the_raw_line():
     assert all(len(line.get_xdata()) == 200 for line in raw)
 
 
-@pytest.mark.parametrize("plot", [plot_loss, plot_lengths, plot_entropy])
+@pytest.mark.parametrize("plot", [plot_loss, plot_positions, plot_lengths, plot_entropy])
 def test_nothing_logged_is_no_picture(plot):
     assert plot([]) is None
     assert plot([{"step": 1, "grad_norm": 1.0}, {"train_runtime": 3.0}]) is None
@@ -142,6 +154,21 @@ def test_bars_are_the_measured_values_with_their_errors():
     assert whiskers[0][1][1] - whiskers[0][0][1] == pytest.approx(2 * row["before"]["error"])
 
 
+def test_positions_are_means_of_buckets_with_enough_targets_pale_for_the_first_third():
+    (axes,) = plot_positions(history(3)).axes
+    ends = [(1, 1), (2, 2), (3, 3), (4, 5), (6, 7), (8, 8)]
+    centres = [math.sqrt(low * high) for low, high in ends]
+    drawn = {(line.get_color(), line.get_alpha()): line.get_xydata().tolist() for line in axes.lines}
+    flat = {key: [x for point in points for x in point] for key, points in drawn.items()}
+    blue, orange = "#0072B2", "#D55E00"
+    assert set(drawn) == {(blue, None), (blue, 0.35), (orange, None), (orange, 0.35)}  # the teacher wrote nothing
+    assert flat[orange, 0.35] == pytest.approx([x for c in centres[:4] for x in (c, 0.4)])  # 3 targets are too few
+    assert flat[orange, None] == pytest.approx([x for c in centres[1:4] for x in (c, 0.2)])
+    assert flat[blue, None] == pytest.approx([x for c in centres for x in (c, 0.1)])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["student-written", "data set"]
+    assert "position" in axes.get_xlabel()
+
+
 def overlaps(figure) -> list[tuple[str, str]]:
     """Pairs of texts (titles, tick labels, axis labels, legends, values on bars) whose boxes meet in the drawing."""
     canvas = FigureCanvasAgg(figure)
@@ -164,7 +191,7 @@ def overlaps(figure) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("steps", [1, 12, 3000])
 def test_no_text_covers_another_or_leaves_the_picture(steps):
-    for plot in (plot_loss, plot_lengths, plot_entropy):
+    for plot in (plot_loss, plot_positions, plot_lengths, plot_entropy):
         assert overlaps(plot(history(steps))) == []
 
 
@@ -175,7 +202,8 @@ def test_no_text_covers_another_in_the_bars(scale):
 
 def test_files_are_pictures_and_captioned(tmp_path):
     written = write_plots(history(5), tmp_path / "plots", comparison())
-    assert [path.name for path, _ in written] == ["loss.png", "lengths.png", "entropy.png", "evaluation.png"]
+    names = ["loss.png", "positions.png", "lengths.png", "entropy.png", "evaluation.png"]
+    assert [path.name for path, _ in written] == names
     for path, caption in written:
         picture = imread(path)
         assert picture.shape[0] > 300
