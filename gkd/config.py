@@ -160,6 +160,15 @@ class GKDConfig(SFTConfig):
         None, "A vLLM server that scores as the teacher, in place of a teacher model; needs teacher_top_k."
     )
 
+    # --- what is shown ---
+    log_completions: bool = _field(
+        False, "Show sample completions of the training step, on the console and in W&B, Trackio and TensorBoard."
+    )
+    log_completions_steps: int | None = _field(None, "Show them every so many steps. None = with every training log.")
+    num_completions_to_print: int = _field(
+        COMPLETIONS_TO_PRINT, "Completions on the console; the loggers get all of the main process."
+    )
+
     # --- data ---
     max_prompt_length: int | None = _field(
         None, "Most tokens of a prompt. None = max_length - max_new_tokens when anything is generated."
@@ -180,6 +189,7 @@ class GKDConfig(SFTConfig):
         self._check_choices()
         self._check_ineffective()
         check_servers(self)
+        check_logging(self)
         check_teacher(self)
 
     def _choose_for_cpu(self) -> None:
@@ -187,15 +197,6 @@ class GKDConfig(SFTConfig):
         refuses bf16; and bf16 only when the launch file says so, since TRL's default is made for GPUs."""
         if not torch.accelerator.is_available():
             self.use_cpu = True
-    # --- what is shown ---
-    log_completions: bool = _field(
-        False, "Show sample completions of the training step, on the console and in W&B, Trackio and TensorBoard."
-    )
-    log_completions_steps: int | None = _field(None, "Show them every so many steps. None = with every training log.")
-    num_completions_to_print: int = _field(
-        COMPLETIONS_TO_PRINT, "Completions on the console; the loggers get all of the main process."
-    )
-
             if self.deepspeed and "RANK" in os.environ:
                 # What accelerate does on GPUs before a model is split up (ZeRO-3), and on CPUs only for its own files.
                 import deepspeed
@@ -218,7 +219,10 @@ class GKDConfig(SFTConfig):
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, for loggers; secrets are hidden in nested dictionaries and addresses, too."""
         return redact_settings(super().to_dict())
-        check_logging(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the Trainer pickles beside the weights and pushes from there: access tokens have no business in it."""
+        return without_secrets(vars(self))
 
     def _check_ranges(self) -> None:
         _within("lmbda", self.lmbda, 0, 1, "0 trains on the data only, 1 on rollouts only")
@@ -249,10 +253,6 @@ class GKDConfig(SFTConfig):
             "top_k_tail": _TAILS,
             "rollout_backend": ROLLOUT_BACKENDS,
             "overlong_prompt": _OVERLONG_PROMPT,
-    def __getstate__(self) -> dict[str, Any]:
-        """What the Trainer pickles beside the weights and pushes from there: access tokens have no business in it."""
-        return without_secrets(vars(self))
-
             "overlong_row": _OVERLONG_ROW,
             "assistant_turns": _TURNS,
         }

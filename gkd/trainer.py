@@ -131,11 +131,11 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         self.add_callback(self.guard)
         self._meters = {"train": Meter(self.accelerator.device), "eval": Meter(self.accelerator.device)}
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        self._set_up_logging()
 
     # ---------------------------------------------------------------------------------------------- set-up
 
     def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
-        self._set_up_logging()
         args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
         student = self.accelerator.unwrap_model(self.model)
         place_student(student, accelerator)
