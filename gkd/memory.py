@@ -24,6 +24,7 @@ class ModelShape:
     Attributes:
         parameters: P. linear: those in the linear layers of its blocks. layers: L. hidden: h. intermediate: i (of the
             active experts). query, key: q, k. vocab: V. lora_widths: sum of in + out over the linear layers.
+        lora_inputs: sum of in over them.
     """
 
     parameters: int
@@ -35,6 +36,7 @@ class ModelShape:
     key: int
     vocab: int
     lora_widths: int
+    lora_inputs: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Setup:
 
     Attributes:
         weight_bytes, teacher_bytes: of one weight as loaded. activation_bytes: 2 under bf16 or fp16, else 4.
-        lora_r: rank, or None for full fine-tuning.
+        lora_r: rank, or None for full fine-tuning. lora_dropout: whether the adapter's dropout is above 0. fold: whether
+            it is folded into a copy of the weights for a rollout.
         batch: B. tokens: T of the longest row. targets: most target tokens of a micro-batch. rollout_batch: R.
         generates: which of "student", "teacher" write completions in this process.
         zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
@@ -58,6 +61,8 @@ class Setup:
     teacher_bytes: int = 2
     activation_bytes: int = 2
     lora_r: int | None = 16
+    lora_dropout: bool = False
+    fold: bool = True
     batch: int = 4
     tokens: int = 1024
     targets: int = 512
@@ -87,22 +92,27 @@ class Estimate:
         return max(self.rollout, self.training)
 
 
-def layer_activations(model: ModelShape, activation_bytes: int, trained: bool = True) -> int:
+def layer_activations(
+    model: ModelShape, activation_bytes: int, trained: bool = True, lora_dropout: bool = False
+) -> int:
     """Bytes per token and layer that the backward pass keeps (untrained: that live at once).
 
-    Kept: both norms' inputs and outputs and fp32 copies, queries and keys before and after the rotation, values, the
-    attention's output, and of the MLP gate, up, activation and product.
+    Kept: both norms' inputs in fp32 and their outputs, queries, keys and values (repeated to the queries' width, as
+    with a padding mask), the attention's output twice, and of the MLP gate, up, activation and product. A LoRA layer
+    with dropout keeps an input of its own and a mask of one byte.
     """
     if not trained:
         return activation_bytes * (2 * model.hidden + model.query + 2 * model.key + 3 * model.intermediate)
-    kept = 4 * model.hidden + 3 * model.query + 3 * model.key + 4 * model.intermediate
-    return activation_bytes * kept + 2 * 4 * model.hidden
+    kept = 2 * model.hidden + 5 * model.query + 4 * model.intermediate
+    dropped = (activation_bytes + 1) * model.lora_inputs // model.layers if lora_dropout else 0
+    return activation_bytes * kept + 2 * 4 * model.hidden + dropped
 
 
 def activations(setup: Setup) -> int:
     """Of the student's backward pass: every layer's, or with checkpointing every layer's input and one layer's all."""
     rows, model = setup.batch * setup.tokens, setup.student
-    layer = rows * layer_activations(model, setup.activation_bytes)
+    dropout = setup.lora_dropout and setup.lora_r is not None
+    layer = rows * layer_activations(model, setup.activation_bytes, lora_dropout=dropout)
     if not setup.checkpointing:
         return model.layers * layer
     return model.layers * rows * model.hidden * setup.activation_bytes + layer
@@ -125,6 +135,10 @@ def kv_cache(setup: Setup) -> int:
         model = setup.student if who == "student" else setup.teacher
         widest = max(widest, 2 * model.layers * model.key * setup.activation_bytes)
     return setup.rollout_batch * setup.tokens * widest
+
+
+def _folds(setup: Setup) -> bool:
+    return setup.fold and setup.lora_r is not None and "student" in setup.generates
 
 
 def estimate(setup: Setup) -> Estimate:
@@ -154,7 +168,7 @@ def estimate(setup: Setup) -> Estimate:
         "gathered for the rollout": student.parameters * setup.weight_bytes
         if setup.zero_stage == 3 and setup.generates
         else 0,
-        "folded adapter": student.linear * setup.weight_bytes if lora and "student" in setup.generates else 0,
+        "folded adapter": student.linear * setup.weight_bytes if _folds(setup) else 0,
         "overhead": OVERHEAD[setup.device],
     }
     standing = ("student weights", "gradients", "optimizer", "teacher weights", "overhead")
@@ -179,6 +193,8 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
         note = f"--per_device_train_batch_size {batch} (and gradient_accumulation_steps x {setup.batch // batch})"
         smaller = replace(setup, batch=batch, targets=max(1, setup.targets * batch // setup.batch))
         found.append((note, smaller))
+    if _folds(setup):
+        found.append(("--fold_adapter false", replace(setup, fold=False)))
     if setup.weight_bytes > 2:
         found.append(("--dtype bfloat16", replace(setup, weight_bytes=2)))
     if setup.gpus > 1:

@@ -52,6 +52,7 @@ def shape_of(config: Any) -> ModelShape:
         key=(getattr(text, "num_key_value_heads", None) or heads) * width,
         vocab=text.vocab_size,
         lora_widths=sum(module.in_features + module.out_features for module in linear),
+        lora_inputs=sum(module.in_features for module in linear),
     )
 
 
@@ -86,6 +87,8 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         teacher_bytes=_BYTES.get(dtype.removeprefix("torch."), 2),
         activation_bytes=2 if args.bf16 or args.fp16 or _BYTES.get(str(settings.model.dtype), 2) == 2 else 4,
         lora_r=settings.model.lora_r if settings.model.use_peft else None,
+        lora_dropout=settings.model.lora_dropout > 0,
+        fold=args.fold_adapter,
         batch=args.per_device_train_batch_size,
         tokens=tokens,
         targets=args.per_device_train_batch_size * (args.max_new_tokens if args.lmbda == 1 else tokens),

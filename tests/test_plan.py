@@ -57,20 +57,25 @@ def saved_bytes(model, rows, tokens):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model(torch.ones(rows, tokens, dtype=torch.long), use_cache=False)
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        mask[0, -1] = 0  # rows of different lengths
+        model.model(torch.ones_like(mask), attention_mask=mask, use_cache=False)
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_activations_are_near_what_autograd_keeps(kind):
+def test_activations_are_near_what_autograd_keeps(kind, dropout):
     sizes = []
     for layers in (2, 6):
         model = tiny_model(kind, hidden=64, layers=layers)
-        peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        lora = LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+        peft = get_peft_model(model, lora)
         peft.enable_input_require_grads()
-        sizes.append(saved_bytes(model, 3, 128))
+        sizes.append(saved_bytes(peft.train().get_base_model(), 3, 128))
     measured = (sizes[1] - sizes[0]) / 4 / (3 * 128)  # per layer and token
-    assert layer_activations(shape_of(model.config), 4) == pytest.approx(measured, rel=0.35)
+    predicted = layer_activations(shape_of(model.config), 4, lora_dropout=dropout > 0)
+    assert predicted == pytest.approx(measured, rel=0.15)
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():

@@ -24,6 +24,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 import gkd.trainer  # noqa: E402, F401 - imported before the fork
 from gkd.checkpoint_files import find, read_state  # noqa: E402
+from gkd.distributed import gathered, zero_stage  # noqa: E402
 
 VALUES: dict[str, Any] = {
     "max_steps": 6,
@@ -60,7 +61,8 @@ def build(folder: Path, *callbacks: TrainerCallback, **values: Any) -> Any:
 
 def report(trainer: Any, say: Say) -> None:
     """The weights' sum in full, the ledger, the count: to be compared between ranks."""
-    trained = torch.cat([p.detach().double().flatten() for p in trainer.model.parameters()])
+    with gathered(trainer.model.parameters()):
+        trained = torch.cat([p.detach().double().flatten() for p in trainer.model.parameters()])
     result = {
         "weights": [float(trained.sum()), float(trained.abs().sum())],
         "finite": bool(torch.isfinite(trained).all()),
@@ -118,9 +120,10 @@ def _spoil(trainer: Any, step: int) -> None:
     trainer._divergence = divergence
 
 
-def one_rank_has_no_finite_loss(folder: Path, **values: Any) -> list[Any]:
+def one_rank_has_no_finite_loss(folder: Path, stage: int = 0, **values: Any) -> list[Any]:
     def work(say: Say) -> None:
         trainer = build(folder / "run", max_steps=4, **values)
+        assert zero_stage(trainer.accelerator) == stage
         _spoil(trainer, 1)
         trainer.train()
         report(trainer, say)
@@ -128,14 +131,15 @@ def one_rank_has_no_finite_loss(folder: Path, **values: Any) -> list[Any]:
     return outcome(ranks(work, folder))
 
 
-def the_same_under_zero(folder: Path) -> list[Any]:
-    plan = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+def under_zero(folder: Path, stage: int, bf16: bool) -> list[Any]:
+    saving = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+    plan = {"zero_optimization": {"stage": stage, **saving}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     path = folder / "plan.json"
     path.write_text(json.dumps({**plan, **dict.fromkeys(sizes, "auto")}))
     os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path))
     try:
-        return one_rank_has_no_finite_loss(folder)
+        return one_rank_has_no_finite_loss(folder, stage, bf16=bf16)
     finally:
         del os.environ["ACCELERATE_USE_DEEPSPEED"], os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
 
@@ -149,10 +153,19 @@ def one_rank_dies(folder: Path) -> list[Any]:
     return [*result, {"seconds": time.monotonic() - start, "newest": find(folder / "run")}]
 
 
-SCENES = (one_rank_is_told_to_stop, one_rank_has_no_finite_loss, the_same_under_zero, one_rank_dies)
+SCENES: dict[str, Callable[[Path], list[Any]]] = {
+    "one_rank_is_told_to_stop": one_rank_is_told_to_stop,
+    "skip_ddp": one_rank_has_no_finite_loss,
+    "skip_ddp_bf16": lambda folder: one_rank_has_no_finite_loss(folder, bf16=True),
+    "skip_zero2": lambda folder: under_zero(folder, 2, bf16=False),
+    "skip_zero3": lambda folder: under_zero(folder, 3, bf16=False),
+    "skip_zero2_bf16": lambda folder: under_zero(folder, 2, bf16=True),
+    "skip_zero3_bf16": lambda folder: under_zero(folder, 3, bf16=True),
+    "one_rank_dies": one_rank_dies,
+}
 
 if __name__ == "__main__":
-    for scene in SCENES:
-        place = Path(sys.argv[1]) / scene.__name__
+    for name in sys.argv[2:] or SCENES:
+        place = Path(sys.argv[1]) / name
         place.mkdir()
-        (place / "result.json").write_text(json.dumps(scene(place), indent=1))
+        (place / "result.json").write_text(json.dumps(SCENES[name](place), indent=1))

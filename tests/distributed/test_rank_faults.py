@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from launch import HERE, LIMIT_S, ROOT, environment, execute
 from tiny import save_tiny, tiny_rows
@@ -17,6 +18,10 @@ from tiny import save_tiny, tiny_rows
 from gkd.checkpoint_files import find, step_of
 
 pytestmark = pytest.mark.distributed
+
+# torch's launcher ends the other ranks with SIGTERM, and with SIGKILL after 30 seconds; the rest is a busy machine.
+DEAD_RANK_S = 120
+SKIPS = [f"skip_{name}" for name in ("ddp", "ddp_bf16", "zero2", "zero3", "zero2_bf16", "zero3_bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def test_ranks_stop_at_the_same_step_whichever_was_told(results: dict[str, Any])
     assert resumed == expected
 
 
-@pytest.mark.parametrize("scene", ["one_rank_has_no_finite_loss", "the_same_under_zero"])
+@pytest.mark.parametrize("scene", SKIPS)
 def test_all_ranks_skip_the_step(results: dict[str, Any], scene: str) -> None:
     first, second = last_lines(results[scene])
     assert first == second
@@ -57,9 +62,10 @@ def test_all_ranks_skip_the_step(results: dict[str, Any], scene: str) -> None:
     assert ["step 2 is skipped: its loss is not finite" in text for text in said] == [False, True]
 
 
-def test_zero_and_ddp_skip_alike(results: dict[str, Any]) -> None:
-    ddp, zero = (last_lines(results[name])[0] for name in ("one_rank_has_no_finite_loss", "the_same_under_zero"))
-    assert ddp["weights"] == pytest.approx(zero["weights"], rel=1e-6)
+@pytest.mark.parametrize("scene", SKIPS)
+def test_zero_and_ddp_skip_alike(results: dict[str, Any], scene: str) -> None:
+    ddp, other = (last_lines(results[name])[0] for name in ("skip_ddp", scene))
+    assert ddp["weights"] == pytest.approx(other["weights"], rel=1e-2 if "bf16" in scene else 1e-6)
 
 
 def test_the_others_do_not_wait_for_a_dead_rank(results: dict[str, Any]) -> None:
@@ -70,19 +76,21 @@ def test_the_others_do_not_wait_for_a_dead_rank(results: dict[str, Any]) -> None
     assert step_of(facts["newest"]) == 2
 
 
-def test_a_launched_run_is_stopped_and_started_again(tmp_path: Path) -> None:
-    """`accelerate launch` hands the signal on; its ranks save, and the same command goes on."""
-    save_tiny(tmp_path / "student", seed=1)
-    save_tiny(tmp_path / "teacher", seed=2, hidden=48, layers=3)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(16)))
+def newest_step(folder: Path) -> int:
+    found = find(folder)
+    return 0 if found is None else step_of(found)
+
+
+def launched(folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    """The recipe under `accelerate launch`: two processes, a checkpoint after every step, going on where one is."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
     command += ["--main_process_port", "0", "--dynamo_backend", "no", "--mixed_precision", "no"]
     command += ["--multi_gpu", "recipes/gkd_qwen2.py"]
     values: dict[str, Any] = {
-        "model_name_or_path": tmp_path / "student",
-        "teacher_model_name_or_path": tmp_path / "teacher",
-        "dataset_name": tmp_path / "rows.jsonl",
-        "output_dir": tmp_path / "out",
+        "model_name_or_path": folder / "student",
+        "teacher_model_name_or_path": folder / "teacher",
+        "dataset_name": folder / "rows.jsonl",
+        "output_dir": folder / "out",
         "max_steps": 100000,
         "per_device_train_batch_size": 2,
         "max_new_tokens": 4,
@@ -94,25 +102,53 @@ def test_a_launched_run_is_stopped_and_started_again(tmp_path: Path) -> None:
         "resume_from_checkpoint": "true",
     }
     command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    before = 0
-    log = tmp_path / "log.txt"
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment())
-        end = time.monotonic() + LIMIT_S
-        while process.poll() is None and time.monotonic() < end:
-            found = find(tmp_path / "out")
-            before = 0 if found is None else step_of(found)
-            if before >= 2:
-                break
-            time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=120)
-    text = log.read_text()
-    assert before >= 2, text[-4000:]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment())
+
+
+def after_two_more_steps(folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """Launch, and wait until two more steps have been saved; gives the newest then."""
+    start = newest_step(folder / "out")
+    process = launched(folder, log)
+    end = time.monotonic() + LIMIT_S
+    while process.poll() is None and time.monotonic() < end and newest_step(folder / "out") < start + 2:
+        time.sleep(0.2)
+    reached = newest_step(folder / "out")
+    if reached < start + 2:
+        process.kill()
+    assert reached >= start + 2, log.read_text()[-4000:]
+    return process, reached
+
+
+def rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
+    """That one of the launcher's processes."""
+    found = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == str(rank)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_a_launched_run_survives_a_killed_rank_and_a_signal(tmp_path: Path) -> None:
+    """`accelerate launch`: a rank is killed, the others end and the launcher names it; the same command goes on. A
+    SIGTERM is handed on: the ranks save, and end."""
+    save_tiny(tmp_path / "student", seed=1)
+    save_tiny(tmp_path / "teacher", seed=2, hidden=48, layers=3)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(16)))
+
+    process, reached = after_two_more_steps(tmp_path, tmp_path / "killed.txt")
+    victim, survivor = rank_of(process, 1), rank_of(process, 0)
+    victim.kill()
+    assert process.wait(timeout=DEAD_RANK_S) == 1
+    assert not survivor.is_running()
+    text = (tmp_path / "killed.txt").read_text()
+    assert f"Signal 9 (SIGKILL) received by PID {victim.pid}" in text, text[-4000:]
+    assert newest_step(tmp_path / "out") >= reached
+
+    process, reached = after_two_more_steps(tmp_path, tmp_path / "stopped.txt")
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=120)
+    text = (tmp_path / "stopped.txt").read_text()
     assert code != 0
     assert text.count("stopped by SIGTERM after step") == 1, text[-4000:]
     assert "forcefully exiting" not in text
-    found = find(tmp_path / "out")
-    assert found is not None
-    assert f"after step {step_of(found)} of" in text
-    assert step_of(found) >= before
+    assert f"after step {newest_step(tmp_path / 'out')} of" in text
+    assert newest_step(tmp_path / "out") >= reached
