@@ -26,10 +26,10 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VLLM_VENV := $(CURDIR)/.venv-vllm
 VLLM_PY   := $(VLLM_VENV)/bin/python
 
-.PHONY: help install demo fetch test test-fast test-vllm lint types format bench clean
+.PHONY: help install demo fetch test test-fast test-distributed test-vllm lint types format bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## .venv with the package, its extras and the tested versions of constraints.txt
 
@@ -54,6 +54,9 @@ test: lint types  ## everything CI runs: lint, format check, types, all tests
 
 test-fast: $(STAMP)  ## the tests that start no second process
 	$(TEST_ENV) $(PY) -m pytest -m "not distributed" $(PYTEST_ARGS)
+
+test-distributed: $(STAMP)  ## the tests that start two processes: DDP, DeepSpeed ZeRO, accelerate launch (part of test)
+	$(TEST_ENV) $(PY) -m pytest -m distributed $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## rollouts and scores against a real vLLM server on CPU (builds .venv-vllm, 3 GB)
 	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/test_vllm_server.py $(PYTEST_ARGS)
