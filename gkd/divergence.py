@@ -252,7 +252,8 @@ def adaptive_kl(akl_mu: float = 0.5) -> Divergence:
         value = share.squeeze(-1) * (gap - q * ratio).sum(-1) + (1 - share).squeeze(-1) * (p * ratio - gap).sum(-1)
         return value, gap.mul_(share).add_(ratio.mul_(p).mul_(1 - share))
 
-    return Divergence(f"adaptive_kl(akl_mu={akl_mu})", phi, phi_a, rows, needs_teacher_support=True)
+    name = f"adaptive_kl(akl_mu={akl_mu})"
+    return Divergence(name, phi, phi_a, rows, needs_teacher_support=True, traceable=False)
 
 
 # --- alpha-beta divergence (Cichocki et al., Entropy 2011; for distillation: ABKD, arXiv 2505.04560) ---

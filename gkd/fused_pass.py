@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gkd import fused_rows as rows
+from gkd.fused_compiled import Spec, can_compile, compiled_rows
 from gkd.loss_settings import FusedOutput, LossSettings
 from gkd.signals import Head, TeacherSignal, TopKSignal
 
@@ -174,13 +175,40 @@ class Pass:
         self.block = max(1, min(block, self.chunk))
         self.z_student = student.buffer(self.chunk)
         self.z_teacher = None if teacher is None else teacher.buffer(self.chunk)
-        self.buffers = torch.empty(3, self.block, self.vocab, dtype=self.dtype, device=device)
+        self.spec = self._spec() if can_compile(settings, device, self.vocab) else None
+        if self.spec is None:
+            self.buffers = torch.empty(3, self.block, self.vocab, dtype=self.dtype, device=device)
+
+    def _spec(self) -> Spec | None:
+        """What the compiled rows are made for; None for a teacher without logits."""
+        if self.teacher is None:
+            return None
+        settings, student, teacher = self.settings, self.student, self.teacher
+        return Spec(
+            settings.divergence,
+            settings.loss_temperature,
+            settings.teacher_temperature,
+            student.logit_scale,
+            student.softcap,
+            teacher.logit_scale,
+            teacher.softcap,
+            gradient=self.gradients.any,
+            cross_entropy=self.ce_weights is not None,
+            kls=settings.report_kls,
+        )
 
     def run_chunk(self, at: slice) -> None:
         n = at.stop - at.start
         z_student = self.student.project(at, self.z_student)
         z_teacher = None if self.teacher is None else self.teacher.project(at, self.z_teacher)
-        for start in range(0, n, self.block):
+        if self.spec is not None:
+            assert z_teacher is not None
+            shares = (None, None) if self.ce_weights is None else (self.divergence_share[at], self.ce_share[at])
+            gradient, tokens = compiled_rows(self.spec)(z_student, z_teacher, self.targets[at], *shares)
+            for name, values in tokens.items():
+                self.tokens[name][at] = values
+            z_student = z_student if gradient is None else gradient
+        for start in range(0, n if self.spec is None else 0, self.block):
             stop = min(start + self.block, n)
             here = slice(at.start + start, at.start + stop)
             self._run_block(here, z_student[start:stop], None if z_teacher is None else z_teacher[start:stop])

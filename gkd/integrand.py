@@ -31,6 +31,7 @@ class Divergence:
         rows_fn: an equal but faster `(a, b, p, q) -> (D [...], phi_a [..., V])` that may overwrite a, b and q (never
             p), or None. `phi` and `phi_a` remain the definition; a test compares the two.
         needs_teacher_support: infinite where the teacher has no mass and the student has (reverse KL).
+        traceable: whether `torch.compile` can trace phi and phi_a: no branch in them depends on values.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Divergence:
     phi_a: Integrand | None = field(default=None, repr=False)
     rows_fn: RowsFn | None = field(default=None, repr=False)
     needs_teacher_support: bool = False
+    traceable: bool = True
 
     def rows(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Divergence of each row and `phi_a`; a, b and q are used up, p = e^a is left alone.

@@ -6,6 +6,7 @@ Shapes: N target tokens on this rank, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -28,9 +29,11 @@ class LossSettings:
         shared_vocab: compare only the first so many tokens (both renormalised); None = heads of equal size.
         chunk_size: rows per chunk; None = from a byte budget.
         report_kls: also return the forward and the reverse KL of each token.
+        compiled: run the elementwise work through `torch.compile` where it can be; None = on CUDA with Triton.
 
     Raises:
-        ValueError: a value out of range, or a divergence that is infinite with top_k_tail="renormalize".
+        ValueError: a value out of range, or a divergence that is infinite with top_k_tail="renormalize",
+            compiled=True where nothing can be compiled.
     """
 
     divergence: Divergence
@@ -42,6 +45,7 @@ class LossSettings:
     shared_vocab: int | None = None
     chunk_size: int | None = None
     report_kls: bool = False
+    compiled: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("loss_temperature", "teacher_loss_temperature"):
@@ -54,6 +58,13 @@ class LossSettings:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         if self.top_k_tail not in _TAILS:
             raise ValueError(f"top_k_tail={self.top_k_tail!r} is unknown: choose one of {', '.join(_TAILS)}")
+        traceable = self.divergence.traceable and self.divergence.phi_a is not None
+        if self.compiled and (self.teacher_top_k is not None or not traceable):
+            raise ValueError(
+                f"compiled=True has no effect with divergence={self.divergence.name} and "
+                f"teacher_top_k={self.teacher_top_k}: torch.compile takes divergences with a phi_a that no value "
+                "decides about, over the whole vocabulary; leave it out"
+            )
         if self.top_k_tail == "renormalize" and self.divergence.needs_teacher_support:
             raise ValueError(
                 f"divergence={self.divergence.name} is infinite with top_k_tail='renormalize', where the teacher has "
@@ -69,6 +80,8 @@ class LossSettings:
 class FusedOutput:
     """The loss and what the same pass says about each token; all fp32, and only `loss` carries a gradient.
 
+    Of `fused_cross_entropy`, what needs a teacher is None.
+
     Attributes:
         loss: scalar, sum_n weights[n] divergence[n] + ce_weights[n] cross_entropy[n].
         divergence: [N] nats, at the loss temperature (with scale_by_temperature_squared: multiplied by its square).
@@ -82,11 +95,11 @@ class FusedOutput:
     """
 
     loss: Tensor
-    divergence: Tensor
     student_entropy: Tensor
-    teacher_entropy: Tensor
-    agreement: Tensor
-    teacher_log_prob: Tensor
-    cross_entropy: Tensor | None
-    forward_kl: Tensor | None
-    reverse_kl: Tensor | None
+    divergence: Any = None  # a tensor wherever there is a teacher
+    teacher_entropy: Any = None
+    agreement: Any = None
+    teacher_log_prob: Any = None
+    cross_entropy: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
