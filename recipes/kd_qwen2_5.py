@@ -6,11 +6,11 @@
     python recipes/kd_qwen2_5.py --divergence skew_forward_kl --skew_lambda 0.1     # or skew_reverse_kl
     python recipes/kd_qwen2_5.py --use_peft --learning_rate 2e-4             # LoRA
     python recipes/kd_qwen2_5.py --lmbda 0.5                                 # half of the answers from the student
+    python recipes/kd_qwen2_5.py --teacher_adapter_name_or_path adapters/teacher    # a teacher tuned with LoRA
     python recipes/kd_qwen2_5.py --resume_from_checkpoint true
 
-Rows: `instruction`, `input`, `output`. A LoRA-tuned teacher: merge its adapter first (`merge_and_unload`) and pass
-that folder as --teacher_model_name_or_path. The two heads have 151,936 and 152,064 rows for the same tokens; both
-distributions are compared on the common ones.
+Rows: `instruction`, `input`, `output`. The teacher's adapter is merged into its weights when it is loaded. The two
+heads have 151,936 and 152,064 rows for the same tokens; both distributions are compared on the common ones.
 
 The values are those of the article that this follows. Its KL is a sum over tokens beside a cross-entropy that is their
 mean; here both are means, so that the 0.5 is what it says.
