@@ -222,6 +222,14 @@ def base_of_student(student: nn.Module) -> Any:
     return twin
 
 
+def is_new(student: nn.Module) -> bool:
+    """Whether a LoRA adapter still does nothing: B is 0 as it was made."""
+    ups = [
+        parameter for name, parameter in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name
+    ]
+    return bool(ups) and not any(bool(parameter.any()) for parameter in ups)
+
+
 def _drop_adapters(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         inner = child

@@ -17,6 +17,7 @@ from trl import SFTConfig
 from gkd.config_logging import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config_servers import ROLLOUT_BACKENDS, SERVER_TIMEOUT, check_servers
 from gkd.config_teacher import check_teacher
+from gkd.config_values import check_counts, check_dicts
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
 from gkd.redact import redact_settings, without_secrets
 from gkd.source import MIXINGS
@@ -61,6 +62,7 @@ class GKDConfig(SFTConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *SFTConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
+        "teacher_adapters",
         "generation_kwargs",
     ]
 
@@ -74,6 +76,24 @@ class GKDConfig(SFTConfig):
     teacher_model_name_or_path: str | None = _field(None, "Teacher to load when no teacher_model is passed.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = _field(
         None, "Keyword arguments for loading the teacher by name, as a dict or JSON (dtype as string or torch.dtype)."
+    )
+    teacher_placement: str = _field(
+        "same",
+        "Where the teacher's weights stand: same (on every GPU), cpu_offload (there only while it works), zero3 "
+        "(split over the GPUs), zero3_offload (and in CPU memory).",
+    )
+    teacher_adapter_name_or_path: str | None = _field(
+        None, "A LoRA adapter on the teacher's model: a folder, or a name on the Hub; safetensors only."
+    )
+    share_base_model: bool = _field(
+        False,
+        "The teacher is the student's own base model, one copy of the weights: with teacher_adapter_name_or_path, or "
+        "as it is (self-distillation). The student trains an adapter.",
+    )
+    teacher_adapters: dict[str, str | None] | str | None = _field(
+        None,
+        "Several teachers, an adapter each on the teacher's model, as a dict or JSON of names to adapters (null = "
+        "none). The column `teacher` names each row's.",
     )
     disable_dropout: bool = _field(
         True, "Turn dropout off in student and teacher. A LoRA adapter's own lora_dropout is left alone."
@@ -92,6 +112,10 @@ class GKDConfig(SFTConfig):
         None,
         "Where the teacher's sequences are kept, so that it answers each prompt once. None = "
         "<output_dir>/_teacher_sequences; off = a new sample each time.",
+    )
+    teacher_scores_dir: str | None = _field(
+        None,
+        "Keep the teacher's last hidden states of sequences that come again here, and use them. None = score anew.",
     )
 
     # --- the loss ---
@@ -121,6 +145,9 @@ class GKDConfig(SFTConfig):
         3, "So many steps in a row without a finite loss and gradient (they are skipped) end training; 0 = never."
     )
     loss_chunk_size: int | None = _field(None, "Targets per chunk of the fused loss. None = from a byte budget.")
+    loss_compile: bool | None = _field(
+        None, "Run the loss's elementwise work through torch.compile. None = on CUDA where Triton is installed."
+    )
 
     # --- sampling, all explicit: nothing leaks in from a model's own generation config ---
     mixing: str = _field(
@@ -183,7 +210,9 @@ class GKDConfig(SFTConfig):
             # Otherwise the order of the rows comes from torch's global stream, and ranks whose streams differ (say,
             # after set_seed(..., device_specific=True)) would each shuffle in their own way.
             self.data_seed = self.seed
+        check_dicts(self)
         super().__post_init__()
+        check_counts(self)
         self.make_divergence()
         self._check_ranges()
         self._check_choices()
@@ -275,9 +304,20 @@ class GKDConfig(SFTConfig):
                 )
 
     @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """The names of several teachers, in the order of their numbers; () for one."""
+        assert not isinstance(self.teacher_adapters, str)  # TrainingArguments has parsed it
+        return tuple(self.teacher_adapters or ())
+
+    @property
     def rollout_adapter_folder(self) -> str:
         """Where the student's adapter is written for a server; the underscore keeps it out of what goes to the Hub."""
         return self.rollout_adapter_dir or os.path.join(str(self.output_dir), "_rollout_adapters")
+
+    @property
+    def trains_on_nll_alone(self) -> bool:
+        """Whether no token has a divergence, so that training needs the teacher's text but not its scores."""
+        return self.seq_kd and self.lmbda == 0 and self.seq_kd_loss == "nll"
 
     @property
     def teacher_cache_folder(self) -> str | None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd.fused_pass import Gradients, Pass, Projection
+from gkd import fused_rows as rows
+from gkd.fused_pass import Gradients, Pass, Projection, chunk_rows
 from gkd.loss_settings import FusedOutput, LossSettings
 from gkd.signals import DenseSignal, Head, TeacherSignal, TopKSignal
 
-__all__ = ["FusedOutput", "LossSettings", "fused_divergence"]
+__all__ = ["FusedOutput", "LossSettings", "fused_cross_entropy", "fused_divergence"]
 
 
 def fused_divergence(
@@ -71,6 +72,61 @@ def fused_divergence(
     return replace(output, loss=loss)
 
 
+def fused_cross_entropy(
+    student_hidden: Tensor, student_head: Head, targets: Tensor, ce_weights: Tensor, settings: LossSettings
+) -> FusedOutput:
+    """sum_n ce_weights[n] CE_n over the target tokens alone, for steps in which no token has a divergence.
+
+    As `fused_divergence` with weights of zero, at two matrix products instead of three and without a teacher: what
+    would be said about it is None in the output.
+
+    Args:
+        student_hidden: [N, Ds]. student_head: as in `fused_divergence`.
+        targets: [N] token ids. ce_weights: [N].
+        settings: its `shared_vocab` and `chunk_size`.
+
+    Raises:
+        ValueError: a target outside the vocabulary.
+    """
+    vocab, n = settings.shared_vocab or student_head.weight.shape[0], targets.shape[0]
+    _check_ids("target", targets, vocab)
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    student = Projection(student_hidden, student_head, vocab, dtype)
+    inputs = (student_hidden, student_head.weight, student_head.bias)
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    entropy, cross_entropy = torch.zeros(2, n, dtype=dtype, device=targets.device)
+    weights = ce_weights.to(dtype)
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+        gradients = Gradients.zeros(inputs, needs, dtype)
+        default = chunk_rows(vocab, dtype.itemsize, targets.device.type, gradients.weight is not None)
+        chunk = max(1, min(settings.chunk_size or default, n))
+        buffer = student.buffer(chunk)
+        for start in range(0, n, chunk):
+            at = slice(start, min(start + chunk, n))
+            z, slope_of_cap = student.logits(student.project(at, buffer))
+            gradient = torch.empty_like(z)
+            rows.log_softmax_(rows.shift_(z), gradient)
+            own = targets[at, None]
+            cross_entropy[at] = -z.gather(1, own)[:, 0]
+            entropy[at] = -(z.mul_(gradient)).sum(dim=-1)
+            gradient.scatter_add_(1, own, -torch.ones_like(own, dtype=dtype))
+            if slope_of_cap is not None:
+                gradient.mul_(slope_of_cap)
+            gradients.add(student, at, gradient, weights[at, None] * student.logit_scale)
+        loss = (weights * cross_entropy).sum()
+    if any(needs):
+        loss = _Attach.apply(loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
+    return FusedOutput(loss=loss, student_entropy=entropy, cross_entropy=cross_entropy)
+
+
+def _check_ids(name: str, ids: Tensor, vocab: int) -> None:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ValueError(
+            f"a {name} is outside the {vocab} compared tokens ({int(ids.min())} to {int(ids.max())} found): "
+            "the student's vocabulary and the data's or the teacher's do not match"
+        )
+
+
 def _compared_vocabulary(
     hidden: Tensor, head: Head, signal: TeacherSignal, targets: Tensor, settings: LossSettings
 ) -> int:
@@ -97,13 +153,9 @@ def _compared_vocabulary(
         vocab = settings.shared_vocab
     if not n == rows_of_signal == targets.shape[0]:
         raise ValueError(f"{n} hidden states, {rows_of_signal} rows of the signal and {targets.shape[0]} targets")
-    ids = [("target", targets)] + ([("top-k id", signal.ids)] if isinstance(signal, TopKSignal) else [])
-    for name, tensor in ids:
-        if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < vocab:
-            raise ValueError(
-                f"a {name} is outside the {vocab} compared tokens ({int(tensor.min())} to {int(tensor.max())} found): "
-                "the student's vocabulary and the data's or the teacher's do not match"
-            )
+    _check_ids("target", targets, vocab)
+    if isinstance(signal, TopKSignal):
+        _check_ids("top-k id", signal.ids, vocab)
     return vocab
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
+
+from gkd.placement import check_loading, split_while_loading
+from gkd.quantized import with_quantization
 
 
 def model_name(model: Any) -> str | None:
@@ -18,6 +24,28 @@ def model_name(model: Any) -> str | None:
     return getattr(config, "_name_or_path", None) or None
 
 
+@contextmanager
+def load_errors_named(what: str, remedy: str) -> Iterator[None]:
+    """Turn what the libraries raise for a folder that is missing, broken or of another kind into one line.
+
+    Args:
+        what: is loaded: the field and its value. remedy: what the user can do.
+
+    Raises:
+        ValueError: one of those.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the file system, and it names the file
+        cause = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{what} cannot be loaded: {cause.rstrip('.')}; {remedy}") from error
+
+
+_IS_A_MODEL = "name a folder with the whole model, or a model on the Hub"
+
+
 def load_tokenizer(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -26,24 +54,33 @@ def load_tokenizer(
     Raises:
         ValueError: there is none under that name; with the remedy.
     """
-    try:
+    with load_errors_named(f"the tokenizer of {name!r}", f"save it beside the model, or {_IS_A_MODEL}"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-    except OSError as error:
-        raise ValueError(
-            f"no tokenizer found at {name!r}: pass processing_class, or save the tokenizer beside the model ({error})"
-        ) from error
 
 
-def vocabulary_rows(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> int:
+def load_config(name: str, *, field: str = "model_name_or_path", **options: Any) -> Any:
+    """A model's config.
+
+    Raises:
+        ValueError: there is none under that name; `field` is where the name comes from.
+    """
+    with load_errors_named(f"{field}={name!r}", _IS_A_MODEL):
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def vocabulary_rows(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    field: str = "model_name_or_path",
+) -> int:
     """Rows of a model's output head, from its config alone.
 
     Raises:
         ValueError: there is no model under that name.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-    except OSError as error:
-        raise ValueError(f"model_name_or_path={name!r} cannot be loaded: {error}") from error
+    config = load_config(name, field=field, trust_remote_code=trust_remote_code, revision=revision)
     return int(config.get_text_config().vocab_size)
 
 
@@ -65,16 +102,21 @@ def safe_weights(name: str, init_kwargs: dict[str, Any] | None, field: str) -> d
     return kwargs
 
 
-def load_teacher(name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_teacher(
+    name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_code: bool = False, placement: str = "same"
+) -> PreTrainedModel:
     """Load a teacher; `init_kwargs` is not changed.
 
     Args:
         name: model name or path.
-        init_kwargs: keyword arguments of `from_pretrained`; `dtype` as a string or a `torch.dtype`.
+        init_kwargs: keyword arguments of `from_pretrained`; `dtype` as a string or a `torch.dtype`, quantization as a
+            `BitsAndBytesConfig`, as a dict of its fields, or as those fields.
         trust_remote_code: whether code from the model's repository may run; off unless the user says so.
+        placement: `teacher_placement`; the sharded ones split the weights up while they are loaded.
 
     Raises:
-        ValueError: the model is not there or not in safetensors, or `dtype` is not one.
+        ValueError: the model is not there or not in safetensors, `dtype` is not one, or the quantization is no such
+            thing or does not go with the placement.
     """
     kwargs = safe_weights(name, init_kwargs, "teacher_model_init_kwargs")
     if "torch_dtype" in kwargs:  # the older spelling
@@ -91,6 +133,16 @@ def load_teacher(name: str, init_kwargs: dict[str, Any] | None, *, trust_remote_
     kwargs.setdefault("dtype", "auto")  # as saved: a bfloat16 teacher is not blown up to float32
     kwargs.setdefault("device_map", None)  # placed later: on this rank, or sharded
     try:
-        return create_model_from_path(name, **kwargs)
-    except OSError as error:
+        config = load_config(
+            name,
+            field="teacher_model_name_or_path",
+            trust_remote_code=kwargs["trust_remote_code"],
+            revision=kwargs.get("revision"),
+        ).get_text_config()
+        full = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else config.dtype or torch.float32
+        kwargs = with_quantization(kwargs, full, "teacher_model_init_kwargs")
+        check_loading(kwargs, placement)
+        with split_while_loading(placement, full, int(config.hidden_size)):
+            return create_model_from_path(name, **kwargs)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"teacher_model_name_or_path={name!r} cannot be loaded: {error}") from error

@@ -45,12 +45,13 @@ class Setup:
 
     Attributes:
         weight_bytes, teacher_bytes: of one weight as loaded. activation_bytes: 2 under bf16 or fp16, else 4.
-        lora_r: rank, or None for full fine-tuning. lora_dropout: whether the adapter's dropout is above 0. fold: whether
+        lora_r: rank, or None for full fine-tuning. lora_dropout: whether the adapter has any. fold: whether
             it is folded into a copy of the weights for a rollout.
         batch: B. tokens: T of the longest row. targets: most target tokens of a micro-batch. rollout_batch: R.
         generates: which of "student", "teacher" write completions in this process.
         zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
         teacher_here: False when it is scored on a server.
+        shares_base: the teacher's weights are the student's base.
     """
 
     student: ModelShape
@@ -72,6 +73,7 @@ class Setup:
     zero_stage: int = 0
     offload: bool = False
     teacher_here: bool = True
+    shares_base: bool = False
 
     @property
     def trained(self) -> int:
@@ -158,7 +160,9 @@ def estimate(setup: Setup) -> Estimate:
         "student weights": 0 if offloaded and setup.zero_stage == 3 else weights // split[3],
         "gradients": trained * 4 // split[2],
         "optimizer": 0 if offloaded else trained * state_bytes // split[1],
-        "teacher weights": teacher.parameters * setup.teacher_bytes // split[3] if setup.teacher_here else 0,
+        "teacher weights": teacher.parameters * setup.teacher_bytes // split[3]
+        if setup.teacher_here and not setup.shares_base
+        else 0,
         "student activations": activations(setup),
         "teacher activations": setup.batch * setup.tokens * layer_activations(teacher, setup.activation_bytes, False)
         if setup.teacher_here

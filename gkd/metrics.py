@@ -89,7 +89,7 @@ class Meter:
             if values is not None:  # stays on the device: no synchronisation per micro-batch
                 self._token_sums[i] = self._token_sums[i] + values.double() @ membership
                 self._token_counts[i] = self._token_counts[i] + membership.sum(dim=0)
-        if self.teachers:
+        if self.teachers and output.divergence is not None:
             assert teachers is not None
             values = [getattr(output, attribute).double() for _, attribute in TEACHER_METRICS]
             whose = torch.nn.functional.one_hot(teachers, len(self.teachers)).double()  # [N, teachers]

@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from gkd.loading import load_config
 from gkd.memory import GIB, Estimate, ModelShape, Setup, estimate, smallest_change
 from gkd.recipe import Recipe
 
@@ -65,8 +66,13 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
     settings, args = recipe.settings, recipe.settings.training
     if gpus < 1 or zero_stage not in range(4):
         raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
-    student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path"))
-    teacher_config = _config(args.teacher_model_name_or_path, "teacher_model_name_or_path")
+    student_config = _config(settings.model.model_name_or_path, "model_name_or_path", args.trust_remote_code)
+    student = shape_of(student_config)
+    # A teacher on a server counts for its vocabulary only, which is the student's; one may be the student's base.
+    elsewhere = args.teacher_server_url is not None or args.share_base_model
+    nameless = args.teacher_model_name_or_path is None and elsewhere
+    teacher_name = settings.model.model_name_or_path if nameless else args.teacher_model_name_or_path
+    teacher_config = _config(teacher_name, "teacher_model_name_or_path", args.trust_remote_code)
     teacher = shape_of(teacher_config)
     cuda = not args.use_cpu
     own = args.teacher_model_init_kwargs or {}
@@ -98,16 +104,14 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         zero_stage=zero_stage,
         offload=offload,
         teacher_here=args.teacher_server_url is None,
+        shares_base=args.share_base_model,
     )
 
 
-def _config(name: str | None, field: str) -> Any:
+def _config(name: str | None, field: str, trust_remote_code: bool) -> Any:
     if name is None:
         raise ValueError(f"{field} is missing: pass --{field}")
-    try:
-        return AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"{field}={name!r}: its config cannot be read: {error}") from error
+    return load_config(name, field=field, trust_remote_code=trust_remote_code)
 
 
 def plan(

@@ -26,14 +26,16 @@ from gkd import setup_checks as checks
 from gkd.batch import IGNORE
 from gkd.card_info import Repo
 from gkd.dataset_folder import check_folder, push_folder, write_folder
-from gkd.distributed import place_frozen
 from gkd.environment import installed_versions
 from gkd.loading import load_tokenizer, vocabulary_rows
 from gkd.preparation import hygiene, keep_completions, make_rollout, prepare_rows
 from gkd.recipe import Recipe
 from gkd.redact import redact_command
 from gkd.rollouts.cached import CachedRollout
+from gkd.servers import connect
 from gkd.settings import set_loading_arguments, student_name
+from gkd.teacher_scores import evaluation_sets
+from gkd.teacher_setup import make_teacher
 from gkd.vocab import shared_vocabulary, stop_token_ids
 from gkd.window import Hygiene
 
@@ -55,14 +57,24 @@ _COLUMNS = Features(
 
 @dataclass
 class Work:
-    """What is to be done: prompts of the training rows, the teacher that answers them, and what a sound answer is."""
+    """What is to be done: the training rows (and those of the evaluation), the teacher, and what a sound answer is.
+
+    `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server.
+    """
 
     rows: Dataset
+    evaluation: list[Dataset]
     tokenizer: PreTrainedTokenizerBase
-    rollout: CachedRollout
+    teacher: Any
+    answers: CachedRollout | None
     hygiene: Hygiene
     accelerator: Accelerator
     batch_size: int
+
+    @property
+    def rollout(self) -> CachedRollout:
+        assert self.answers is not None, "the teacher writes nothing without seq_kd"
+        return self.answers
 
 
 def precompute(recipe: Recipe, output: str | None = None, push_to: str | None = None) -> None:
@@ -103,32 +115,44 @@ def precompute(recipe: Recipe, output: str | None = None, push_to: str | None = 
 def prepare(recipe: Recipe) -> Work:
     """Rows, tokenizer and teacher exactly as training has them; the student itself is not loaded."""
     settings, args = recipe.settings, recipe.settings.training
-    assert args.seq_kd, "prompts are prepared for sequences of the teacher"
     student = student_name(settings)
+    if args.share_base_model or args.teacher_adapters is not None:
+        raise ValueError(
+            "gkd precompute loads one teacher and no student, so share_base_model and teacher_adapters do not go with "
+            "it: their sequences and scores are kept during the training"
+        )
     set_loading_arguments(settings)
     source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "revision": settings.model.model_revision}
     tokenizer = checks.check_tokenizer(load_tokenizer(student, **source))
-    rows, _, _ = prepare_rows(recipe.load_data(settings)["train"], None, tokenizer, args, None, None)
+    data = recipe.load_data(settings)
+    asked = data.get("eval") if args.eval_strategy != "no" else None
+    rows, asked, _ = prepare_rows(data["train"], asked, tokenizer, args, None, None)
     assert rows is not None
     teacher = checks.resolve_teacher(student, None, args)
-    teacher_tokenizer = checks.tokenizer_of_teacher(teacher, student, args)
-    own, size = vocabulary_rows(student, **source), int(teacher.config.get_text_config().vocab_size)
-    shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
-    stop_ids = {
-        "student": stop_token_ids(tokenizer, None),
-        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config),
-    }
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
     if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
         propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
-    model = place_frozen(teacher, accelerator)
-    pad_id = int(tokenizer.pad_token_id)
-    foreign = range(min(own, size), size)
-    rollout = make_rollout(args, "teacher", lambda: model, accelerator, stop_ids["teacher"], pad_id, foreign)
-    if not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
-        rollout = keep_completions(rollout, args, model, accelerator)
+    server = connect(args, tokenizer, ("teacher",))["teacher"]
+    teacher_tokenizer = checks.tokenizer_of_teacher(teacher, student, args)
+    own = size = vocabulary_rows(student, **source)
+    if server is None:
+        size = int(teacher.config.get_text_config().vocab_size)
+    shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
+    stop_ids = {
+        "student": stop_token_ids(tokenizer, None),
+        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
+    }
+    scorer: Any = None if server is not None else make_teacher(args, teacher, None, accelerator, None)
+    rollout: Any = None
+    if args.seq_kd:
+        foreign, pad_id = range(min(own, size), size), int(tokenizer.pad_token_id)
+        common = (accelerator, stop_ids["teacher"], pad_id, foreign, server, own, teacher)
+        rollout = make_rollout(args, "teacher", lambda: scorer.model, *common)
+        if not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
+            rollout = keep_completions(rollout, args, server or scorer.model, accelerator)
     batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
-    return Work(rows, tokenizer, rollout, hygiene(args, stop_ids), accelerator, batch_size)
+    sets = evaluation_sets(asked)
+    return Work(rows, sets, tokenizer, scorer, rollout, hygiene(args, stop_ids), accelerator, batch_size)
 
 
 def fill(work: Work) -> None:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from gkd.absent_teacher import AbsentTeacher
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator, prepare_dataset
 from gkd.environment import installed_versions
@@ -37,6 +38,11 @@ def prepare_rows(
         ValueError: rows that cannot be used; see `gkd.data.prepare_dataset`.
     """
     if data_collator is not None and not isinstance(data_collator, PaddingCollator):
+        if args.teacher_names:
+            raise ValueError(
+                "teacher_adapters does not go with a data_collator of your own, which does not say whose a row is: leave "
+                "one of them out"
+            )
         return train_dataset, eval_dataset, data_collator
     generates = args.lmbda > 0 or args.seq_kd
     common: dict[str, Any] = {
@@ -47,6 +53,7 @@ def prepare_rows(
         "assistant_turns": args.assistant_turns,
         "num_proc": args.dataset_num_proc,
         "formatting_func": formatting_func,
+        "teachers": args.teacher_names,
     }
     if train_dataset is not None:
         needs_no_data = args.lmbda == 1 or args.seq_kd
@@ -109,10 +116,12 @@ def make_rollout(
     foreign_ids: range = range(0),
     server: Server | None = None,
     vocabulary: int | None = None,
+    frozen: Any = None,
 ) -> SampledRollout:
     """The backend that writes a source's completions; the teacher's are kept, when any are wanted.
 
-    With a `server`, it writes: the student through its adapter, the teacher as the server's own model.
+    With a `server`, it writes: the student through its adapter, the teacher as the server's own model. `frozen` is
+    the teacher before it is placed; one that is absent is not asked for, only its fingerprint.
     Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
     """
     settings = sampling_settings(args, source, stop_ids, pad_id, foreign_ids)
@@ -130,11 +139,12 @@ def make_rollout(
         rollout = ROLLOUTS["hf"](get_model, accelerator, settings, **options)
     if source != "teacher" or args.teacher_cache_folder is None or not args.seq_kd or args.lmbda == 1:
         return rollout
-    return keep_completions(rollout, args, server or get_model(), accelerator)
+    absent = frozen if isinstance(frozen, AbsentTeacher) else None
+    return keep_completions(rollout, args, server or absent or get_model(), accelerator)
 
 
 def keep_completions(
-    rollout: SampledRollout, args: GKDConfig, model: nn.Module | Server, accelerator: Accelerator
+    rollout: SampledRollout, args: GKDConfig, model: nn.Module | Server | AbsentTeacher, accelerator: Accelerator
 ) -> CachedRollout:
     """A rollout of the frozen `model` (a server's is known by its name only) that samples each prompt once and
     keeps the completion on disk.
@@ -151,8 +161,9 @@ def keep_completions(
     if isinstance(model, Server):
         mark, name, revision = model.fingerprint, model.served.root, None
     else:
-        teacher: Any = extract_model_from_parallel(model)
-        mark, name, revision = fingerprint(teacher), model_name(teacher), getattr(teacher.config, "_commit_hash", None)
+        teacher: Any = extract_model_from_parallel(model) if isinstance(model, nn.Module) else model
+        mark = model.fingerprint if isinstance(model, AbsentTeacher) else fingerprint(teacher)
+        name, revision = model_name(teacher), getattr(teacher.config, "_commit_hash", None)
     key = key_of(rollout.settings, args.seed, mark)
     notes = {"teacher": name, "revision": revision, "versions": installed_versions()}
     return CachedRollout(rollout, open_store(folder, key, notes), accelerator)
@@ -180,4 +191,5 @@ def loss_settings(args: GKDConfig, shared_vocab: int | None) -> LossSettings:
         top_k_tail=args.top_k_tail,
         shared_vocab=shared_vocab,
         chunk_size=args.loss_chunk_size,
+        compiled=args.loss_compile,
     )

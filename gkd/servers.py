@@ -28,8 +28,10 @@ class Server:
         return f"vllm:{self.served.root}"
 
 
-def connect(args: GKDConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Server | None]:
-    """The servers of "student" and "teacher"; None where the model is in this process.
+def connect(
+    args: GKDConfig, tokenizer: PreTrainedTokenizerBase, whose: tuple[str, ...] = ("student", "teacher")
+) -> dict[str, Server | None]:
+    """The servers of "student" and "teacher"; None where the model is in this process, or is not asked for.
 
     Raises:
         ValueError: a server is out of reach, has another tokenizer, or takes sequences that are too short.
@@ -43,7 +45,7 @@ def connect(args: GKDConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Se
     found: dict[str, Server | None] = {"student": None, "teacher": None}
     for who, name in fields.items():
         urls = getattr(args, name)
-        if urls is not None:
+        if urls is not None and who in whose:
             client = VLLMClient(urls, field=name, timeout=args.rollout_server_timeout)
             server = Server(client, served_model(client))
             check_tokenizer(client, server.served, tokenizer)

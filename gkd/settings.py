@@ -6,17 +6,20 @@ field. Precedence: command-line flag, then `--config` YAML, then the recipe's de
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from gkd.config import GKDConfig
+from gkd.data import check_kind
 from gkd.files import read_rows
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -30,6 +33,25 @@ class RunArguments:
         default=True, metadata={"help": "Measure student before, student after and teacher in one harness."}
     )
     num_eval_prompts: int = field(default=32, metadata={"help": "Held-out prompts for that evaluation."})
+    lm_eval_tasks: str | None = field(
+        default=None,
+        metadata={"help": "Public tasks for it through lm-eval, comma separated (hellaswag,arc_easy) or .yaml files."},
+    )
+    lm_eval_limit: int | None = field(
+        default=None, metadata={"help": "Most items of each of these tasks; None = all."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_eval_prompts < 1:
+            raise ValueError(
+                f"num_eval_prompts={self.num_eval_prompts} should be 1 or more; to leave the evaluation out set "
+                "evaluate_before_and_after=False"
+            )
+        if self.lm_eval_limit is not None and (self.lm_eval_limit < 1 or self.lm_eval_tasks is None):
+            raise ValueError(
+                f"lm_eval_limit={self.lm_eval_limit} should be 1 or more, and name the tasks by lm_eval_tasks: or "
+                "leave it out"
+            )
 
 
 @dataclass
@@ -43,7 +65,7 @@ class Settings:
 
 
 LoadData = Callable[[Settings], dict[str, Any]]
-Score = Callable[[str, dict[str, Any]], float]
+_DATA_SETS = ("train", "eval", "prompts")
 
 
 def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: str = "") -> Settings:
@@ -55,35 +77,91 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
         description: for `--help`.
 
     Raises:
-        ValueError: an unknown key in the YAML file or in `defaults`, or a value that a field refuses.
-        SystemExit: an unknown flag, as argparse does.
+        ValueError: an unknown flag, key in the YAML file or name in `defaults`, or a value that a field refuses.
+        SystemExit: a value of another type, as argparse does; `--help`.
     """
     parser = TrlParser(
-        (ScriptArguments, GKDConfig, ModelConfig, RunArguments), description=description, allow_abbrev=False
+        (ScriptArguments, GKDConfig, ModelConfig, RunArguments),
+        usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help lists the fields",
+        description=description,
+        allow_abbrev=False,
     )
-    unknown = parser.set_defaults_with_config(**defaults)
-    if unknown:
-        raise ValueError(f"the recipe's defaults name unknown fields: {' '.join(unknown[::2])}")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--config" in argv:
-        path = argv[argv.index("--config") + 1 :][:1]
-        if not path or not os.path.isfile(path[0]):
-            raise ValueError(f"--config {' '.join(path)}: there is no such file")
-    _call_defaults(parser, argv)
-    return Settings(*parser.parse_args_and_config(argv))
+    known = [action.dest for action in parser._actions if action.dest != "help"]
+    _refuse_unknown(defaults, known, "the recipe's defaults")
+    parser.set_defaults_with_config(**defaults)
+    argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
+    given = _read_config(argv)
+    _refuse_unknown(given, [*known, "env"], "the --config file")
+    for where, values in (("the recipe's defaults", defaults), ("the --config file", given)):
+        _check_numbers(parser, values, where)
+    _call_defaults(parser, argv, given)
+    *parsed, unused = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unused:
+        _refuse_unknown([unused[0].partition("=")[0]], known, "the command line", "--")
+    return Settings(*parsed)
 
 
-def _call_defaults(parser: TrlParser, argv: list[str]) -> None:
+def _split_config(arg: str) -> list[str]:
+    """`--config=file` as the two arguments that the parser looks for."""
+    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
+
+
+def _refuse_unknown(names: Iterable[str], known: list[str], where: str, dashes: str = "") -> None:
+    """One name at a time, with the field that may have been meant.
+
+    Raises:
+        ValueError: a name that is no field.
+    """
+    for name in names:
+        plain = name.lstrip("-").replace("-", "_") if dashes else name
+        if plain not in known or (dashes and not name.startswith(dashes)):
+            near = difflib.get_close_matches(plain, known, n=1)
+            hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the fields"
+            raise ValueError(f"{where}: there is no field {name!r}; {hint}")
+
+
+def _read_config(argv: list[str]) -> dict[str, Any]:
+    """What the YAML file after `--config` says; {} without one.
+
+    Raises:
+        ValueError: there is no such file, or it is no mapping of fields to values.
+    """
+    if "--config" not in argv:
+        return {}
+    path = next(iter(argv[argv.index("--config") + 1 :]), None)
+    if path is None or not os.path.isfile(path):
+        raise ValueError("--config needs a YAML file after it" if path is None else f"--config {path}: no such file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            given = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(f"--config {path} should hold fields and their values, for example `lmbda: 0.5`")
+    return given
+
+
+def _check_numbers(parser: TrlParser, values: dict[str, Any], where: str) -> None:
+    """The parser itself looks at texts only.
+
+    Raises:
+        ValueError: something else where a number should be, or a fraction where a whole one should.
+    """
+    wanted = {action.dest: action.type for action in parser._actions if action.nargs is None}
+    for name, value in values.items():
+        kind = wanted.get(name)
+        if kind not in (int, float) or value is None or isinstance(value, str) or callable(value):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+            raise ValueError(f"{where}: {name}={value!r} should be a {'whole ' if kind is int else ''}number")
+
+
+def _call_defaults(parser: TrlParser, argv: list[str], given: dict[str, Any]) -> None:
     """Replace callable defaults by their value, unless the command line or the YAML file gives one."""
-    given = {arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
-    if "--config" in argv:
-        import yaml
-
-        with open(argv[argv.index("--config") + 1], encoding="utf-8") as file:
-            given |= set(yaml.safe_load(file) or {})
+    names = {arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")} | set(given)
     for action in parser._actions:
         if callable(action.default):
-            action.default = None if action.dest in given else str(action.default())
+            action.default = None if action.dest in names else str(action.default())
 
 
 def load_rows(name: str, config: str | None = None, split: str | None = None) -> Any:
@@ -123,6 +201,29 @@ def dataset_by_name(settings: Settings) -> dict[str, Any]:
     return {"train": splits[script.dataset_train_split], "eval": splits.get(script.dataset_test_split)}
 
 
+def recipe_data(load_data: LoadData, settings: Settings) -> dict[str, Any]:
+    """What a recipe's `load_data` gives, when it is what `gkd.run.run` asks for.
+
+    Raises:
+        ValueError: it is not; or what `load_data` raises.
+    """
+    data = load_data(settings)
+    known = (*_DATA_SETS, "held_out_text")
+    if not isinstance(data, dict) or data.get("train") is None:
+        found = f"a dict with {', '.join(map(repr, data))}" if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"load_data returned {found}: it should return a dict with the rows to train on as 'train'")
+    unknown = [key for key in data if key not in known]
+    if unknown:
+        raise ValueError(f"load_data returned {unknown[0]!r}, which has no effect: the keys are {', '.join(known)}")
+    for name in _DATA_SETS:
+        if data.get(name) is not None:
+            check_kind(data[name], name)
+    texts = data.get("held_out_text")
+    if texts is not None and (isinstance(texts, str) or not all(isinstance(text, str) for text in texts)):
+        raise ValueError("load_data returned a held_out_text that is no list of texts")
+    return data
+
+
 def student_name(settings: Settings) -> str:
     """The student's name or path.
 
@@ -146,6 +247,8 @@ def set_loading_arguments(settings: Settings) -> None:
     if quantization is not None:
         device_map = {"": PartialState().local_process_index}  # quantized weights cannot be moved later
         args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
+    if args.share_base_model:  # the teacher is not loaded
+        return
     own = args.teacher_model_init_kwargs or {}
     assert not isinstance(own, str)  # TrainingArguments has parsed it
     # float32 is ModelConfig's default, made for a student: a teacher stays as it was saved unless the user says more.

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel, PromptLearningConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from gkd.absent_teacher import find_teacher
+from gkd.adapters import with_adapter
 from gkd.config import GKDConfig
 from gkd.distributed import zero_stage
 from gkd.loading import load_teacher, load_tokenizer, model_name, safe_weights
+from gkd.placement import check_placement
 from gkd.vocab import compare_chat_templates, compare_stop_ids
 
 logger = logging.getLogger(__name__)
@@ -38,6 +46,21 @@ def resolve_config(args: Any, model: Any) -> GKDConfig:
         assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
         args.model_init_kwargs = safe_weights(model, args.model_init_kwargs, "model_init_kwargs")
     return args
+
+
+@contextmanager
+def student_named(model: Any) -> Iterator[None]:
+    """Say which model it is that cannot be loaded.
+
+    Raises:
+        ValueError: a student, given by name, without weights, or with broken ones.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not isinstance(model, str) or (isinstance(error, OSError) and error.errno is not None):
+            raise  # of something else: the file system, say, and it names the file
+        raise ValueError(f"model_name_or_path={model!r} cannot be loaded: {error}") from error
 
 
 def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -144,7 +167,8 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
-    """The teacher as a model; loads it by name. None when it is on a server.
+    """The teacher as a model; loads it by name, unless its scores are known to be on disk (`AbsentTeacher`). None when
+    it is on a server or shares the student's base.
 
     Raises:
         ValueError: there is no teacher, it is the student itself, or its loading arguments would have no effect.
@@ -152,6 +176,9 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
     if args.teacher_server_url is not None:
         if teacher is not None:
             raise ValueError("teacher_model does not go with args.teacher_server_url: one of them is the teacher")
+        return None
+    if args.share_base_model:
+        _check_same_base(student, teacher, args)
         return None
     if student is teacher:
         raise ValueError(
@@ -165,16 +192,41 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
             "there is no teacher: pass teacher_model (a model or a name) or set args.teacher_model_name_or_path "
             "or args.teacher_server_url"
         )
+    check_placement(args.teacher_placement, args.world_size, is_deepspeed_zero3_enabled())
     kwargs = args.teacher_model_init_kwargs
     if isinstance(teacher, str):
         assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
-        return load_teacher(teacher, kwargs, trust_remote_code=args.trust_remote_code)
+        load = partial(
+            load_teacher,
+            teacher,
+            kwargs,
+            trust_remote_code=args.trust_remote_code,
+            placement=args.teacher_placement,
+        )
+        if args.teacher_adapter_name_or_path is not None:
+            return with_adapter(load(), args.teacher_adapter_name_or_path, ours=True)
+        return find_teacher(args, teacher, load) or load()
     if kwargs is not None:
         raise ValueError(
             f"teacher_model_init_kwargs={kwargs} has no effect: teacher_model is already a model; "
             "leave it out, or pass the teacher by name"
         )
-    return teacher
+    return with_adapter(teacher, args.teacher_adapter_name_or_path, ours=False)
+
+
+def _check_same_base(student: Any, teacher: Any, args: GKDConfig) -> None:
+    """Refuse a teacher beside the one that shares the student's base."""
+    if teacher is not None and not isinstance(teacher, str):
+        raise ValueError(
+            "teacher_model is a model, and share_base_model=True says that the teacher is the student's own base: "
+            "leave one of them out"
+        )
+    own, named = model_name(student), teacher or args.teacher_model_name_or_path
+    if named is not None and named != own:
+        raise ValueError(
+            f"share_base_model=True, but the teacher is {named!r} and the student's base {own!r}: leave "
+            "teacher_model_name_or_path out, or share_base_model for a teacher with weights of its own"
+        )
 
 
 def resolve_tokenizer(tokenizer: Any, student: Any, args: GKDConfig) -> PreTrainedTokenizerBase:

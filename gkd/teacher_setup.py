@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
 
+from gkd.adapters import base_of_student, is_new, load_adapter, second_model
 from gkd.config import GKDConfig
 from gkd.servers import Server
-from gkd.teachers import TEACHERS, Teacher
+from gkd.teacher_scores import with_scores
+from gkd.teachers import TEACHERS, RoutedTeacher, SharedTeacher, Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def make_teacher(
@@ -18,11 +27,62 @@ def make_teacher(
 
     Args:
         args: its `teacher_*` fields say which kind.
-        teacher_model: the model, as `gkd.setup_checks.resolve_teacher` gave it; None when it is elsewhere.
+        teacher_model: the model, as `shared_base` gave it (of several, their base); None when it is elsewhere.
         student: the unwrapped student, for a teacher that shares something with it.
         accelerator: where the student trains, and how it is sharded.
         server: the teacher's, or None.
     """
     if server is not None:
         return TEACHERS["server"](server.client, server.served, args.teacher_top_k)
-    return TEACHERS["local"](teacher_model, accelerator)
+
+    if args.teacher_names:
+        return RoutedTeacher(_several(args, teacher_model, accelerator))
+
+    def live(model: Any) -> Any:
+        if args.share_base_model:
+            return TEACHERS["shared"](model, accelerator)
+        return TEACHERS["local"](model, accelerator, args.teacher_placement)
+
+    if args.teacher_scores_dir is None:
+        return live(teacher_model)  # type: ignore[no-any-return]
+    return with_scores(args, teacher_model, accelerator, live)
+
+
+def shared_base(args: GKDConfig, teacher_model: Any, student: nn.Module) -> Any:
+    """The teacher's model; under `share_base_model` a second one over the student's base, with the teacher's adapter.
+
+    Raises:
+        ValueError: the student's training changes its base, or the adapter does not fit it.
+    """
+    if not args.share_base_model:
+        return teacher_model
+    base = base_of_student(student)
+    learns = args.ce_weight > 0 or (args.seq_kd and args.seq_kd_loss == "nll")
+    if not learns and args.teacher_adapter_name_or_path is None and not args.teacher_names and is_new(student):
+        logger.warning(
+            "the student's adapter is new, so student and teacher are one model, and divergence and gradient are 0: "
+            "give the teacher an adapter (teacher_adapter_name_or_path), or train on something beside it (ce_weight)"
+        )
+    name = args.teacher_adapter_name_or_path
+    return base if name is None else load_adapter(base, name, "teacher_adapter_name_or_path", shared=True)
+
+
+def _several(args: GKDConfig, base: Any, accelerator: Accelerator) -> dict[str, SharedTeacher]:
+    """A teacher for each of `teacher_adapters`, all over the weights of `base`."""
+    if isinstance(base, PeftModel):
+        raise ValueError("teacher_adapters: teacher_model has an adapter already; pass its base model")
+    assert isinstance(args.teacher_adapters, dict)
+    models = {
+        name: second_model(base)
+        if adapter is None
+        else load_adapter(second_model(base), adapter, f"teacher_adapters[{name!r}]", shared=True)
+        for name, adapter in args.teacher_adapters.items()
+    }
+    return {name: SharedTeacher(model, accelerator) for name, model in models.items()}
+
+
+def frozen_models(teacher: Teacher) -> list[Callable[[], Any]]:
+    """What gives the model of each teacher: one, or as many as there are."""
+    if isinstance(teacher, RoutedTeacher):
+        return [partial(getattr, one, "model") for one in teacher.teachers]
+    return [lambda: teacher.model]

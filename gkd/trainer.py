@@ -28,15 +28,18 @@ from gkd.data import PaddingCollator
 from gkd.distributed import gathered, place_student, sum_over_ranks, zero_stage
 from gkd.divergence import generalized_jsd_loss
 from gkd.faults import FaultGuard, nan_unless_finite
-from gkd.fused import FusedOutput, fused_divergence
+from gkd.fused import FusedOutput, fused_cross_entropy, fused_divergence
 from gkd.hidden import instead_of_logits
 from gkd.hub import HubMixin
+from gkd.lengths import check_lengths
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
+from gkd.rollouts.routed import routed
 from gkd.servers import connect
 from gkd.signals import check_head, head_of, output_layer
 from gkd.source import SOURCES
-from gkd.teacher_setup import make_teacher
+from gkd.teacher_scores import evaluation_sets, load_unless_covered
+from gkd.teacher_setup import frozen_models, make_teacher, shared_base
 from gkd.tokenizer_options import apply_options, template_already_taken
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
@@ -105,7 +108,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         )
         args.remove_unused_columns = False  # the collator needs prompt_length and row
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        with template_already_taken(args):
+        with template_already_taken(args), checks.student_named(model):
             super().__init__(
                 model,
                 args=args,
@@ -129,7 +132,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         self.ledger = Ledger()
         self.guard = FaultGuard(self.accelerator, self.ledger, args.max_nonfinite_steps)
         self.add_callback(self.guard)
-        self._meters = {"train": Meter(self.accelerator.device), "eval": Meter(self.accelerator.device)}
+        for callback in getattr(self.teacher, "callbacks", ()):
+            self.add_callback(callback)  # behind the guard, which may ask for a checkpoint
+        self._meters = {mode: Meter(self.accelerator.device, args.teacher_names) for mode in ("train", "eval")}
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._set_up_logging()
 
@@ -145,6 +150,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             check_head(student, self._head)
         if args.disable_dropout:
             checks.disable_dropout(self.model)
+        teacher_model = shared_base(args, teacher_model, student)
+        check_lengths(args, {"student": student, "teacher": teacher_model}, self.train_dataset)
         if teacher_tokenizer is None:
             teacher_tokenizer = checks.tokenizer_of_teacher(teacher_model, student, args)
         servers = connect(args, tokenizer)
@@ -158,29 +165,36 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
                 teacher_tokenizer or tokenizer, getattr(teacher_model, "generation_config", None)
             ),
         }
-        models = {"student": lambda: self.model_wrapped, "teacher": lambda: self.teacher.model}
+        models = {"student": [lambda: self.model_wrapped], "teacher": frozen_models(self.teacher)}
         self.rollouts = {
-            source: make_rollout(
-                args,
-                source,
-                model,
-                accelerator,
-                self.stop_ids[source],
-                tokenizer.pad_token_id,
-                range(min(heads.values()), heads[source]),
-                servers[source],
-                heads["student"],
+            source: routed(
+                make_rollout(
+                    args,
+                    source,
+                    model,
+                    accelerator,
+                    self.stop_ids[source],
+                    tokenizer.pad_token_id,
+                    range(min(heads.values()), heads[source]),
+                    servers[source],
+                    heads["student"],
+                    teacher_model,
+                )
+                for model in of_source
             )
-            for source, model in models.items()
+            for source, of_source in models.items()
         }
         self.hygiene = hygiene(args, self.stop_ids)
+        asked = [self.train_dataset, *evaluation_sets(self.eval_dataset)]
+        load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
         checks.warn_of_differences(self.stop_ids, tokenizer, teacher_tokenizer)
         logger.info("rollouts: %s", self.rollouts["student"].settings)
         logger.info("loss: %s", self.loss_settings)
 
     @property
     def teacher_model(self) -> nn.Module | None:
-        """The frozen teacher, as `trl.experimental.gkd.GKDTrainer` names it; None when it is on a server."""
+        """The frozen teacher, as `trl.experimental.gkd.GKDTrainer` names it; None when it is on a server. One whose
+        scores are on disk (`teacher_scores_dir`) is loaded now."""
         return self.teacher.model
 
     # ---------------------------------------------------------------------------------------- one optimizer step
@@ -242,7 +256,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             batch = collate(unpad(inputs), self.processing_class.pad_token_id)
             inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
         with self._meters[mode].phase("teacher"):
-            signal = self.teacher.score(inputs)
+            signal = None if mode == "train" and self.args.trains_on_nll_alone else self.teacher.score(inputs)
         model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
@@ -254,10 +268,11 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
 
         loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head)
         output, sources = details[0]
-        self._meters[mode].add_targets(output, sources)
+        teachers = per_target(inputs["teachers"], inputs["labels"]) if self.args.teacher_names else None
+        self._meters[mode].add_targets(output, sources, teachers)
         if mode == "eval":
             self._count_evaluation(output, inputs)
-        else:
+        elif signal is not None:
             self._observe(output, sources, inputs["labels"])
         if mode == "train" and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -284,6 +299,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         sources = per_target(row_sources, labels)
         options = (args.loss_reduction, args.ce_weight, args.ce_on_student_tokens, args.seq_kd_loss == "nll")
         weights, ce_weights = target_weights(labels, row_sources, num_items, *options)
+        if signal is None:
+            assert ce_weights is not None
+            selected = select_targets(hidden, labels)
+            return fused_cross_entropy(selected, self._head, targets, ce_weights, self.loss_settings), sources
         # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
         with gathered(self.teacher.head_parameters()):
             output = fused_divergence(

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from gkd.card import CardInfo, Repo, describe_hardware, installed_versions, write_card
 from gkd.loading import model_name as name_of
+from gkd.teachers import RoutedTeacher
 
 SETTINGS = (
     "lmbda",
@@ -88,11 +89,31 @@ class CardMixin:
             "steps": self.state.global_step,  # type: ignore[attr-defined]
             "num_processes": accelerator.num_processes,
             "hub_model_id": args.hub_model_id,
+            "notes": [*_about_teacher(args), *extras.pop("notes", ())],
         }
         return CardInfo(**{**values, **extras})
 
 
+def _about_teacher(args: Any) -> list[str]:
+    """What the teacher's name does not say: whose weights it has, and its adapters."""
+    about = []
+    if args.share_base_model:
+        about.append("The teacher is the student's base model, without the student's adapter.")
+    if args.teacher_adapter_name_or_path is not None:
+        about.append(f"The teacher carries the adapter `{Repo(args.teacher_adapter_name_or_path).shown}`.")
+    if args.teacher_adapters:
+        names = {name: Repo(path).shown if path else "no adapter" for name, path in args.teacher_adapters.items()}
+        listed = ", ".join(f"{name} (`{path}`)" for name, path in names.items())
+        about.append(f"Several teachers, each an adapter on that model; every row has its own: {listed}.")
+    return about
+
+
 def _teacher(teacher: Any) -> Repo:
+    absent = getattr(teacher, "absent", None)  # its scores are on disk, so it need not have been loaded
+    if absent is not None:
+        return Repo(name_of(absent) or "in memory", _revision(absent))
+    if isinstance(teacher, RoutedTeacher):  # several adapters on one base
+        teacher = teacher.teachers[0]
     if teacher.model is None:  # on a server, which tells its name
         return Repo(teacher.served.root)
     return Repo(name_of(teacher.model) or "in memory", _revision(teacher.model))

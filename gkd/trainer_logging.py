@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerCallback
 
 from gkd.batch import target_positions
 from gkd.completions import CompletionLog
@@ -17,6 +18,28 @@ from gkd.positions import PositionProfile
 logger = logging.getLogger(__name__)
 
 TRUNCATION_WARNING = 0.2  # share of truncated rollouts in one logging period
+
+
+class LogAtStart(TrainerCallback):
+    """Logs what was measured before the training once the training begins: the Trainer starts its history anew then,
+    and a logger that is asked earlier opens a place of its own.
+
+    Args:
+        trainer: whose `log` is used.
+        values: by log name; `eval_...` is what transformers' loggers group under `eval/`.
+    """
+
+    def __init__(self, trainer: Any, values: dict[str, float]) -> None:
+        self._trainer, self._values = trainer, values
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.log(dict(self._values))
+        if "trackio" in args.report_to and args.run_name is None:
+            # Trackio ends its run with the training; what is logged later joins it by this name.
+            import trackio
+
+            run = trackio.context_vars.current_run.get()
+            args.run_name = None if run is None else run.name
 
 
 class LoggingMixin:

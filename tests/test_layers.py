@@ -17,10 +17,12 @@ LEVELS = {
         "fused",
         "fused_pass",
         "fused_rows",
+        "fused_compiled",
         "loss_settings",
         "metrics",
         "config",
         "config_servers",
+        "config_values",
         "config_teacher",
         "rows",
         "encode",
@@ -56,7 +58,7 @@ LEVELS = {
         "quantized",
         "tokenizer_options",
     }
-    | {"vllm_client", "vllm_checks", "servers", "teacher_setup", "teacher_scores", "absent_teacher", "adapters"},
+    | {"lengths", "vllm_client", "vllm_checks", "servers", "teacher_setup", "teacher_scores", "absent_teacher", "adapters"},
     3: {"trainer", "trainer_card", "trainer_evaluation", "trainer_logging", "trainer_window", "checkpoint", "faults", "progress", "completions", "hub"},
     4: {
         "run",
@@ -77,6 +79,11 @@ LEVELS = {
         "doctor_view",
         "evaluate_recipe",
         "new_recipe",
+        "doctor_cost",
+        "evaluate_forward",
+        "evaluate_teacher",
+        "public_tasks",
+        "task_score",
     },
     5: {"cli"},
 }

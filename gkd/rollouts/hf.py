@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
+from gkd.lengths import positions
 from gkd.rollouts.adapter import foldable, folded
 from gkd.rollouts.base import SamplingSettings, row_uniforms
 from gkd.rollouts.cache import keep_rows, places_to_keep, use_growing_layers
@@ -97,9 +98,9 @@ class HFRollout:
         return foldable(model) if self.merge_adapter and pays else []
 
     def _check_lengths(self, model: PreTrainedModel, prompts: list[list[int]], rows: list[int]) -> None:
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room, binds = positions(model.config)
         for prompt, row in zip(prompts, rows, strict=True):
-            if room is not None and len(prompt) + self.settings.max_new_tokens > room:
+            if room is not None and binds and len(prompt) + self.settings.max_new_tokens > room:
                 raise ValueError(
                     f"row {row}: a prompt of {len(prompt)} tokens and max_new_tokens={self.settings.max_new_tokens} "
                     f"exceed the model's {room} positions: lower max_new_tokens or max_prompt_length"

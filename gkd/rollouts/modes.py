@@ -1,8 +1,8 @@
 """Put a model that is being trained into the state for generating, and back again exactly.
 
-One context manager owns every change: unwrap DDP and DeepSpeed, gather ZeRO-3 shards, eval mode, gradient
-checkpointing off, an empty generation config, no auxiliary loss of a router. All of it is undone when the body raises,
-too.
+One context manager owns every change: unwrap DDP and DeepSpeed, gather ZeRO-3 shards, bring an offloaded teacher to
+the accelerator, eval mode, gradient checkpointing off, an empty generation config, no auxiliary loss of a router. All
+of it is undone when the body raises, too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gkd.distributed import gathered, without_zero_hooks
+from gkd.placement import on_accelerator
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def generation_mode(model: nn.Module, accelerator: Accelerator | None) -> Iterat
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(on_accelerator(model))
         stack.enter_context(gathered(model.parameters()))
         stack.enter_context(without_zero_hooks(model))
         bare = _bare_model(model)

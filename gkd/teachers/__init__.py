@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from gkd.teachers.base import Teacher
+from gkd.teachers.cached import CachedTeacher
 from gkd.teachers.local import LocalTeacher
 from gkd.teachers.server import ServerTeacher
+from gkd.teachers.shared import RoutedTeacher, SharedTeacher
 
-TEACHERS: dict[str, type] = {"local": LocalTeacher, "server": ServerTeacher}
+TEACHERS: dict[str, type] = {"local": LocalTeacher, "cached": CachedTeacher, "server": ServerTeacher}
+TEACHERS |= {"shared": SharedTeacher, "routed": RoutedTeacher}
 
-__all__ = ["TEACHERS", "LocalTeacher", "ServerTeacher", "Teacher"]
+__all__ = ["TEACHERS", "CachedTeacher", "LocalTeacher", "RoutedTeacher", "ServerTeacher", "SharedTeacher", "Teacher"]

@@ -14,26 +14,28 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gkd.batch import select_targets
-from gkd.distributed import place_frozen, zero_stage
 from gkd.hidden import last_hidden
+from gkd.placement import is_sharded, on_accelerator, place_teacher
 from gkd.signals import DenseSignal, TeacherSignal, check_head, head_of, output_layer
 
 
 class LocalTeacher:
-    """Scores with a model held by this rank (sharded over the ranks under ZeRO-3)."""
+    """Scores with a model in this process: held by this rank, or sharded over the ranks (`teacher_placement`)."""
 
-    def __init__(self, model: Any, accelerator: Accelerator) -> None:
+    def __init__(self, model: Any, accelerator: Accelerator, placement: str = "same") -> None:
         self.head = head_of(model)
         self._head_module = output_layer(model)
         self.accelerator = accelerator
-        self.model = place_frozen(model, accelerator)
-        if zero_stage(accelerator) < 3:  # a sharded model cannot be run outside its engine
-            check_head(model, self.head)
+        self.model = place_teacher(model, accelerator, placement)
+        if not is_sharded(self.model):  # such a model cannot be run outside its engine
+            with on_accelerator(self.model):
+                check_head(model, self.head)
 
     @torch.no_grad()
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with self.accelerator.autocast():  # the teacher is not prepared by accelerate, so nothing else enters it
+        # The teacher is not prepared by accelerate, so nothing else enters its autocast.
+        with on_accelerator(self.model), self.accelerator.autocast():
             hidden, _ = last_hidden(self.model, self._head_module, inputs)
         return DenseSignal(select_targets(hidden, batch["labels"]), self.head)
 

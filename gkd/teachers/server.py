@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ _TOKENS_ONLY = "/inference/v1/generate"  # about half the cost: no text is made 
 _COMPLETIONS = "/v1/completions"
 _MOST_ABOVE_ONE = 1e-3  # by how much rounding may lift the sum of K probabilities above 1
 
+T = TypeVar("T")
+Entries = list[dict[str, Any] | None]  # vLLM's prompt_logprobs: a dictionary for each token but the first
 Scores = tuple[list[list[int]], list[list[float]]]  # one row's targets: ids and log-probabilities, K each
 
 
@@ -69,7 +71,7 @@ class ServerTeacher:
             positions = [t for t in range(1, len(labels)) if labels[t] != -100]  # the token at t, predicted at t - 1
             if positions:
                 assert positions[-1] < lengths[row], "a target in the padding"
-                calls.append(self._call(ids[: positions[-1] + 1], positions, row))
+                calls.append(self._scores_of(ids[: positions[-1] + 1], positions, row))
         scores: list[Scores] = self.client.run_all(calls)
         ids_of = [row for ids, _ in scores for row in ids]
         log_probs_of = [row for _, log_probs in scores for row in log_probs]
@@ -78,9 +80,25 @@ class ServerTeacher:
             torch.tensor(log_probs_of, dtype=torch.float32, device=device).view(-1, self.top_k),
         )
 
+    def log_probs(self, sequences: Sequence[tuple[list[int], int]]) -> list[list[float]]:
+        """log p, in nats, of the tokens from `start` on of each (ids, start), given all before them.
+
+        Raises:
+            ValueError, ServerError: as `score`.
+        """
+
+        def own(ids: list[int], start: int) -> Callable[[Entries], list[float]]:
+            return lambda scores: [_own_log_prob(scores, ids, t) for t in range(start, len(ids))]
+
+        calls = [self._call(ids, row, own(ids, start)) for row, (ids, start) in enumerate(sequences)]
+        return self.client.run_all(calls)
+
     # ------------------------------------------------------------------------------------------------ a request
 
-    def _call(self, ids: list[int], positions: list[int], row: int) -> Callable[[threading.Event], Scores]:
+    def _scores_of(self, ids: list[int], positions: list[int], row: int) -> Callable[[threading.Event], Scores]:
+        return self._call(ids, row, lambda scores: self._read(scores, ids, positions))
+
+    def _call(self, ids: list[int], row: int, read: Callable[[Entries], T]) -> Callable[[threading.Event], T]:
         room = self.served.max_model_len
         if room is not None and len(ids) >= room:
             raise ValueError(
@@ -89,10 +107,10 @@ class ServerTeacher:
                 "max_length or max_new_tokens"
             )
 
-        def call(stop: threading.Event) -> Scores:
+        def call(stop: threading.Event) -> T:
             body = self.client.post(self._path, self._payload(self._path, ids), first=row, stop=stop)
             try:
-                return self._read(_prompt_logprobs(body), ids, positions)
+                return read(_prompt_logprobs(body))
             except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise ServerError(
                     f"{self.client.field}: the scores of row {row} ({len(ids)} tokens) cannot be used: {error}"
@@ -107,20 +125,16 @@ class ServerTeacher:
             return {"model": self.served.name, "token_ids": ids, "sampling_params": sampling}
         return {"model": self.served.name, "prompt": ids, **sampling}
 
-    def _read(self, scores: list[dict[str, Any] | None], ids: list[int], positions: list[int]) -> Scores:
+    def _read(self, scores: Entries, ids: list[int], positions: list[int]) -> Scores:
         """The K most likely tokens of each target. An entry holds K tokens, and the sequence's own when it is not
         among them: so that token shows that entry and position belong together.
 
         Raises:
             ValueError: a position or token is missing, or a log-probability is not one.
         """
-        if len(scores) != len(ids):
-            raise ValueError(f"{len(scores)} positions for {len(ids)} tokens")
         top_ids, top_log_probs = [], []
         for t in positions:
-            entry = scores[t] or {}
-            if str(ids[t]) not in entry:
-                raise ValueError(f"token {ids[t]} at position {t} is missing from its scores")
+            entry = _entry(scores, ids, t)
             ranked = sorted(((value["logprob"], int(token)) for token, value in entry.items()), reverse=True)
             ranked = ranked[: self.top_k]
             if len(ranked) < self.top_k:
@@ -152,7 +166,28 @@ class ServerTeacher:
         )
 
 
-def _prompt_logprobs(body: dict[str, Any]) -> list[dict[str, Any] | None]:
+def _entry(scores: Entries, ids: list[int], t: int) -> dict[str, Any]:
+    """What the server says of the token at position t.
+
+    Raises:
+        ValueError: it has other positions, or says nothing of this token.
+    """
+    if len(scores) != len(ids):
+        raise ValueError(f"{len(scores)} positions for {len(ids)} tokens")
+    entry = scores[t] or {}
+    if str(ids[t]) not in entry:
+        raise ValueError(f"token {ids[t]} at position {t} is missing from its scores")
+    return entry
+
+
+def _own_log_prob(scores: Entries, ids: list[int], t: int) -> float:
+    value = float(_entry(scores, ids, t)[str(ids[t])]["logprob"])
+    if not value <= _MOST_ABOVE_ONE:  # NaN fails the comparison
+        raise ValueError(f"position {t}: {value} is no log-probability")
+    return value
+
+
+def _prompt_logprobs(body: dict[str, Any]) -> Entries:
     scores = body.get("prompt_logprobs")
     if scores is None:
         scores = body["choices"][0].get("prompt_logprobs")
