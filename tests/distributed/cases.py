@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 from transformers import GenerationConfig, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
@@ -54,6 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"seed": 1, "tie_word_embeddings": True},
     "teacher": {"seed": 2, "hidden": 48, "layers": 3},
 }
+ADAPTERS = ("math", "chat")
+SEVERAL = ("math", "chat", "itself", "itself", "math")  # the rows' teachers in turn
 PROBE = torch.tensor([[257, 65, 66, 67, 258]])
 STOPS = [258, *range(64)]  # so many stop tokens that untrained models stop, each row somewhere else
 
@@ -72,6 +74,7 @@ class Case:
         one_row: every row of the data is the same.
         in_memory: pass model objects rather than names.
         disturb: give every rank's global random streams a state of their own before the trainer and before training.
+        shares: the teacher is the student's base: "itself", with an adapter ("math"), or "several" of these.
         resume: stop after this many steps, build everything anew and go on from the checkpoint.
         refused: the words of the ValueError that must come instead of a training.
     """
@@ -85,6 +88,7 @@ class Case:
     one_row: bool = False
     in_memory: bool = False
     disturb: bool = False
+    shares: str = ""
     resume: int | None = None
     refused: str | None = None
 
@@ -93,11 +97,20 @@ class Case:
         batch = self.args.get("per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"])
         args = {**self.args, "per_device_train_batch_size": RANKS * batch}
         args.pop("deepspeed", None)
-        return Case(self.name, args, student=self.student, lora=self.lora, one_row=self.one_row)
+        return Case(self.name, args, student=self.student, lora=self.lora, one_row=self.one_row, shares=self.shares)
 
 
 def save_models(folder: Path) -> None:
-    """The models of all cases, on disk: under ZeRO-3 a model is split up while it is loaded."""
+    """The models of all cases, on disk: under ZeRO-3 a model is split up while it is loaded; and a teacher's adapters
+    for the first of them."""
+    for seed, name in enumerate(ADAPTERS):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lora = LoraConfig(r=4, target_modules=["k_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM")
+            tuned = get_peft_model(_model("untied"), lora)
+            for parameter in (p for n, p in tuned.named_parameters() if "lora_B" in n):
+                parameter.data.normal_(std=0.3)
+        tuned.save_pretrained(folder / name)
     for name in MODELS:
         _model(name).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
@@ -148,18 +161,33 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
     rank = int(os.environ.get("RANK", 0))
     if case.disturb:
         _disturb(rank)
-    args = GKDConfig(output_dir=str(out), **{**DEFAULTS, **case.args})
     student: Any = str(models / case.student)
     teacher: Any = str(models / "teacher")
+    rows = tiny_rows(1) * ROWS if case.one_row else tiny_rows(ROWS)
+    shared: dict[str, Any] = {}
+    if case.shares:
+        teacher, shared = None, {"share_base_model": True}
+        if case.shares in ADAPTERS:
+            shared["teacher_adapter_name_or_path"] = str(models / case.shares)
+        if case.shares == "several":
+            shared["teacher_adapters"] = {"math": str(models / "math"), "chat": str(models / "chat"), "itself": None}
+            rows = [{**row, "teacher": SEVERAL[i % len(SEVERAL)]} for i, row in enumerate(rows)]
+    args = GKDConfig(output_dir=str(out), **{**DEFAULTS, **shared, **case.args})
     if case.in_memory:
         student, teacher = _in_memory(models / case.student), _in_memory(models / "teacher")
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=not case.shares,  # an adapter that does nothing yet would be its own base as a teacher
+    )
     evaluates = args.eval_strategy != "no"
     trainer = GKDTrainer(
         student,
         teacher,
         args,
-        train_dataset=Dataset.from_list(tiny_rows(1) * ROWS if case.one_row else tiny_rows(ROWS)),
+        train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(tiny_rows(7, seed=9)) if evaluates else None,
         processing_class=tiny_tokenizer(),
         peft_config=lora if case.lora else None,
@@ -202,7 +230,8 @@ def wiring(trainer: GKDTrainer) -> str:
         return ""
     stage = wrapped.zero_optimization_stage()
     if stage == 3:
-        parameters = [p for model in (wrapped, trainer.teacher_model) for p in model.parameters()]
+        own = () if trainer.args.share_base_model else (trainer.teacher_model,)
+        parameters = [p for model in (wrapped, *own) for p in model.parameters()]
         assert all(hasattr(p, "ds_id") for p in parameters)
         # the forward passes of an evaluation leave parameters whole
         if trainer.args.eval_strategy == "no" and any(p.numel() > 0 for p in parameters):
