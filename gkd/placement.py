@@ -1,0 +1,234 @@
+"""Where a frozen model's weights stand: whole on every rank's accelerator, in CPU memory while it does nothing, or
+split over the ranks by DeepSpeed ZeRO-3 (Rajbhandari et al., arXiv 1910.02054), whatever the student's stage.
+
+A ZeRO-3 engine without an optimizer holds one rank's share of the weights and gathers a layer's while it runs; with
+`zero3_offload` that share stands in CPU memory. The student's own engine, DDP included, knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.integrations import deepspeed as zero_loading
+
+from gkd.distributed import freeze, place_frozen, zero_stage
+from gkd.signals import output_layer
+
+SHARDED = ("zero3", "zero3_offload")
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def check_placement(placement: str, num_processes: int, student_is_sharded: bool) -> None:
+    """Refuse what the launch cannot honour, before anything is loaded.
+
+    Args:
+        placement: `teacher_placement`. num_processes: of the launch. student_is_sharded: it runs under ZeRO-3.
+
+    Raises:
+        ValueError: naming the value and the remedy.
+    """
+    if placement == "cpu_offload" and student_is_sharded:
+        raise ValueError(
+            "teacher_placement='cpu_offload' does not go with ZeRO-3, which splits every model up while it is loaded: "
+            "use teacher_placement='zero3_offload', or leave it out"
+        )
+    if placement not in SHARDED:
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"teacher_placement={placement!r} needs DeepSpeed: pip install deepspeed")
+    if num_processes < 2:
+        raise ValueError(
+            f"teacher_placement={placement!r} has one process to split the teacher over: start several (accelerate "
+            "launch --num_processes 2), or use teacher_placement='cpu_offload' or a quantized teacher"
+        )
+
+
+def check_placeable(model: Any, placement: str) -> None:
+    """Refuse a model that cannot be moved or split up.
+
+    Raises:
+        ValueError: it is quantized, or its `device_map` has placed it already.
+    """
+    if placement == "same":
+        return
+    if getattr(model, "is_quantized", False):
+        why = "packed weights cannot be split up" if placement in SHARDED else "its scales would stay behind"
+        raise ValueError(
+            f"teacher_placement={placement!r} does not go with a quantized teacher ({why}): leave teacher_placement "
+            "out, or load the teacher in bfloat16"
+        )
+    if getattr(model, "hf_device_map", None) is not None:
+        raise ValueError(
+            f"teacher_placement={placement!r} does not go with a device_map, which has placed the teacher already: "
+            "take device_map out of teacher_model_init_kwargs, or leave teacher_placement out"
+        )
+
+
+def check_loading(kwargs: dict[str, Any], placement: str) -> None:
+    """The same from the keyword arguments of `from_pretrained`, before minutes of loading.
+
+    Raises:
+        ValueError: see `check_placeable`.
+    """
+    asked = {"is_quantized": kwargs.get("quantization_config") is not None, "hf_device_map": kwargs.get("device_map")}
+    check_placeable(SimpleNamespace(**asked), placement)
+
+
+# ------------------------------------------------------------------------------------------------------ placing
+
+
+def place_teacher(model: nn.Module, accelerator: Accelerator, placement: str = "same") -> nn.Module:
+    """Freeze a model and put it where `teacher_placement` says; the result is what scores and generates.
+
+    `same`: as the student is placed (whole, or split up under ZeRO-3). Sharded placements: all ranks call this.
+
+    Raises:
+        ValueError: see `check_placement` and `check_placeable`.
+    """
+    check_placement(placement, accelerator.num_processes, zero_stage(accelerator) == 3)
+    check_placeable(model, placement)
+    if placement in SHARDED:
+        return _sharded(freeze(model), placement)
+    if placement == "cpu_offload":
+        offload(freeze(model), accelerator.device)
+        return model
+    return place_frozen(model, accelerator)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has split the model up: it then runs inside its engine only."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- CPU memory
+
+
+class Offload:
+    """Weights that stand in CPU memory, and on the accelerator inside `here`.
+
+    The CPU memory keeps its copy meanwhile (frozen weights do not change), so there is one transfer each time and none
+    back. The output head stays on the accelerator: the loss projects with it after the model has run.
+    """
+
+    def __init__(self, model: nn.Module, move: Callable[[Tensor], Tensor], pin: bool) -> None:
+        self._move = move
+        self._depth = 0
+        head = {id(parameter) for parameter in output_layer(model).parameters()}
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        for key, tensor in tensors.items():
+            tensor.data = move(tensor.data) if key in head else tensor.data.cpu()
+        self._at_home: list[tuple[Tensor, Tensor]] = []
+        for key, tensor in tensors.items():
+            if key not in head:
+                home = tensor.data.pin_memory() if pin else tensor.data
+                tensor.data = home
+                self._at_home.append((tensor, home))
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """The weights are on the accelerator inside, and off it again on leaving and when the body raises."""
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                for tensor, home in self._at_home:
+                    tensor.data = self._move(home)
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                for tensor, home in self._at_home:
+                    tensor.data = home
+
+
+_OFFLOADED: WeakKeyDictionary[nn.Module, Offload] = WeakKeyDictionary()
+
+
+def offload(model: nn.Module, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Keep a frozen model in CPU memory; `on_accelerator` brings it to `device`.
+
+    Args:
+        model: a causal language model; its output head goes to `device` for good.
+        device: the accelerator. On a CPU nothing moves.
+        move: instead of the transfer to `device`.
+    """
+    pin = device.type == "cuda"  # pageable memory would be copied to pinned memory first, each time
+    _OFFLOADED[model] = Offload(model, move or (lambda tensor: tensor.to(device, non_blocking=True)), pin)
+
+
+@contextlib.contextmanager
+def on_accelerator(model: nn.Module) -> Iterator[None]:
+    """Inside, an `offload`ed model is on the accelerator; nothing happens to any other model."""
+    state = _OFFLOADED.get(model)
+    if state is None:
+        yield
+        return
+    with state.here():
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- ZeRO-3
+
+
+def zero3_config(dtype: torch.dtype, hidden: int, placement: str) -> dict[str, Any]:
+    """A DeepSpeed configuration that splits a frozen model up: ZeRO-3, no optimizer, no scheduler.
+
+    Tensors of at most 10 x the hidden size (norms, biases) stay whole: gathering them costs more than they weigh.
+    """
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 10 * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+    }
+    if placement == "zero3_offload":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    halves = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and without a meaning where nothing is trained
+        "zero_optimization": zero,
+        **{name: {"enabled": dtype == half} for half, name in halves.items()},
+    }
+
+
+@contextlib.contextmanager
+def split_while_loading(placement: str, dtype: torch.dtype, hidden: int) -> Iterator[None]:
+    """Inside, `from_pretrained` gives each rank its share only, so the whole never stands anywhere."""
+    if placement not in SHARDED:
+        yield
+        return
+    _join_processes()
+    before = zero_loading._hf_deepspeed_config_weak_ref
+    config = zero_loading.HfDeepSpeedConfig(zero3_config(dtype, hidden, placement))
+    try:
+        yield
+    finally:
+        zero_loading._hf_deepspeed_config_weak_ref = before  # the student's, or none
+        del config
+
+
+def _sharded(model: Any, placement: str) -> nn.Module:
+    import deepspeed
+
+    _join_processes()
+    config = zero3_config(model.dtype, int(model.config.get_text_config().hidden_size), placement)
+    if not is_sharded(model):  # passed as a model: split up tensor by tensor, or the engine would first move all of it
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=model.dtype)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return freeze(engine)
+
+
+def _join_processes() -> None:
+    """Let DeepSpeed use the process group that accelerate has made."""
+    import deepspeed
+
+    assert torch.distributed.is_initialized(), "several processes without a process group"
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
