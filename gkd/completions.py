@@ -108,11 +108,11 @@ class CompletionLog(TrainerCallback):
 
     def samples(self, step: int) -> list[Sample]:
         """The last step's sequences as text, secrets replaced."""
-        values = torch.cat(self._divergences).cpu() if self._divergences else torch.empty(0)
+        values = torch.cat(self._divergences).cpu() if self._divergences else None  # a step without a teacher
         samples, start = [], 0
         for sequence in self._sequences:
             targets = sequence.num_targets
-            mean = float(values[start : start + targets].mean()) if targets else None
+            mean = float(values[start : start + targets].mean()) if targets and values is not None else None
             start += targets
             prompt = sequence.input_ids[: sequence.prompt_length]
             completion = sequence.input_ids[sequence.prompt_length :]
@@ -124,7 +124,7 @@ class CompletionLog(TrainerCallback):
             end = ", ".join(found or ["ended" if verdict.ended else "no stop token"])
             texts = (self._text(prompt), self._text(completion))
             samples.append(Sample(step, sequence.source, *texts, end, len(completion), mean))
-        assert start == len(values), (start, len(values))
+        assert values is None or start == len(values), (start, len(values))
         return samples
 
     def _text(self, ids: list[int]) -> str:

@@ -234,3 +234,38 @@ def test_training_with_the_server_as_student_and_teacher(tmp_path, url, folder):
     assert trainer.ledger.targets["teacher"] > 0
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert min(losses) > 0.01
+
+
+def test_training_one_step_ahead(tmp_path, url, folder):
+    """rollout_staleness=1: what a step trains on is what the student of one step before would have said."""
+    torch.manual_seed(6)
+    urls = {"rollout_backend": "vllm", "rollout_server_url": url, "rollout_staleness": 1}
+    trainer = GKDTrainer(
+        model=base_of(folder),
+        teacher_model=base_of(folder),
+        args=config(tmp_path, lmbda=1.0, temperature=0.0, max_steps=4, max_length=200, learning_rate=5.0, **urls),
+        train_dataset=Dataset.from_list(tiny_rows(16)),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False),
+    )
+    rollout = trainer.rollouts["student"]
+    generate, ahead = rollout.generate, rollout.generate_ahead
+    reference = HFRollout(lambda: trainer.model_wrapped, None, rollout.settings, seed=4)
+    expected, fresh = {}, {}
+
+    def compared(prompts, step, rows=None):
+        completions = generate(prompts, step, rows)
+        fresh[step] = reference.generate(prompts, step, rows)
+        assert completions == expected.get(step, fresh[step])
+        return completions
+
+    def asked(prompts, step, rows):
+        expected[step] = reference.generate(prompts, step, rows)
+        ahead(prompts, step, rows)
+
+    rollout.generate, rollout.generate_ahead = compared, asked
+    trainer.train()
+    assert sorted(fresh) == [0, 1, 2, 3]
+    assert sorted(expected) == [1, 2, 3]
+    assert any(expected[step] != fresh[step] for step in expected), "the weights moved in between"
+    assert [e["rollout/staleness"] for e in trainer.state.log_history if "loss" in e] == [0, 1, 1, 1]

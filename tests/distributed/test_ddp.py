@@ -45,6 +45,7 @@ CASES = [
 ]
 REFUSED = [
     Case("fsdp", environment={"ACCELERATE_USE_FSDP": "true"}, refused="FSDP is not supported"),
+    Case("fsdp_argument", {"fsdp": "full_shard"}, refused="FSDP is not supported"),
     Case(
         "dropped_deepspeed",
         environment={"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
