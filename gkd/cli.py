@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rich.console import Console
 
 from gkd._version import __version__
 from gkd.recipe import capture, execute_recipe, mistakes_in_one_line
+
+Action = Callable[[argparse.Namespace, list[str]], int]
 
 EXAMPLE = """example:
   gkd new my_recipe --data rows.jsonl --student Qwen/Qwen2-0.5B-Instruct --teacher Qwen/Qwen2-1.5B-Instruct
@@ -36,16 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_new(commands)
-    _add_doctor(commands)
-    _add_evaluate(commands)
-    _add_precompute(commands)
-    _add_plan(commands)
+    for add in (_add_run, _add_new, _add_doctor, _add_evaluate, _add_precompute, _add_plan):
+        add(commands)
     return parser
 
 
-def _command(commands: Any, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, action: Action, summary: str, description: str, example: str, json_too: bool = False
+) -> argparse.ArgumentParser:
+    """A command that takes a recipe (but for `new`); flags that are not its own go to the recipe."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -54,6 +56,11 @@ def _command(commands: Any, name: str, summary: str, description: str, example: 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    command.set_defaults(action=action)
+    if action is not _new:
+        command.add_argument("recipe", type=Path, help="the recipe's file")
+    if json_too:
+        command.add_argument("--json", action="store_true", help="print JSON instead")
     return command
 
 
@@ -61,11 +68,11 @@ def _add_run(commands: Any) -> None:
     run = _command(
         commands,
         "run",
+        _run,
         "run a recipe in this process",
         "Run a recipe file in this process; everything after it goes to the recipe (its --help lists it).",
         "gkd run recipes/gkd_glass.py --max_steps 20",
     )
-    run.add_argument("recipe", type=Path, help="the recipe's file")
     run.add_argument("flags", nargs=argparse.REMAINDER, help="the recipe's flags")
 
 
@@ -73,61 +80,65 @@ def _add_precompute(commands: Any) -> None:
     precompute = _command(
         commands,
         "precompute",
+        _precompute,
         "let the teacher answer a recipe's prompts beforehand",
         "Let the teacher answer a recipe's training prompts, once each, into the cache that training with --seq_kd "
         "reads (teacher_cache_dir); optionally as a data set of its own. Can be stopped and started again.",
         "gkd precompute recipes/gkd_glass.py --teacher_temperature 0 --precompute_output answers",
     )
-    precompute.add_argument("recipe", type=Path, help="the recipe's file")
-    precompute.add_argument(
-        "--precompute_output", metavar="DIR", help="write the answers as a data set into this folder"
-    )
+    precompute.add_argument("--precompute_output", metavar="DIR", help="also write the answers as a data set")
     precompute.add_argument("--precompute_push_to_hub", metavar="ID", help="push that data set to this repository")
+    precompute.add_argument("--scores", action="store_true", help="score the rows into teacher_scores_dir instead")
 
 
 def _add_doctor(commands: Any) -> None:
-    doctor = _command(
+    _command(
         commands,
         "doctor",
+        _doctor,
         "check a recipe before it costs a GPU-day",
         "Load what a recipe needs and print a checklist: tokens, templates, stop ids, rows (three of them in colour), "
-        "perplexities, eight rollouts, versions. Further flags go to the recipe. Exit code 1 on an error.",
+        "perplexities, eight rollouts, memory, time of a step, versions. Further flags go to the recipe. Exit code 1 "
+        "on an error.",
         "gkd doctor recipes/gkd_glass.py --max_new_tokens 20",
+        json_too=True,
     )
-    doctor.add_argument("recipe", type=Path, help="the recipe's file")
-    doctor.add_argument("--json", action="store_true", help="print JSON instead")
 
 
 def _add_evaluate(commands: Any) -> None:
     evaluate = _command(
         commands,
         "evaluate",
+        _evaluate,
         "measure a recipe's student and teacher, without training",
         "Measure the student, an adapter of it, and the teacher on a recipe's held-out prompts. Further flags go to "
-        "the recipe (--num_eval_prompts 256; --eval_strategy steps for the perplexity of the eval answers).",
+        "the recipe (--num_eval_prompts 256; --eval_strategy steps for the perplexity of the eval answers; "
+        "--lm_eval_tasks hellaswag,arc_easy).",
         "gkd evaluate recipes/gkd_glass.py --adapter outputs/gkd_glass",
+        json_too=True,
     )
-    evaluate.add_argument("recipe", type=Path, help="the recipe's file")
     evaluate.add_argument("--adapter", metavar="DIR", help="a trained adapter, beside the student as it is")
-    evaluate.add_argument("--json", action="store_true", help="print JSON instead")
 
 
 def _add_new(commands: Any) -> None:
     new = _command(
         commands,
         "new",
+        _new,
         "write a recipe for your data",
         "Look at the data and write a recipe that runs. Rows: messages, conversations, prompt and completion, "
         "instruction, text; or any two columns, named by --prompt_column and --completion_column.",
         "gkd new mine --data rows.jsonl --student my/student --teacher my/teacher",
     )
-    new.add_argument("name", help="the recipe's name")
-    new.add_argument("--data", required=True, help="a .jsonl, .json, .csv or .parquet file, or a Hub data set")
-    new.add_argument("--student", required=True, help="name or folder")
-    new.add_argument("--teacher", required=True, help="name or folder")
+    new.add_argument("name", metavar="NAME", help="the recipe's name")
+    new.add_argument(
+        "--data", metavar="FILE", required=True, help="a .jsonl, .json, .csv, .parquet, or a Hub data set"
+    )
+    new.add_argument("--student", metavar="MODEL", required=True, help="name or folder")
+    new.add_argument("--teacher", metavar="MODEL", required=True, help="name or folder")
     new.add_argument("--output", metavar="FILE", help="recipes/NAME.py without it")
-    new.add_argument("--prompt_column", metavar="NAME", help="the column with the question")
-    new.add_argument("--completion_column", metavar="NAME", help="the column with the answer")
+    new.add_argument("--prompt_column", metavar="COLUMN", help="with the question")
+    new.add_argument("--completion_column", metavar="COLUMN", help="with the answer")
     new.add_argument("--force", action="store_true", help="overwrite the file")
 
 
@@ -135,17 +146,27 @@ def _add_plan(commands: Any) -> None:
     plan = _command(
         commands,
         "plan",
+        _plan,
         "the memory that a recipe's run needs on each GPU",
         "Print what a recipe's run needs on each GPU, part by part, from the models' configs alone, and the smallest "
         "change that makes it fit. Exit code 1 when it does not fit. Other flags go to the recipe.",
         "gkd plan recipes/gkd_qwen2.py --gpus 8 --gpu_memory 24GB --zero_stage 2",
+        json_too=True,
     )
-    plan.add_argument("recipe", type=Path, help="the recipe's file")
-    plan.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default 1)")
-    plan.add_argument("--gpu_memory", default="80GB", help="memory of each, for example 24GB or 80GB (the default)")
-    plan.add_argument("--zero_stage", type=int, default=0, help="DeepSpeed ZeRO stage, 0 is DDP (the default)")
+    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="GPUs of the run (default 1)")
+    plan.add_argument("--gpu_memory", metavar="SIZE", default="80GB", help="of each: 24GB, 80GB (the default)")
+    plan.add_argument(
+        "--zero_stage", metavar="STAGE", type=int, default=0, help="DeepSpeed ZeRO's; 0, DDP, by default"
+    )
     plan.add_argument("--offload", action="store_true", help="optimizer (and ZeRO-3 weights) in CPU memory")
-    plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+# ------------------------------------------------------------------------------------------------------- actions
+
+
+def _run(arguments: argparse.Namespace, flags: list[str]) -> int:
+    execute_recipe(arguments.recipe, [*flags, *arguments.flags])
+    return 0
 
 
 def _plan(arguments: argparse.Namespace, flags: list[str]) -> int:
@@ -163,10 +184,19 @@ def _plan(arguments: argparse.Namespace, flags: list[str]) -> int:
     )
 
 
-def _precompute(recipe: Path, flags: list[str], output: str | None, push_to: str | None) -> None:
+def _precompute(arguments: argparse.Namespace, flags: list[str]) -> int:
+    output, push_to = arguments.precompute_output, arguments.precompute_push_to_hub
+    if arguments.scores:
+        if output is not None or push_to is not None:
+            raise ValueError("--scores does not go with --precompute_output: run one after the other")
+        from gkd.precompute_scores import precompute_scores
+
+        precompute_scores(capture(arguments.recipe, flags))
+        return 0
     from gkd.precompute import precompute
 
-    precompute(capture(recipe, [*flags, "--seq_kd", "true"]), output, push_to)
+    precompute(capture(arguments.recipe, [*flags, "--seq_kd", "true"]), output, push_to)
+    return 0
 
 
 @contextmanager
@@ -176,37 +206,52 @@ def _stdout_for_json(wanted: bool) -> Iterator[None]:
         yield
 
 
-def _doctor(recipe: Path, flags: list[str], as_json: bool) -> int:
-    with _stdout_for_json(as_json):
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without log lines, warnings and progress bars: what is to be said stands in the checklist."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import datasets
+            from transformers.utils import logging as of_transformers
+
+            datasets.disable_progress_bars()
+            of_transformers.disable_progress_bar()
+            yield
+    finally:
+        datasets.enable_progress_bars()
+        of_transformers.enable_progress_bar()
+        logging.disable(logging.NOTSET)
+
+
+def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
+    with _stdout_for_json(arguments.json), _quietly():
         from gkd.doctor import examine
         from gkd.doctor_view import show
 
-        logging.disable(logging.WARNING)  # the checklist says it
-        try:
-            diagnosis = examine(capture(recipe, flags))
-        finally:
-            logging.disable(logging.NOTSET)
-    if as_json:
+        diagnosis = examine(capture(arguments.recipe, flags))
+    if arguments.json:
         print(json.dumps(diagnosis.as_json(), indent=2, ensure_ascii=False))
     else:
         show(diagnosis, Console())
     return 0 if diagnosis.passed else 1
 
 
-def _evaluate(recipe: Path, flags: list[str], adapter: str | None, as_json: bool) -> None:
-    with _stdout_for_json(as_json):
+def _evaluate(arguments: argparse.Namespace, flags: list[str]) -> int:
+    with _stdout_for_json(arguments.json):
         from gkd import evaluate_recipe
 
-        columns = evaluate_recipe.evaluate_recipe(capture(recipe, flags), adapter)
-    if int(os.environ.get("RANK", 0)) != 0:
-        return
-    if as_json:
-        print(json.dumps(evaluate_recipe.as_json(columns), indent=2, ensure_ascii=False))
-    else:
-        Console().print(evaluate_recipe.results_table(columns))
+        columns = evaluate_recipe.evaluate_recipe(capture(arguments.recipe, flags), arguments.adapter)
+    if int(os.environ.get("RANK", 0)) == 0:
+        if arguments.json:
+            print(json.dumps(evaluate_recipe.as_json(columns), indent=2, ensure_ascii=False))
+        else:
+            Console().print(evaluate_recipe.results_table(columns))
+    return 0
 
 
-def _new(arguments: argparse.Namespace) -> None:
+def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.new_recipe import write_recipe
 
     columns = None
@@ -224,44 +269,22 @@ def _new(arguments: argparse.Namespace) -> None:
         force=arguments.force,
     )
     print(f"wrote {path}; next: gkd doctor {path}")
-
-
-def _run(recipe: Path, flags: list[str]) -> int:
-    if not recipe.is_file():
-        print(
-            f"error: there is no recipe {str(recipe)!r}: name a file, for example recipes/gkd_glass.py",
-            file=sys.stderr,
-        )
-        return 2
-    execute_recipe(recipe, flags)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 done, 1 the doctor found an error, 2 the user's mistake, 130 Ctrl-C)."""
+    """Entry point; returns the exit code (0 done, 1 the doctor found an error or a plan does not fit).
+
+    Raises:
+        SystemExit: 2 for a user's mistake, 1 for a training that had to give up, 130 for Ctrl-C.
+    """
     parser = _parser()
     arguments, flags = parser.parse_known_args(argv)
-    if arguments.command == "precompute":
-        with mistakes_in_one_line():
-            _precompute(arguments.recipe, flags, arguments.precompute_output, arguments.precompute_push_to_hub)
-        return 0
-    if arguments.command == "doctor":
-        with mistakes_in_one_line():
-            return _doctor(arguments.recipe, flags, arguments.json)
-    if arguments.command == "evaluate":
-        with mistakes_in_one_line():
-            _evaluate(arguments.recipe, flags, arguments.adapter, arguments.json)
-        return 0
-    if arguments.command == "plan":
-        with mistakes_in_one_line():
-            return _plan(arguments, flags)
-    if flags:
+    if flags and arguments.action is _new:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    if arguments.command == "new":
-        with mistakes_in_one_line():
-            _new(arguments)
-        return 0
-    return _run(arguments.recipe, arguments.flags)
+    with mistakes_in_one_line():
+        code: int = arguments.action(arguments, flags)
+    return code
 
 
 if __name__ == "__main__":

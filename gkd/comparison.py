@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from gkd.markdown import markdown_table, shorten
+from gkd.markdown import markdown_table, printable, shorten
 from gkd.measures import METRICS, Estimate, Measures, Metric, difference_estimate, finite
 
 GOAL_SIGNS = {"lower": "↓", "higher": "↑", "teacher": "≈"}
@@ -50,12 +50,13 @@ def compare(
     Raises:
         ValueError: a key that is no metric.
     """
-    unknown = [key for key in keys or () if key not in METRICS]
+    known = {**METRICS, **before.extra, **after.extra}
+    unknown = [key for key in keys or () if key not in known]
     if unknown:
-        raise ValueError(f"keys: {unknown} are no metrics; choose from {list(METRICS)}")
-    chosen = [key for key in keys or METRICS if key in before.values or key in after.values]
+        raise ValueError(f"keys: {unknown} are no metrics; choose from {list(known)}")
+    chosen = [key for key in keys or known if key in before.values or key in after.values]
     return [
-        _row(METRICS[key], *(model.values.get(key) if model else None for model in (before, after, teacher)))
+        _row(known[key], *(model.values.get(key) if model else None for model in (before, after, teacher)))
         for key in chosen
     ]
 
@@ -128,7 +129,11 @@ def samples_table(before: Measures, after: Measures, limit: int = 400) -> Table:
     for heading in ("Prompt (end)", before.name, after.name):
         out.add_column(Text(heading), ratio=1)
     for (prompt, old), (_, new) in zip(before.samples, after.samples, strict=False):
-        out.add_row(Text(prompt[-limit:]), Text(shorten(old, limit)), Text(shorten(new, limit)))
+        out.add_row(
+            Text(printable(prompt[-limit:])),
+            Text(shorten(printable(old), limit)),
+            Text(shorten(printable(new), limit)),
+        )
     return out
 
 

@@ -10,25 +10,30 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gkd.doctor_cost import STEPS, examine_memory, examine_time, shorten, spread
 from gkd.doctor_rows import examine_rows
 from gkd.doctor_view import Diagnosis
 from gkd.environment import describe_hardware, installed_versions
 from gkd.evaluate import Evaluator
 from gkd.evaluate_recipe import measuring_trainer
+from gkd.evaluate_teacher import teacher_of
 from gkd.loading import load_tokenizer, vocabulary_rows
 from gkd.measures import Measures
-from gkd.recipe import Recipe
-from gkd.settings import Settings, student_name
+from gkd.recipe import CODE_ERRORS, Recipe, mistake
+from gkd.settings import Settings, recipe_data, student_name
 from gkd.setup_checks import check_tokenizer
 from gkd.tokenizer_options import apply_options
 from gkd.trainer import GKDTrainer
+from gkd.vllm_client import ServerError
 from gkd.vocab import compare_chat_templates, compare_stop_ids, shared_vocabulary
 
 ROWS_MEASURED, ROLLOUTS = 32, 8
 _MANY = 0.5  # a share of truncated rollouts that calls for a warning
+_NAMED = 8  # stop ids that a line names
 _SAME = 1e-6  # nats/token; a divergence below it is rounding
 
 T = TypeVar("T")
@@ -47,7 +52,9 @@ def examine(recipe: Recipe) -> Diagnosis:
     if tokenizers is not None:
         _attempt(out, "Token maps", lambda: _token_maps(out, settings, tokenizers))
         _chat_templates(out, *tokenizers)
-    data = _attempt(out, "Data", lambda: recipe.load_data(settings))
+    if out.passed:
+        _attempt(out, "Memory", lambda: examine_memory(out, recipe))
+    data = _attempt(out, "Data", lambda: recipe_data(recipe.load_data, settings))
     if data is None or tokenizers is None:
         return out
     prepared = _attempt(out, "Rows", lambda: examine_rows(out, data["train"], tokenizers[0], settings.training))
@@ -61,8 +68,14 @@ def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:
     """The action's result; None and an error line when it raises what a user can mend."""
     try:
         return action()
-    except ValueError as error:
-        out.add(name, "error", str(error))
+    except (ValueError, *CODE_ERRORS) as error:
+        told = mistake(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            out.add(name, "error", "out of memory", "see gkd plan for the smallest change that fits")
+        elif told is not None or isinstance(error, (ServerError, FloatingPointError)):
+            out.add(name, "error", told or str(error))
+        else:
+            raise
         return None
 
 
@@ -82,6 +95,14 @@ def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
     )
     apply_options(student, args)
     named = args.teacher_model_name_or_path
+    if args.teacher_server_url is not None:
+        out.add(
+            "Tokenizers", "ok", f"student {len(student):,} tokens; the teacher's server is asked for its own below"
+        )
+        return student, None
+    if args.share_base_model:
+        out.add("Tokenizers", "ok", f"student {len(student):,} tokens; the teacher is the same base model")
+        return student, None
     if named is None:
         out.add("Tokenizers", "warning", "the teacher has no name: its tokens are not compared", "name the teacher")
         return student, None
@@ -101,8 +122,14 @@ def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
 
 def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> None:
     args = settings.training
+    if args.teacher_server_url is not None or args.share_base_model:
+        return
     names = {"student": student_name(settings), "teacher": args.teacher_model_name_or_path or student_name(settings)}
-    rows = {who: vocabulary_rows(name, trust_remote_code=args.trust_remote_code) for who, name in names.items()}
+    fields = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path"}
+    rows = {
+        who: vocabulary_rows(name, field=fields[who], trust_remote_code=args.trust_remote_code)
+        for who, name in names.items()
+    }
     shared = shared_vocabulary(*tokenizers, rows["student"], rows["teacher"])
     sizes = f"heads of {rows['student']:,} (student) and {rows['teacher']:,} rows (teacher)"
     if tokenizers[1] is None:
@@ -129,27 +156,46 @@ def _chat_templates(out: Diagnosis, student: PreTrainedTokenizerBase, teacher: P
 
 
 def _models(out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset) -> None:
-    """Load both models as a run does, and let them answer."""
-    usable = data["train"].select(list(prepared["row"][:ROWS_MEASURED]))
+    """Load both models as a run does, let them answer, and make two steps."""
+    schedule = shorten(settings.training, len(prepared))
+    number = max(ROWS_MEASURED, STEPS * schedule.timed * settings.training.per_device_train_batch_size)
+    usable = data["train"].select(spread(prepared, number))
     with measuring_trainer(settings, {**data, "train": usable}) as trainer:
-        student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher_model
-        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        size = f"student {student.num_parameters():,} parameters, {trained:,} of them trained"
-        if teacher is None:
-            out.add("Models", "ok", f"{size}; the teacher is on a server and not measured here")
-            return
+        _sizes(out, trainer)
+        _attempt(out, "Rollouts", lambda: _measure(out, trainer, data, prepared))
+        _attempt(out, "Time", lambda: examine_time(out, trainer, schedule))
+
+
+def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
+    student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher_model
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    size = f"student {student.num_parameters():,} parameters, {trained:,} of them trained"
+    if teacher is None:
+        where = "is on a server" if trainer.args.teacher_server_url is not None else "is not one model of its own"
+        out.add("Models", "ok", f"{size}; the teacher {where}")
+    else:
         out.add("Models", "ok", f"{size}; teacher {trainer.accelerator.unwrap_model(teacher).num_parameters():,}")
-        remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
-        ids = ", ".join(map(str, trainer.stop_ids["student"]))
-        out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{ids} for both")))
-        evaluator = _evaluator(trainer, data, prepared)
-        student_measures = evaluator.measure(trainer.model, "student")
-        teacher_measures = evaluator.measure(teacher, "teacher")
-    out.rollouts.extend(student_measures.samples)
-    _perplexities(out, student_measures, teacher_measures, len(evaluator.held_out))
-    _divergence(out, student_measures)
-    for measures in (student_measures, teacher_measures):
-        _rollouts(out, measures, settings.training.max_new_tokens, settings.training.repetition_threshold)
+    if trainer.args.teacher_server_url is not None:
+        out.add("Token maps", "ok", "the teacher's server makes the same ids of a line of text and the special tokens")
+    remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
+    ids = trainer.stop_ids["student"]
+    named = ", ".join(map(str, ids[:_NAMED])) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+    out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{named} for both")))
+
+
+def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> None:
+    evaluator = _evaluator(trainer, data, prepared)
+    student = evaluator.measure(trainer.model, "student")
+    out.rollouts.extend(student.samples)
+    found = [student]
+    if evaluator.teacher is None:
+        out.add("Perplexity", "warning", "there is no single teacher: only the student is measured")
+    else:
+        found.append(evaluator.measure(evaluator.teacher, "teacher"))
+        _perplexities(out, *found, len(evaluator.held_out))
+        _divergence(out, student, evaluator.settings()["divergence"])
+    for measures in found:
+        _rollouts(out, measures, trainer.args.max_new_tokens, trainer.args.repetition_threshold)
 
 
 def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> Evaluator:
@@ -162,7 +208,7 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
         texts = [trainer.processing_class(text)["input_ids"] for text in data["held_out_text"][:ROWS_MEASURED]]
         held_out, starts = [ids[: trainer.args.max_length] for ids in texts if len(ids) > 1], None
     return Evaluator(
-        trainer.teacher.model,
+        teacher_of(trainer),
         trainer.processing_class,
         # running text has no prompt: its first half is continued
         [row["input_ids"][: row["prompt_length"] or -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]],
@@ -191,9 +237,9 @@ def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: i
         out.add("Perplexity", "warning", f"{message}: the teacher is the worse of the two", remedy)
 
 
-def _divergence(out: Diagnosis, student: Measures) -> None:
+def _divergence(out: Diagnosis, student: Measures, name: str) -> None:
     value = student.values["divergence_own"].value
-    message = f"{value:.3g} nats/token on the student's own completions"
+    message = f"{value:.3g} nats/token on the student's own completions ({name})"
     if not math.isfinite(value):
         out.add("Divergence", "error", message, "load the models in bfloat16 or float32, and look for broken weights")
     elif value < _SAME:

@@ -12,23 +12,29 @@ stream is moved, and the models come back in the mode they were in.
 Several processes: every rank measures everything and gets the same numbers. No share is split off, so a single
 process and eight agree exactly; under ZeRO-3 all ranks must call `measure` (parameters are gathered, a collective).
 
+A teacher on a server answers the same questions as far as it can (`gkd.evaluate_teacher`); without one, what concerns
+the student alone is measured.
+
 B rows, T tokens, N targets, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from gkd.batch import collate, join, select_targets, target_mask
+from gkd.batch import target_mask
+from gkd.evaluate_forward import batches, collated, hidden_of_targets, token_nll
+from gkd.evaluate_teacher import ServedTeacher
 from gkd.fused import LossSettings, fused_divergence
-from gkd.hidden import last_hidden
 from gkd.measures import (
     Estimate,
     Measures,
@@ -38,12 +44,12 @@ from gkd.measures import (
     mean_estimate,
     ratio_estimate,
 )
+from gkd.public_tasks import PublicTasks
 from gkd.rollouts import HFRollout, SamplingSettings, repeated_ngram_share
 from gkd.rollouts.modes import generation_mode
-from gkd.signals import DenseSignal, Head, head_of, output_layer
+from gkd.signals import DenseSignal, TeacherSignal, head_of
+from gkd.task_score import TaskScore
 
-Score = Callable[[int, str], float]
-CHUNK_LOGITS = 2**25  # numbers in one chunk of logits for the perplexity: 128 MiB in fp32
 TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # of FusedOutput
 
 
@@ -52,7 +58,7 @@ class Evaluator:
     """Measures models on fixed prompts and texts; the teacher's completions are sampled once and kept.
 
     Attributes:
-        teacher: the teacher, bare or prepared by accelerate.
+        teacher: the teacher, bare or prepared by accelerate; or on a server; or None.
         tokenizer: for the sample texts and the task score.
         prompts: token ids, one list for each prompt.
         held_out: token ids of texts for the perplexity, each of at least two tokens; may be empty.
@@ -60,8 +66,8 @@ class Evaluator:
         loss: the training's divergence, temperatures and shared vocabulary; the teacher's full distribution is used.
         teacher_sampling: the teacher's settings where they differ (its stop ids); None = `sampling`.
         seed: of the sampling.
-        score: (number of the prompt, text of the completion) -> task score, for the greedy completion and a sample at
-            T = 1; None without a task.
+        score: the task's, for the greedy completions and samples at T = 1; None without a task.
+        public_tasks: named tasks through lm-eval, for models in this process.
         held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
         batch_size: sequences per forward pass.
         num_samples: prompts whose completions are kept as text.
@@ -71,7 +77,7 @@ class Evaluator:
         ValueError: no prompts, an empty prompt, a held-out text without a target.
     """
 
-    teacher: nn.Module
+    teacher: nn.Module | ServedTeacher | None
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     held_out: list[list[int]]
@@ -79,7 +85,8 @@ class Evaluator:
     loss: LossSettings
     teacher_sampling: SamplingSettings | None = None
     seed: int = 0
-    score: Score | None = None
+    score: TaskScore | None = None
+    public_tasks: PublicTasks | None = None
     held_out_starts: list[int] | None = None
     batch_size: int = 8
     num_samples: int = 3
@@ -106,13 +113,15 @@ class Evaluator:
             )
         self.held_out_starts = starts
         # As trained, but against all that the teacher says, and with the forward KL reported beside it.
-        self.loss = replace(self.loss, teacher_top_k=None, report_kls=True)
+        top_k = self.teacher.top_k if isinstance(self.teacher, ServedTeacher) else None
+        self.loss = replace(self.loss, teacher_top_k=top_k, top_k_tail="bucket", report_kls=True)
 
-    def measure(self, model: nn.Module, name: str) -> Measures:
+    def measure(self, model: nn.Module | ServedTeacher, name: str) -> Measures:
         """Everything there is to measure of one model (`model` may be the teacher itself).
 
         Args:
-            model: a causal language model, bare or prepared by accelerate, with or without a LoRA adapter.
+            model: a causal language model, bare or prepared by accelerate, with or without a LoRA adapter; or the
+                teacher on its server.
             name: the heading of its column.
         """
         is_teacher = model is self.teacher
@@ -124,23 +133,36 @@ class Evaluator:
             **self._perplexity(model),
             **self._scores(model, sampling, own),
         }
+        extra = {}
+        if self.public_tasks is not None and not isinstance(model, ServedTeacher):
+            with generation_mode(model, self.accelerator) as bare:
+                public, extra = self.public_tasks.measure(bare, self.tokenizer)
+            values |= public
         texts = zip(self.prompts[: self.num_samples], own, strict=False)
         samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
-        return Measures(name, values, samples, self.settings())
+        return Measures(name, values, samples, self.settings(), extra)
 
     def settings(self) -> dict[str, Any]:
         """How everything was measured, for the table's footnote."""
         return {
             "prompts": len(self.prompts),
             "held-out texts": len(self.held_out),
-            "divergence": self.loss.divergence.name,
+            "divergence": self._divergence_name(),
             "temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
             "seed": self.seed,
         }
 
+    def _divergence_name(self) -> str:
+        if self.teacher is None:
+            return "not measured: there is no single teacher here"
+        top_k = self.loss.teacher_top_k
+        known = "" if top_k is None else f" over the teacher's {top_k} most likely tokens and the rest (a lower bound)"
+        return f"{self.loss.divergence.name}{known}"
+
     def teacher_text(self) -> list[list[int]]:
         """The teacher's completions of the prompts, sampled at the first call."""
+        assert self.teacher is not None
         if self._teacher_text is None:
             self._teacher_text = self._generate(self.teacher, self._teacher_sampling)
         return self._teacher_text
@@ -155,8 +177,10 @@ class Evaluator:
     def _teacher_sampling(self) -> SamplingSettings:
         return self.teacher_sampling or self.sampling
 
-    def _generate(self, model: nn.Module, sampling: SamplingSettings) -> list[list[int]]:
+    def _generate(self, model: nn.Module | ServedTeacher, sampling: SamplingSettings) -> list[list[int]]:
         """Completions of all prompts. The source of the random numbers is no training source: none is used twice."""
+        if isinstance(model, ServedTeacher):
+            return model.generate(self.prompts, sampling)
         rollout = HFRollout(
             lambda: model,
             self.accelerator,
@@ -167,8 +191,10 @@ class Evaluator:
         )
         return rollout.generate(self.prompts, step=0)
 
-    def _against_teacher(self, model: nn.Module, own: list[list[int]]) -> dict[str, Estimate]:
+    def _against_teacher(self, model: nn.Module | ServedTeacher, own: list[list[int]]) -> dict[str, Estimate]:
         """Divergences and agreement with the teacher on the model's own and on the teacher's completions."""
+        if self.teacher is None:
+            return {}
         mine = self._target_means(model, own)
         theirs = mine if own is self._teacher_text else self._target_means(model, self.teacher_text())
         return {
@@ -181,22 +207,23 @@ class Evaluator:
             "agreement_teacher_text": theirs["agreement"],
         }
 
-    def _target_means(self, model: nn.Module, completions: list[list[int]]) -> dict[str, Estimate]:
+    def _target_means(self, model: nn.Module | ServedTeacher, completions: list[list[int]]) -> dict[str, Estimate]:
         """Token means of TARGET_VALUES over the completions."""
+        counts = [len(completion) for completion in completions]
+        if isinstance(model, ServedTeacher):  # compared with itself
+            same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
+            return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
         sums = torch.zeros(len(completions), len(TARGET_VALUES), dtype=torch.float64)
         sequences = list(zip(self.prompts, completions, strict=True))
-        with (
-            generation_mode(model, self.accelerator) as student,
-            generation_mode(self.teacher, self.accelerator) as teacher,
-        ):
-            student_head, teacher_head = head_of(student), head_of(teacher)
-            for rows in _batches([len(p) + len(c) for p, c in sequences], self.batch_size):
-                batch = _collate([sequences[row] for row in rows], student.device)
+        with generation_mode(model, self.accelerator) as student, self._asked() as ask:
+            student_head = head_of(student)
+            for rows in batches([len(p) + len(c) for p, c in sequences], self.batch_size):
+                batch = collated([sequences[row] for row in rows], student.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
                 output = fused_divergence(
-                    _hidden(student, batch),
+                    hidden_of_targets(student, batch),
                     student_head,
-                    DenseSignal(_hidden(teacher, batch, student.device), teacher_head),
+                    ask(batch),
                     targets,
                     torch.zeros(len(targets), device=student.device),
                     self.loss,
@@ -204,28 +231,42 @@ class Evaluator:
                 values = torch.stack([getattr(output, value).double() for value in TARGET_VALUES], dim=1).cpu()
                 lengths = torch.tensor([len(sequences[row][1]) for row in rows])
                 sums.index_add_(0, torch.tensor(rows).repeat_interleave(lengths), values)
-        counts = [len(completion) for completion in completions]
         return {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
 
-    def _perplexity(self, model: nn.Module) -> dict[str, Estimate]:
+    @contextmanager
+    def _asked(self) -> Iterator[Callable[[dict[str, Tensor]], TeacherSignal]]:
+        """What the teacher says about a batch's targets."""
+        if isinstance(self.teacher, ServedTeacher):
+            yield self.teacher.score
+            return
+        assert self.teacher is not None
+        with generation_mode(self.teacher, self.accelerator) as teacher:
+            head = head_of(teacher)
+            yield lambda batch: DenseSignal(hidden_of_targets(teacher, batch, batch["labels"].device), head)
+
+    def _perplexity(self, model: nn.Module | ServedTeacher) -> dict[str, Estimate]:
         """exp of the mean negative log-likelihood per token of the held-out texts, over the whole vocabulary."""
         if not self.held_out:
             return {}
         assert self.held_out_starts is not None
-        sums, counts = [0.0] * len(self.held_out), [0] * len(self.held_out)
+        parts = [(ids[:start], ids[start:]) for ids, start in zip(self.held_out, self.held_out_starts, strict=True)]
+        nll = model.nll(parts) if isinstance(model, ServedTeacher) else self._nll(model, parts)
+        return {
+            "perplexity": exponential_estimate(ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll))))
+        }
+
+    def _nll(self, model: nn.Module, parts: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """-log p of the tokens of each (context, text)'s text."""
+        found: list[list[float]] = [[] for _ in parts]
         with generation_mode(model, self.accelerator) as bare:
             head = head_of(bare)
-            for rows in _batches([len(ids) for ids in self.held_out], self.batch_size):
-                parts = [
-                    (self.held_out[r][: self.held_out_starts[r]], self.held_out[r][self.held_out_starts[r] :])
-                    for r in rows
-                ]
-                batch = _collate(parts, bare.device)
+            for rows in batches([len(context) + len(text) for context, text in parts], self.batch_size):
+                batch = collated([parts[row] for row in rows], bare.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
-                nll = token_nll(_hidden(bare, batch), head, targets).double().cpu()
-                for row, values in zip(rows, nll.split([len(text) for _, text in parts]), strict=True):
-                    sums[row], counts[row] = float(values.sum()), len(values)
-        return {"perplexity": exponential_estimate(ratio_estimate(sums, counts))}
+                nll = token_nll(hidden_of_targets(bare, batch), head, targets).double().cpu()
+                for row, values in zip(rows, nll.split([len(parts[row][1]) for row in rows]), strict=True):
+                    found[row] = values.tolist()
+        return found
 
     def _text_measures(self, own: list[list[int]], sampling: SamplingSettings) -> dict[str, Estimate]:
         """What can be seen from the completions alone; lengths count the stop token, as in training."""
@@ -236,46 +277,18 @@ class Evaluator:
             "distinct_2": Estimate(distinct_ngrams(own, 2), None, len(own)),
         }
 
-    def _scores(self, model: nn.Module, sampling: SamplingSettings, own: list[list[int]]) -> dict[str, Estimate]:
+    def _scores(
+        self, model: nn.Module | ServedTeacher, sampling: SamplingSettings, own: list[list[int]]
+    ) -> dict[str, Estimate]:
         """The task score of the greedy completions and of samples from the model's undistorted distribution."""
         if self.score is None:
             return {}
         plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
-        sampled = own if plain == sampling else self._generate(model, plain)
-        greedy = self._generate(model, replace(plain, temperature=0.0))
-        return {"score_greedy": self._score(greedy), "score_sampled": self._score(sampled)}
-
-    def _score(self, completions: list[list[int]]) -> Estimate:
-        assert self.score is not None
-        return mean_estimate([float(self.score(i, self._text(ids, plain=True))) for i, ids in enumerate(completions)])
-
-
-# ------------------------------------------------------------------------------------------------ forward passes
-
-
-def token_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """-log p(target) [N] in nats, fp32, of hidden states [N, D]; only one chunk of logits exists at a time."""
-    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
-    chunks = zip(hidden.to(head.weight.dtype).split(rows), targets.split(rows), strict=True)
-    with torch.autocast(hidden.device.type, enabled=False):
-        parts = [nn.functional.cross_entropy(head.logits(h).float(), t, reduction="none") for h, t in chunks]
-    return torch.cat(parts)
-
-
-def _hidden(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device | None = None) -> Tensor:
-    """Hidden states [N, D] that predict the batch's targets, on `device`."""
-    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    hidden, _ = last_hidden(model, output_layer(model), inputs)
-    return select_targets(hidden, batch["labels"].to(hidden.device)).to(device or hidden.device)
-
-
-def _collate(sequences: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:
-    """(context, completion) pairs as one right-padded batch; the id of the padding does not matter."""
-    rows = [join(context, text, "data", row, False, True) for row, (context, text) in enumerate(sequences)]
-    return {key: value.to(device) for key, value in collate(rows, pad_id=0).items()}
-
-
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of `size`, longest first, so that rows of like length share their padding."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    yield from (order[start : start + size] for start in range(0, len(order), size))
+        written = {
+            "greedy": self._generate(model, replace(plain, temperature=0.0)),
+            "sampled": own if plain == sampling else self._generate(model, plain),
+        }
+        found: dict[str, Estimate] = {}
+        for way, completions in written.items():
+            found |= self.score.estimates([self._text(ids, plain=True) for ids in completions], way)
+        return found

@@ -11,16 +11,19 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 
+from gkd.adapters import second_model
 from gkd.comparison import LEGEND, as_dict, format_estimate, format_label
 from gkd.comparison import table as comparison_table
 from gkd.measures import METRICS, Measures
 from gkd.recipe import Recipe
-from gkd.report import Report
+from gkd.report import evaluator_of
 from gkd.run import build_trainer
-from gkd.settings import Settings
+from gkd.settings import Settings, recipe_data
 from gkd.trainer import GKDTrainer
 
+WITH_ADAPTER = "student + adapter"  # the name of that column
 TRAIN_ROWS = 256  # of the training set, which only the set-up of a trainer needs
 
 
@@ -28,11 +31,12 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
     """Measure the student, the student with an adapter, and the teacher on the recipe's held-out prompts.
 
     Args:
-        recipe: as `gkd.recipe.capture` gives it. Its `use_peft` is set aside: nothing is trained.
+        recipe: as `gkd.recipe.capture` gives it. Its `use_peft` is set aside, since nothing is trained, unless the
+            teacher shares the student's base: a new adapter changes nothing.
         adapter: folder or name of a PEFT adapter; None = the student as it is.
 
     Returns:
-        "student", "student + adapter" (with one), "teacher".
+        "student", "student + adapter" (with one), "teacher" (where there is one that can be measured).
 
     Raises:
         ValueError: what a run would refuse, or a folder that holds no adapter.
@@ -43,16 +47,16 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
             f"--model_name_or_path {adapter}"
         )
     settings = recipe.settings
-    settings.model.use_peft = False
-    data = recipe.load_data(settings)
+    settings.model.use_peft = settings.model.use_peft and settings.training.share_base_model
+    data = recipe_data(recipe.load_data, settings)
     with measuring_trainer(settings, data) as trainer:
-        if trainer.teacher_model is None:
-            raise ValueError("the teacher is on a server: it is needed here, name it by teacher_model_name_or_path")
-        evaluator = Report(trainer, data, recipe.score, settings.run.num_eval_prompts).evaluator
+        evaluator = evaluator_of(trainer, data, recipe)
         columns = [evaluator.measure(trainer.model, "student")]
         if adapter is not None:
-            columns.append(evaluator.measure(_with_adapter(trainer, adapter), "student + adapter"))
-        return [*columns, evaluator.measure(trainer.teacher_model, "teacher")]
+            columns.append(evaluator.measure(_with_adapter(trainer, adapter), WITH_ADAPTER))
+        if evaluator.teacher is not None:
+            columns.append(evaluator.measure(evaluator.teacher, "teacher"))
+        return columns
 
 
 @contextmanager
@@ -62,6 +66,7 @@ def measuring_trainer(settings: Settings, data: dict[str, Any]) -> Iterator[GKDT
     with tempfile.TemporaryDirectory() as folder:
         args = settings.training
         args.output_dir, args.push_to_hub, args.report_to, args.teacher_cache_dir = folder, False, [], "off"
+        args.teacher_scores_dir, args.log_completions = None, False
         yield build_trainer(settings, {**data, "train": train.select(range(min(len(train), TRAIN_ROWS)))})
 
 
@@ -69,20 +74,25 @@ def _with_adapter(trainer: GKDTrainer, adapter: str) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(trainer.model, adapter)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"--adapter {adapter} does not load into this student: {error}") from error
+        own = isinstance(trainer.model, PeftModel)  # under share_base_model; the student is then in two models
+        return PeftModel.from_pretrained(second_model(trainer.model) if own else trainer.model, adapter)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ValueError(
+            f"--adapter {adapter} does not load into this student: {' '.join(lines[:2])}; name the folder of an "
+            "adapter that was trained on it"
+        ) from error
 
 
 def results_table(columns: list[Measures]) -> Table:
     """The measures side by side; with an adapter, whether it improves on the student."""
-    if len(columns) == 3:
-        return comparison_table(columns[0], columns[1], columns[2])
+    if len(columns) > 1 and columns[1].name == WITH_ADAPTER:
+        return comparison_table(*columns)
     out = Table(title="Student and teacher", title_justify="left", caption=LEGEND)
     out.add_column("Measure")
     for column in columns:
         out.add_column(column.name, justify="right", no_wrap=True)
-    for key, metric in METRICS.items():
+    for key, metric in {**METRICS, **columns[0].extra}.items():
         if any(key in column.values for column in columns):
             cells = [Text(format_estimate(metric, column.values.get(key))) for column in columns]
             out.add_row(Text(format_label(metric)), *cells)
@@ -94,4 +104,6 @@ def as_json(columns: list[Measures]) -> dict[str, Any]:
     models = {column.name: {key: estimate.as_dict() for key, estimate in column.values.items()} for column in columns}
     samples = {column.name: [{"prompt": p, "completion": c} for p, c in column.samples] for column in columns}
     out = {"settings": columns[0].settings, "models": models, "samples": samples}
-    return {**out, "comparison": as_dict(columns[0], columns[1], columns[2])} if len(columns) == 3 else out
+    if len(columns) > 1 and columns[1].name == WITH_ADAPTER:
+        out["comparison"] = as_dict(*columns)
+    return out

@@ -8,7 +8,8 @@ residuals of that ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ from typing import Any
 class Estimate:
     """A measured number. `error` is its standard error over `count` sequences, None where there is none to give.
 
-    `residuals` holds each sequence's share of the error, in the order of the prompts, for paired comparisons.
+    `residuals` holds the shares of the error, for paired comparisons: one for each sequence in the order of the
+    prompts, or one for each resampled set.
     """
 
     value: float
@@ -57,18 +59,22 @@ METRICS: dict[str, Metric] = {
         Metric("distinct_2", "Distinct 2-grams", "share", "teacher"),
         Metric("score_greedy", "Task score, greedy", "", "higher"),
         Metric("score_sampled", "Task score, sampled at T = 1", "", "higher"),
+        Metric("corpus_score_greedy", "Corpus score, greedy", "", "higher"),
+        Metric("corpus_score_sampled", "Corpus score, sampled at T = 1", "", "higher"),
     )
 }
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Everything measured of one model. `values` is keyed as METRICS; `samples` are (prompt, completion) texts."""
+    """Everything measured of one model. `values` is keyed as METRICS, or as `extra` for measures that are not among
+    them; `samples` are (prompt, completion) texts."""
 
     name: str
     values: dict[str, Estimate]
     samples: tuple[tuple[str, str], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Metric] = field(default_factory=dict)
 
     def as_log(self, prefix: str) -> dict[str, float]:
         """`{prefix/key: value}` with the finite values only, for the trainer's loggers."""
@@ -112,6 +118,26 @@ def exponential_estimate(a: Estimate) -> Estimate:
     value = math.exp(a.value) if a.value < 700 else math.inf
     error = None if a.error is None else value * a.error
     return Estimate(value, error, a.count, tuple(value * r for r in a.residuals))
+
+
+def bootstrap_estimate(
+    statistic: Callable[[Sequence[int]], float], count: int, resamples: int, draw: random.Random
+) -> Estimate:
+    """A number that belongs to a whole set of sequences, with its bootstrap standard error (Efron 1979).
+
+    Args:
+        statistic: numbers of sequences, repeated ones too -> the number.
+        count: of sequences.
+        resamples: sets drawn with replacement.
+        draw: their random numbers; two models with the same ones are compared set by set.
+    """
+    value = statistic(range(count))
+    if count < 2:
+        return Estimate(value, None, count)
+    drawn = [statistic([draw.randrange(count) for _ in range(count)]) for _ in range(resamples)]
+    mean = math.fsum(drawn) / resamples
+    residuals = tuple((one - mean) / math.sqrt(resamples) for one in drawn)
+    return Estimate(value, _error(residuals), count, residuals)
 
 
 def _error(residuals: Sequence[float]) -> float | None:

@@ -83,8 +83,11 @@ def write_recipe(
     splits = load_rows(data)
     split = "train" if "train" in splits else next(iter(splits))
     look = look_at(splits[split], _has_chat_template(student), columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(name, data, split, student, teacher, look, path), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render(name, data, split, student, teacher, look, path), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}; pass another --output") from error
     return path
 
 

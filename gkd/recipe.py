@@ -5,10 +5,13 @@ Light to import: torch is loaded by the recipe, once it is found.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import runpy
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,11 +19,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gkd.errors import DiskFullError
+from gkd.errors import DiskFullError, PushError
 from gkd.vllm_client import ServerError
 
 if TYPE_CHECKING:
-    from gkd.settings import LoadData, Score, Settings
+    from gkd.settings import LoadData, Settings
+    from gkd.task_score import CorpusScore, Score
+
+
+# What goes wrong in a recipe's own lines: told with their place, without the way that led there.
+CODE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+)
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,20 @@ class Recipe:
     settings: Settings
     load_data: LoadData
     score: Score | None
+    corpus_score: CorpusScore | None = None
+
+    def __post_init__(self) -> None:
+        for name, example in _FUNCTIONS.items():
+            function = getattr(self, name)
+            try:
+                if function is not None:
+                    inspect.signature(function).bind(*example[1:-1].split(", "))
+            except TypeError as error:
+                raise ValueError(f"{name} is called as {name}{example}, and cannot be: {error}") from error
+
+
+# How `run` calls what a recipe gives it.
+_FUNCTIONS = {"load_data": "(settings)", "score": "(completion, row)", "corpus_score": "(completions, rows)"}
 
 
 class _Captured(BaseException):
@@ -86,6 +121,27 @@ def execute_recipe(path: str | Path, argv: list[str]) -> None:
         sys.argv = before
 
 
+def in_the_users_code(error: BaseException) -> str | None:
+    """What went wrong and where, in one line, when the user's own code raised the error (a recipe file, its
+    `load_data` or `score`, or a module that it imports); None when this package or what it calls did."""
+    if isinstance(error, SyntaxError):
+        own = error.filename is not None and not _is_ours(error.filename) and not _is_librarys(error.filename)
+        return f"{error.filename}, line {error.lineno}: {error.msg}" if own else None
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_librarys(frame.filename)]
+    if not frames or _is_ours(frames[-1].filename):
+        return None
+    last = frames[-1]
+    return f"{last.filename}, line {last.lineno}, `{last.line}`: {type(error).__name__}: {error}"
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_PACKAGE + os.sep)
+
+
+def _is_librarys(file: str) -> bool:
+    return not _is_ours(file) and file.startswith(("<", *_LIBRARIES))
+
+
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """A user's mistake ends in one line on stderr and exit code 2 (the traceback too when GKD_DEBUG=1).
@@ -96,14 +152,22 @@ def mistakes_in_one_line() -> Iterator[None]:
     logging.getLogger("gkd").setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
         yield
-    except (ValueError, TypeError) as error:
-        if os.environ.get("GKD_DEBUG") or (isinstance(error, TypeError) and not str(error).startswith("args is")):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (FloatingPointError, DiskFullError, ServerError) as error:
+    except (FloatingPointError, DiskFullError, ServerError, PushError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+    except (ValueError, *CODE_ERRORS) as error:
+        told = mistake(error)
+        if told is None or os.environ.get("GKD_DEBUG"):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def mistake(error: BaseException) -> str | None:
+    """The line that tells a user's mistake; None when the error is none."""
+    if isinstance(error, ValueError) or (isinstance(error, TypeError) and str(error).startswith("args is")):
+        return str(error)
+    return in_the_users_code(error)

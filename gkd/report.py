@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +16,112 @@ from gkd.comparison import as_dict, samples_table, table
 from gkd.config import GKDConfig
 from gkd.data import prepare_dataset
 from gkd.evaluate import Evaluator
+from gkd.evaluate_teacher import teacher_of
 from gkd.measures import Measures
 from gkd.plots import write_plots
+from gkd.public_tasks import PublicTasks
+from gkd.recipe import Recipe
+from gkd.task_score import TaskScore
 from gkd.trainer import GKDTrainer
+from gkd.trainer_logging import LogAtStart
 
 logger = logging.getLogger(__name__)
 
 # What the console shows; everything that was measured stands in evaluation.json and on the card.
-HEADLINES = ("divergence_own", "divergence_teacher_text", "perplexity", "ended", "score_greedy", "score_sampled")
-
-Score = Callable[[str, dict[str, Any]], float]
-
+HEADLINES = (
+    "divergence_own",
+    "divergence_teacher_text",
+    "perplexity",
+    "ended",
+    "score_greedy",
+    "score_sampled",
+    "corpus_score_greedy",
+    "corpus_score_sampled",
+)
 
 HELD_OUT_ROWS = 256  # answers of the eval rows that the perplexity is measured on, when no texts are given
 
 
-class Report:
-    """Measures around the training, on prompts that are fixed before it.
+def evaluator_of(trainer: GKDTrainer, data: dict[str, Any], recipe: Recipe) -> Evaluator:
+    """The harness of a recipe, on prompts that are fixed before the training.
 
     Args:
         trainer: the trainer, prepared.
         data: what the recipe's `load_data` gave: `prompts` (rows to measure on; the first rows of `eval`, else of
             `train`, when it is missing) and `held_out_text` (texts; the answers of `eval` when it is missing).
-        score: (completion, prompt row) -> task score.
-        num_prompts: most prompts to measure on.
+        recipe: its scores, and how much is measured.
+
+    Raises:
+        ValueError: rows that cannot be used; lm-eval is missing or does not know a task.
+    """
+    args: GKDConfig = trainer.args
+    about = recipe.settings.run
+    rows = next(data[name] for name in ("prompts", "eval", "train") if data.get(name) is not None)
+    if data.get("prompts") is None and data.get("eval") is None:
+        logger.warning("no held-out rows: the before/after table is measured on rows of the training set")
+    rows = rows.select(range(min(len(rows), about.num_eval_prompts)))
+    prompts, kept = _prompts(rows, trainer)
+    held_out, starts = _held_out(data, trainer)
+    teacher = teacher_of(trainer)
+    if teacher is None:
+        logger.warning("there is no single teacher in this process: only the student is measured, by itself")
+    score = None
+    if recipe.score is not None or recipe.corpus_score is not None:
+        score = TaskScore([rows[number] for number in kept], recipe.score, recipe.corpus_score)
+    public = None
+    if about.lm_eval_tasks is not None:
+        public = PublicTasks(about.lm_eval_tasks, about.lm_eval_limit, args.per_device_eval_batch_size, args.seed)
+    return Evaluator(
+        teacher,
+        trainer.processing_class,
+        prompts,
+        held_out,
+        trainer.rollouts["student"].settings,
+        trainer.loss_settings,
+        teacher_sampling=trainer.rollouts["teacher"].settings,
+        seed=args.seed,
+        score=score,
+        public_tasks=public,
+        held_out_starts=starts,
+        batch_size=args.per_device_eval_batch_size,
+        accelerator=trainer.accelerator,
+    )
+
+
+class Report:
+    """Measures around the training.
+
+    Args:
+        trainer: the trainer, prepared.
+        evaluator: None measures nothing, and the report is of the training alone.
     """
 
-    def __init__(self, trainer: GKDTrainer, data: dict[str, Any], score: Score | None, num_prompts: int) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: GKDTrainer, evaluator: Evaluator | None) -> None:
+        self.trainer, self.evaluator = trainer, evaluator
         self.before: Measures | None = None
         self.after: Measures | None = None
         self.teacher: Measures | None = None
         self.comparison: dict[str, Any] | None = None
-        rows = next(data[name] for name in ("prompts", "eval", "train") if data.get(name) is not None)
-        if data.get("prompts") is None and data.get("eval") is None:
-            logger.warning("no held-out rows: the before/after table is measured on rows of the training set")
-        rows = rows.select(range(min(len(rows), num_prompts)))
-        prompts, kept = _prompts(rows, trainer)
-        held_out, starts = _held_out(data, trainer)
-        args: GKDConfig = trainer.args
-        self.evaluator = Evaluator(
-            trainer.teacher.model,
-            trainer.processing_class,
-            prompts,
-            held_out,
-            trainer.rollouts["student"].settings,
-            trainer.loss_settings,
-            teacher_sampling=trainer.rollouts["teacher"].settings,
-            seed=args.seed,
-            score=None if score is None else lambda i, text: score(text, rows[kept[i]]),
-            held_out_starts=starts,
-            batch_size=args.per_device_eval_batch_size,
-            accelerator=trainer.accelerator,
-        )
 
     def measure_before(self) -> None:
         """Measure the untrained student and the teacher. A collective: every rank calls it."""
+        assert self.evaluator is not None
         logger.info(
             "measuring the student before training, and the teacher, on %d prompts", len(self.evaluator.prompts)
         )
         self.before = self.evaluator.measure(self.trainer.model_wrapped, "student before")
-        self.teacher = self.evaluator.measure(self.trainer.teacher.model, "teacher")
-        self.trainer.log({**self.before.as_log("before"), **self.teacher.as_log("teacher_evaluation")})
+        of_teacher = {}
+        if self.evaluator.teacher is not None:
+            self.teacher = self.evaluator.measure(self.evaluator.teacher, "teacher")
+            of_teacher = self.teacher.as_log("eval_teacher")
+        self.trainer.add_callback(LogAtStart(self.trainer, {**self.before.as_log("eval_before"), **of_teacher}))
 
     def measure_after(self) -> None:
         """Measure the trained student and compare. A collective."""
+        assert self.evaluator is not None
         assert self.before is not None
         self.after = self.evaluator.measure(self.trainer.model_wrapped, "student after")
-        self.trainer.log(self.after.as_log("after"))
+        self.trainer.log(self.after.as_log("eval_after"))
         self.comparison = as_dict(self.before, self.after, self.teacher)
 
     def finish(self, output_dir: str, seconds: float, dataset_name: str | None) -> dict[str, Any]:
@@ -107,7 +144,7 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the table and the sample completions."""
         if self.before is not None and self.after is not None:
-            console.print(table(self.before, self.after, self.teacher, HEADLINES))
+            console.print(table(self.before, self.after, self.teacher, [*HEADLINES, *self.before.extra]))
             console.print(samples_table(self.before, self.after))
 
 

@@ -16,21 +16,22 @@ from trl import get_peft_config
 from gkd.checkpoint_files import find
 from gkd.config import GKDConfig
 from gkd.loading import load_tokenizer
-from gkd.progress import ProgressBar
+from gkd.progress import ProgressBar, close_bars
 from gkd.recipe import Recipe, hand_over, is_captured, mistakes_in_one_line
-from gkd.report import Report
+from gkd.report import Report, evaluator_of
 from gkd.settings import (
     LoadData,
     RunArguments,
-    Score,
     Settings,
     dataset_by_name,
     load_rows,
     parse,
+    recipe_data,
     set_loading_arguments,
     student_name,
     with_held_out,
 )
+from gkd.task_score import CorpusScore, Score
 from gkd.trainer import GKDTrainer
 
 __all__ = [
@@ -52,6 +53,7 @@ def run(
     *,
     defaults: dict[str, Any] | None = None,
     score: Score | None = None,
+    corpus_score: CorpusScore | None = None,
     description: str = "",
     argv: list[str] | None = None,
 ) -> None:
@@ -64,28 +66,34 @@ def run(
             and `held_out_text` (texts for perplexity).
         defaults: the recipe's values for any field of GKDConfig, ModelConfig, ScriptArguments and RunArguments.
         score: (completion, row) -> task score of one prompt row, optional.
+        corpus_score: (completions, rows) -> one number for all of them (corpus BLEU), optional; its error comes from
+            resampling the rows.
         description: what the recipe does, for `--help`.
         argv: instead of `sys.argv[1:]`.
     """
     if is_captured():
-        hand_over(Recipe(parse(defaults or {}, argv, description), load_data, score))
+        hand_over(Recipe(parse(defaults or {}, argv, description), load_data, score, corpus_score))
     with mistakes_in_one_line():
-        _run(parse(defaults or {}, argv, description), load_data, score)
+        _run(Recipe(parse(defaults or {}, argv, description), load_data, score, corpus_score))
 
 
-def _run(settings: Settings, load_data: LoadData, score: Score | None) -> None:
-    args = settings.training
+def _run(recipe: Recipe) -> None:
+    settings, args = recipe.settings, recipe.settings.training
     student_name(settings)
-    data = load_data(settings)
+    measure = settings.run.evaluate_before_and_after
+    if settings.run.lm_eval_tasks is not None and not measure:
+        raise ValueError("lm_eval_tasks has no effect with evaluate_before_and_after=False: leave one of them out")
+    check_output(args.output_dir)
+    data = recipe_data(recipe.load_data, settings)
     trainer = build_trainer(settings, data)
-    report = Report(trainer, data, score, settings.run.num_eval_prompts)
-    measure = settings.run.evaluate_before_and_after and trainer.teacher_model is not None
-    if measure != settings.run.evaluate_before_and_after:
-        logger.warning("no evaluation before and after: it needs the teacher in this process, and it is on a server")
+    report = Report(trainer, evaluator_of(trainer, data, recipe) if measure else None)
     if measure:
         report.measure_before()
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint(args))
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(args))
+    finally:
+        close_bars(trainer.callback_handler.callbacks)
     seconds = time.perf_counter() - start
     if measure:
         report.measure_after()
@@ -98,6 +106,20 @@ def _run(settings: Settings, load_data: LoadData, score: Score | None) -> None:
         print(f"saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.script.dataset_name)
+
+
+def check_output(folder: str) -> None:
+    """Make the output folder, before anything is loaded.
+
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir={folder!r} cannot be made: {error.strerror}; name another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"output_dir={folder!r} cannot be written to: name another folder, or mend its permissions")
 
 
 def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:

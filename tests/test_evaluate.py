@@ -12,15 +12,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-import gkd.evaluate
+import gkd.evaluate_forward
 from gkd.comparison import as_dict, as_markdown, compare, samples_table, table
 from gkd.divergence import make_divergence
-from gkd.evaluate import Evaluator, token_nll
+from gkd.evaluate import Evaluator
+from gkd.evaluate_forward import token_nll
+from gkd.evaluate_teacher import ServedTeacher
 from gkd.fused import LossSettings
 from gkd.measures import (
     METRICS,
     Estimate,
     Measures,
+    bootstrap_estimate,
     difference_estimate,
     distinct_ngrams,
     mean_estimate,
@@ -28,7 +31,12 @@ from gkd.measures import (
 )
 from gkd.rollouts import SamplingSettings
 from gkd.signals import head_of
+from gkd.task_score import TaskScore
+from gkd.teachers import ServerTeacher
+from gkd.vllm_checks import served_model
+from gkd.vllm_client import VLLMClient
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.vllm_server.fake import FakeServer
 
 TOKENIZER = tiny_tokenizer()
 STOP = tuple(range(2, 259, 8))  # many stop tokens, so that random models end at ragged lengths; 258 is one
@@ -129,7 +137,7 @@ def test_perplexity_with_a_soft_cap_or_a_logit_scale(kind):
 def test_chunks_of_the_perplexity_do_not_matter(monkeypatch):
     hidden, targets = torch.randn(7, 32), torch.randint(0, 259, (7,))
     whole = token_nll(hidden, head_of(TEACHER), targets)
-    monkeypatch.setattr(gkd.evaluate, "CHUNK_LOGITS", 2 * 259)
+    monkeypatch.setattr(gkd.evaluate_forward, "CHUNK_LOGITS", 2 * 259)
     torch.testing.assert_close(token_nll(hidden, head_of(TEACHER), targets), whole)
 
 
@@ -222,11 +230,12 @@ def test_the_teacher_samples_once_with_its_own_stop_ids():
 def test_task_scores_are_of_greedy_and_undistorted_samples():
     asked = []
 
-    def score(index: int, text: str) -> float:
-        asked.append((index, text))
+    def score(text: str, row: dict) -> float:
+        asked.append((row["index"], text))
         return float(len(text) % 2)
 
-    harness = evaluator(TEACHER, score=score)
+    rows = [{"index": index} for index in range(len(PROMPTS))]
+    harness = evaluator(TEACHER, score=TaskScore(rows, score))
     values = harness.measure(STUDENT, "student").values
     greedy, sampled = asked[: len(PROMPTS)], asked[len(PROMPTS) :]
     assert [index for index, _ in greedy] == [index for index, _ in sampled] == list(range(len(PROMPTS)))
@@ -238,6 +247,91 @@ def test_task_scores_are_of_greedy_and_undistorted_samples():
         if ids[-1] in STOP:
             break
     assert greedy[1][1] == TOKENIZER.decode(ids[len(PROMPTS[1]) :], skip_special_tokens=True)
+
+
+def test_a_corpus_score_is_of_all_completions_at_once():
+    def share_of_the_letter(texts: list[str], rows: list[dict]) -> float:
+        """A ratio of sums, as corpus BLEU is: not the mean of the texts' ratios."""
+        return sum(text.count(row["letter"]) for text, row in zip(texts, rows, strict=True)) / sum(map(len, texts))
+
+    rows = [{"letter": letter} for letter in "aeiouy"]
+    values = evaluator(TEACHER, score=TaskScore(rows, None, share_of_the_letter)).measure(STUDENT, "student").values
+    assert {"corpus_score_greedy", "corpus_score_sampled"} <= values.keys()
+    assert "score_greedy" not in values
+    texts = ["aab", "ecc", "idddd", "o", "uuuu", "yz"]
+    estimate = TaskScore(rows, None, share_of_the_letter).estimates(texts, "greedy")["corpus_score_greedy"]
+    assert estimate.value == pytest.approx(10 / 18)
+    counts, hits = np.array([3, 3, 5, 1, 4, 2]), np.array([2, 1, 1, 1, 4, 1])
+    draws = np.random.default_rng(0).integers(0, 6, size=(20_000, 6))
+    spread = (hits[draws].sum(1) / counts[draws].sum(1)).std()
+    assert estimate.error == pytest.approx(spread, rel=0.15)
+    assert estimate.count == 6
+    same = TaskScore(rows, None, share_of_the_letter).estimates(texts, "greedy")["corpus_score_greedy"]
+    assert difference_estimate(same, estimate).error == 0  # the same resampled sets
+
+
+def test_a_bootstrap_of_a_mean_is_the_textbook_error():
+    values = list(np.random.default_rng(1).normal(size=50))
+    estimate = bootstrap_estimate(lambda rows: float(np.mean([values[i] for i in rows])), 50, 2000, random.Random(0))
+    assert estimate.error == pytest.approx(np.std(values) / math.sqrt(50), rel=0.06)
+    assert bootstrap_estimate(lambda rows: 1.0, 1, 10, random.Random(0)).error is None
+
+
+@pytest.mark.parametrize("value", ["good", None, [1.0]])
+def test_a_score_that_is_no_number_is_told(value):
+    with pytest.raises(ValueError, match=r"score returned .* number"):
+        TaskScore([{}], lambda text, row: value).estimates(["a"], "greedy")
+
+
+# ------------------------------------------------------------------------------------------ a teacher on a server
+
+
+@pytest.fixture(scope="module")
+def served():
+    """(teacher on a server with K = 20, what the harness measures with it of the student and of the teacher)"""
+    with FakeServer(tiny_model(seed=1), TOKENIZER) as server:
+        client = VLLMClient(server.url, field="teacher_server_url", timeout=20.0)
+        teacher = ServedTeacher(ServerTeacher(client, served_model(client), 20), seed=3, vocabulary=259)
+        harness = evaluator(teacher, score=TaskScore([{}] * len(PROMPTS), lambda text, row: float(len(text))))
+        yield harness, harness.measure(STUDENT, "student"), harness.measure(teacher, "teacher")
+
+
+def test_a_served_teachers_divergence_is_that_of_k_and_the_rest(served):
+    harness, student, _ = served
+    text = harness.teacher_text()
+    total = []
+    for prompt, completion in zip(PROMPTS, text, strict=True):
+        rows = slice(len(prompt) - 1, len(prompt + completion) - 1)
+        a, b = (log_probs(m, prompt + completion)[rows].exp() for m in (STUDENT, TEACHER))
+        top = b.topk(20, dim=-1).indices
+        q, p = (torch.cat([x.gather(1, top), 1 - x.gather(1, top).sum(-1, keepdim=True)], -1) for x in (a, b))
+        m = 0.3 * p + 0.7 * q
+        total.append(0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1))
+    assert student.values["divergence_teacher_text"].value == pytest.approx(torch.cat(total).mean().item(), rel=1e-4)
+    exact = evaluator(TEACHER)._target_means(STUDENT, text)["divergence"].value
+    assert student.values["divergence_teacher_text"].value < exact  # merging outcomes never adds divergence
+    assert "20 most likely" in student.settings["divergence"]
+    assert "lower bound" in student.settings["divergence"]
+
+
+def test_what_a_server_tells_exactly_is_what_the_model_gives(served):
+    _, student, teacher = served
+    local = evaluator(TEACHER, score=TaskScore([{}] * len(PROMPTS), lambda text, row: float(len(text))))
+    of_student, of_teacher = local.measure(STUDENT, "student").values, local.measure(TEACHER, "teacher").values
+    for key in ("perplexity", "score_greedy"):
+        assert teacher.values[key].value == pytest.approx(of_teacher[key].value, rel=1e-4), key
+    for key in ("perplexity", "ended", "length", "distinct_2", "score_greedy", "agreement_own"):
+        assert student.values[key].value == pytest.approx(of_student[key].value, rel=1e-4), key
+    assert teacher.values["divergence_own"].value == 0.0
+    assert teacher.values["agreement_teacher_text"].value == 1.0
+    (row,) = compare(student, student, teacher, ["exposure_gap"])
+    assert row.verdict == "same"
+
+
+def test_without_a_teacher_the_student_is_measured_by_itself():
+    measures = evaluator(None).measure(STUDENT, "student")
+    assert {"perplexity", "ended", "length", "repeated_4grams", "distinct_2"} == measures.values.keys()
+    assert "not measured" in measures.settings["divergence"]
 
 
 def test_a_smaller_shared_vocabulary_is_honoured():

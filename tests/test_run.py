@@ -223,7 +223,9 @@ def test_debug_shows_the_traceback(folder, tmp_path, monkeypatch):
 def test_cli(tmp_path, capsys):
     from gkd.cli import main
 
-    assert main(["run", str(tmp_path / "none.py")]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(tmp_path / "none.py")])
+    assert stopped.value.code == 2
     assert "no recipe" in capsys.readouterr().err
     recipe = tmp_path / "recipe.py"
     recipe.write_text("import sys, pathlib\npathlib.Path(sys.argv[2]).write_text(__name__)\n")

@@ -1,0 +1,46 @@
+"""The evaluation's forward passes: batches of (context, text), hidden states of their targets, -log p of tokens.
+
+B rows, T tokens, N targets, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gkd.batch import collate, join, select_targets
+from gkd.hidden import last_hidden
+from gkd.signals import Head, output_layer
+
+CHUNK_LOGITS = 2**25  # numbers in one chunk of logits for the perplexity: 128 MiB in fp32
+
+
+def token_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """-log p(target) [N] in nats, fp32, of hidden states [N, D]; only one chunk of logits exists at a time."""
+    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    chunks = zip(hidden.to(head.weight.dtype).split(rows), targets.split(rows), strict=True)
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [nn.functional.cross_entropy(head.logits(h).float(), t, reduction="none") for h, t in chunks]
+    return torch.cat(parts)
+
+
+def hidden_of_targets(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device | None = None) -> Tensor:
+    """Hidden states [N, D] that predict the batch's targets, on `device`."""
+    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    hidden, _ = last_hidden(model, output_layer(model), inputs)
+    return select_targets(hidden, batch["labels"].to(hidden.device)).to(device or hidden.device)
+
+
+def collated(sequences: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:
+    """(context, completion) pairs as one right-padded batch; the id of the padding does not matter."""
+    rows = [join(context, text, "data", row, False, True) for row, (context, text) in enumerate(sequences)]
+    return {key: value.to(device) for key, value in collate(rows, pad_id=0).items()}
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of `size`, longest first, so that rows of like length share their padding."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    yield from (order[start : start + size] for start in range(0, len(order), size))
