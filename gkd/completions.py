@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from gkd.batch import Sequence as TokenSequence
-from gkd.markdown import markdown_table, shorten
+from gkd.markdown import markdown_table, printable, shorten
 from gkd.redact import redact_value
 from gkd.window import Hygiene
 
@@ -174,11 +174,6 @@ def samples_table(samples: Sequence[Sample], width: int) -> Table:
             texts.insert(0, Text("\n".join(facts)))
         table.add_row(*texts)
     return table
-
-
-def printable(text: str) -> str:
-    """The text without characters that a terminal would obey: an escape sequence is shown, not carried out."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def print_samples(samples: Sequence[Sample]) -> None:
