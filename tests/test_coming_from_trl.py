@@ -93,14 +93,14 @@ def chats(answers):
     )
 
 
-def their_trainer(folder, rows, template=PLAIN, peft_config=None, **values):
+def their_trainer(folder, rows, template=PLAIN, peft_config=None, student=None, **values):
     base = config(folder)
     kept = ("per_device_train_batch_size", "learning_rate", "optim", "lr_scheduler_type", "max_grad_norm", "seed")
     common = {name: getattr(base, name) for name in (*kept, "max_new_tokens", "max_length", "max_steps")}
     common |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "bf16": False}
-    args = TheirConfig(str(folder), gradient_checkpointing=False, use_cpu=True, **{**common, **values})
+    args = TheirConfig(str(folder), use_cpu=True, **{**common, "gradient_checkpointing": False, **values})
     return TheirTrainer(
-        model=tiny_model(seed=1),
+        model=student or tiny_model(seed=1),
         teacher_model=tiny_model(hidden=48, layers=3, seed=2),
         args=args,
         train_dataset=rows,
@@ -162,7 +162,7 @@ def test_their_on_policy_loss_is_divided_by_the_length_of_answers_that_are_not_u
     assert losses(theirs)[0] == pytest.approx(expected * 6 / (len(answer) + 1), rel=1e-3)
 
 
-def test_on_policy_at_temperature_1_loss_and_gradient_are_distillation_trainers(tmp_path):
+def test_on_policy_at_temperature_1_loss_and_gradient_are_distillation_trainers(tmp_path, monkeypatch):
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"say {i}" * (i + 1)}]} for i in range(4)])
     only = {"suppress_tokens": ALL_OTHERS}
     args = DistillationConfig(
@@ -187,6 +187,10 @@ def test_on_policy_at_temperature_1_loss_and_gradient_are_distillation_trainers(
     tokenizer = tiny_tokenizer(chat_template=PLAIN)
     models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(hidden=48, layers=3, seed=2)}
     theirs = DistillationTrainer(**models, args=args, train_dataset=rows, processing_class=tokenizer)
+    generate, modes = models["model"].generate, []
+    monkeypatch.setattr(
+        models["model"], "generate", lambda *a, **k: (modes.append(models["model"].training), generate(*a, **k))[1]
+    )
     ours = our_trainer(
         tmp_path,
         rows,
@@ -201,6 +205,21 @@ def test_on_policy_at_temperature_1_loss_and_gradient_are_distillation_trainers(
     step_theirs, step_ours = change(theirs), change(ours)
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
     assert (step_ours - step_theirs).abs().max() < 1e-4 * step_theirs.abs().max()
+    assert modes == [True]  # one rollout for both micro-batches, in training mode
+
+
+def test_their_rollouts_have_no_cache_and_one_stop_token_only(tmp_path):
+    theirs = their_trainer(tmp_path, chats(RAGGED), gradient_checkpointing=True)
+    assert theirs.generation_config.use_cache is False
+    student = tiny_model(seed=1)
+    student.generation_config.eos_token_id = 256
+    args = config(tmp_path)
+    ours = GKDTrainer(
+        student, tiny_model(seed=2), args, train_dataset=chats(RAGGED), processing_class=tiny_tokenizer()
+    )
+    theirs = their_trainer(tmp_path, chats(RAGGED), student=student)
+    assert theirs.generation_config.eos_token_id == 256  # not the <|im_end|> that ends a turn of the template
+    assert set(ours.rollouts["student"].settings.stop_ids) == {256, 258}
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])

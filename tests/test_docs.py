@@ -1,9 +1,8 @@
-"""The documents say what the code does: fields, files, commands, links and examples are checked."""
+"""The README says what the code does: its fields, files, links and examples. tests/test_docs_pages.py has the rest."""
 
 import dataclasses
 import re
 import runpy
-import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from tiny import save_tiny
 from trl import SFTConfig
 
 from gkd import GKDConfig
-from gkd.run import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,12 +20,6 @@ PAGES = [
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / "recipes").glob("*.md"),
 ]
-
-
-def commands(text):
-    """Indented or fenced shell commands, continuation lines joined."""
-    joined = text.replace("\\\n", " ")
-    return [line.strip() for line in joined.splitlines() if re.match(r"\s*(accelerate launch|python|gkd|make) ", line)]
 
 
 def test_the_table_of_fields_is_complete_and_true():
@@ -52,34 +44,8 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_commands_name_real_files_targets_and_flags(page, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    makefile = (ROOT / "Makefile").read_text()
-    for command in commands(page.read_text(encoding="utf-8")):
-        words = shlex.split(command, comments=True)
-        if words[0] == "make":
-            targets = [word for word in words[1:] if "=" not in word]
-            assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets), command
-            continue
-        files = [word for word in words if word.endswith((".py", ".yaml")) and "/" in word and "my" not in word]
-        assert all((ROOT / file).is_file() for file in files), command
-        recipe = next((i for i, word in enumerate(words) if word.startswith("recipes/")), None)
-        if recipe is not None and words[0] in ("python", "accelerate"):
-            argv = words[recipe + 1 :]
-            if not {"--config", "--help"} & set(argv):
-                parse({}, argv)
-
-
 def python_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_blocks_compile(page):
-    for block in python_blocks(page.read_text(encoding="utf-8")):
-        if not block.startswith(">>>"):  # a session; tests/test_divergence.py runs the one of docs/losses.md
-            compile(block, str(page), "exec")
 
 
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
