@@ -79,7 +79,8 @@ class StopRequest:
     def _say(text: str) -> None:
         """Not print or logging: the handler may have interrupted one of them."""
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, text.encode())
+            start = "\n" if os.isatty(2) else ""  # the line may hold a progress bar
+            os.write(2, (start + text).encode())
 
 
 class FaultGuard(TrainerCallback):

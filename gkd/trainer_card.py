@@ -88,7 +88,7 @@ class CardMixin:
             "chat": bool(self.processing_class.chat_template),  # type: ignore[attr-defined]
             "steps": self.state.global_step,  # type: ignore[attr-defined]
             "num_processes": accelerator.num_processes,
-            "hub_model_id": args.hub_model_id,
+            "hub_model_id": getattr(self, "hub_model_id", None) or args.hub_model_id,  # the first with its owner
             "notes": [*_about_teacher(args), *extras.pop("notes", ())],
         }
         return CardInfo(**{**values, **extras})
