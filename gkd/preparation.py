@@ -71,7 +71,12 @@ def prepare_rows(
 
     def prepare_evaluation(rows: Dataset, name: str) -> Dataset:
         with args.main_process_first(desc=f"preparing the {name} data set"):
-            return prepare_dataset(rows, tokenizer, prompt_only_ok=False, prompts_needed=False, name=name, **common)[0]
+            ready, _ = prepare_dataset(
+                rows, tokenizer, prompt_only_ok=False, prompts_needed=False, name=name, **common
+            )
+        # As text, too: what TRL's LogCompletionsCallback continues.
+        prompts = [tokenizer.decode(row["input_ids"][: row["prompt_length"]]) for row in ready]
+        return ready.add_column("prompt", prompts)
 
     if isinstance(eval_dataset, dict):
         eval_dataset = {name: prepare_evaluation(rows, name) for name, rows in eval_dataset.items()}

@@ -1,18 +1,24 @@
 """Sample completions during training: the rows of the step itself, on any terminal, in step with the progress bar."""
 
 import io
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import config, dense_loss, trainer_of
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
+from trl import LogCompletionsCallback
 
 from gkd import completions
 from gkd.batch import Sequence, join
-from gkd.completions import CompletionLog, Sample, pick, printable, samples_table
+from gkd.completions import CompletionLog, Sample, pick, samples_table
+from gkd.markdown import printable
+from gkd.recipe import execute_recipe
 from gkd.redact import REDACTED
 from gkd.window import Hygiene
 
@@ -85,6 +91,21 @@ def test_it_changes_nothing_in_the_training(tmp_path, monkeypatch):
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
     assert torch.equal(weights(), weights(log_completions=True, log_completions_steps=1))
+
+
+def test_trls_own_callback_works_with_this_trainer(tmp_path):
+    """As in the article: eight prompts of the evaluation set, continued at every evaluation."""
+    rows = Dataset.from_list(tiny_rows(10, seed=3))
+    trainer = trainer_of(tmp_path, eval_dataset=rows, eval_strategy="steps", eval_steps=2, max_steps=4)
+    sampling = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.9)
+    callback = LogCompletionsCallback(trainer, sampling, num_prompts=8)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert [int(step) for step, _, _ in callback.table] == [2] * 8 + [4] * 8
+    messages = rows[0]["messages"]
+    prompt = tiny_tokenizer().apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    assert callback.table[0][1] == callback.table[8][1] == prompt
+    assert any(completion for _, _, completion in callback.table)
 
 
 def test_completions_that_are_not_trained_on_are_shown_as_such(tmp_path, monkeypatch):
@@ -221,3 +242,37 @@ def test_a_field_without_effect_or_out_of_range_is_refused(tmp_path, values, par
     with pytest.raises(ValueError) as error:
         config(tmp_path, **values)
     assert all(part in str(error.value) for part in parts)
+
+
+# ----------------------------------------------------------------------------------------------------- the recipe
+
+
+def test_the_articles_recipe_with_evaluation_shows_completions(tmp_path, monkeypatch, capsys):
+    """The whole recipe offline: tiny models, a data set with a train and a test split, `eval_loss` on the way."""
+    monkeypatch.chdir(tmp_path)
+    for split, seed in (("train", 1), ("test", 2)):
+        file = tmp_path / "data" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(12, seed)))
+    values = {
+        "model_name_or_path": save_tiny(tmp_path / "student"),
+        "teacher_model_name_or_path": save_tiny(tmp_path / "teacher", seed=2),
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "log_completions_steps": 2,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_new_tokens": 5,
+        "num_eval_prompts": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    argv = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    execute_recipe(Path(__file__).resolve().parent.parent / "recipes" / "gkd_qwen2.py", argv)
+    shown = capsys.readouterr().out
+    assert shown.index("Completions of step 2") < shown.index("Student before and after")
+    history = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history if "eval_loss" in line] == [2]
