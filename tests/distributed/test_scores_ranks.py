@@ -1,0 +1,36 @@
+"""Two ranks share the teacher's hidden states: DDP, and ZeRO-3, where all of them run the teacher or none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import HERE, execute
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
+
+
+@pytest.mark.parametrize("scene", ["runs", "under_zero3"])
+def test_ranks_share_scores_and_train_as_with_the_live_teacher(tmp_path: Path, scene: str) -> None:
+    execute([str(HERE / "scores_worker.py"), str(tmp_path), scene])
+    result: dict[str, Any] = json.loads((tmp_path / scene / "result.json").read_text())
+    live, filled, mixed = result["live"], result["filled"], result["mixed"]
+    assert len(live[0]["losses"]) == 8
+    assert [rank["scored"] for rank in live] == [16, 16]
+    assert filled[0]["losses"] == pytest.approx(live[0]["losses"], rel=1e-4)
+    assert [rank["loaded"] for rank in filled] == [False, False]
+    assert [rank["scored"] for rank in filled] == [0, 0]
+    assert mixed[0]["losses"] == pytest.approx(result["mixed_live"][0]["losses"], rel=1e-4)
+    assert all(rank["loaded"] for rank in mixed)
+    if scene == "under_zero3":
+        # 16 rows, three to a rank: one row to see how large it is, then three calls; the last is one rank's only
+        assert result["precomputed"] == [4, 4]
+        assert mixed[0]["calls"] == mixed[1]["calls"]
+    else:
+        # each row once, by the rank that meets it first, although the epochs deal the rows out anew
+        assert sum(rank["scored"] for rank in result["filling"]) == 16
+        assert result["filling"][0]["losses"] == pytest.approx(live[0]["losses"], rel=1e-4)
+        assert sum(rank["scored"] for rank in mixed) < sum(rank["scored"] for rank in result["mixed_live"])
+    assert result["stores"] == [1, 1]  # split up or whole, it is one teacher
