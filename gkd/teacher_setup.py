@@ -44,7 +44,7 @@ def make_teacher(
         return TEACHERS["local"](model, accelerator, args.teacher_placement)
 
     if args.teacher_scores_dir is None:
-        return live(teacher_model)  # type: ignore[no-any-return]
+        return live(teacher_model)
     return with_scores(args, teacher_model, accelerator, live)
 
 

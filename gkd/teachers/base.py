@@ -13,7 +13,10 @@ from gkd.signals import TeacherSignal
 class Teacher(Protocol):
     """Says what the teacher thinks of the N targets of a micro-batch."""
 
-    model: Any  # the frozen model in this process; None when it is elsewhere
+    @property
+    def model(self) -> Any:
+        """The frozen model in this process; None when it is elsewhere, or there is not one."""
+        ...
 
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
         """`input_ids`, `attention_mask`, `labels` [B, T] -> a signal for the N targets, in row-major order."""
