@@ -20,7 +20,7 @@ from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from gkd.random_state import preserved_random_state
 
@@ -104,7 +104,7 @@ def merged(model: PeftModel) -> nn.Module:
     split = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     if split or getattr(model, "is_quantized", False) or model.active_peft_config.peft_type != "LORA":
         return model
-    whole: nn.Module = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    whole: nn.Module = model.merge_and_unload(safe_merge=True)
     whole.requires_grad_(False)
     return whole.eval()
 
@@ -193,8 +193,8 @@ def second_model(model: Any) -> Any:
     """Another model over the same parameters, without the adapters of the first; in eval mode, its buffers its own."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     same: dict[int, Any] = {id(parameter): parameter for parameter in base.parameters()}
-    for module in base.modules():  # scales of packed weights
-        same |= {id(state): state for state in (getattr(module, "quant_state", None),) if state is not None}
+    for module in base.modules():
+        same |= {id(thing): thing for thing in _packed(module)}
     twin = copy.deepcopy(base, same)
     _drop_adapters(twin)
     for module in twin.modules():
@@ -203,6 +203,13 @@ def second_model(model: Any) -> Any:
             module.gradient_checkpointing = False
     vars(twin).pop("peft_config", None)
     return twin.eval()
+
+
+def _packed(module: Any) -> list[Any]:
+    """What a layer of bitsandbytes holds of its weight outside the parameter: scales, and int8 values after a run."""
+    scales, state = getattr(module, "quant_state", None), getattr(module, "state", None)
+    held = vars(state).values() if hasattr(state, "__dict__") else ()
+    return ([] if scales is None else [scales]) + [thing for thing in held if isinstance(thing, Tensor)]
 
 
 def base_of_student(student: nn.Module) -> Any:
