@@ -57,6 +57,11 @@ def _of_scores(config: Any) -> list[tuple[bool, str]]:
             f"{given} has no effect with seq_kd=True and teacher_cache_dir={config.teacher_cache_dir!r}, where the "
             "teacher writes every sequence anew and none comes again: keep its sequences, too, or leave it out",
         ),
+        (
+            config.trains_on_nll_alone and not evaluates,
+            f"{given} has no effect with seq_kd_loss='nll' and lmbda=0, where the teacher's scores are not used: set "
+            "seq_kd_loss='divergence', or leave it out",
+        ),
     ]
 
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 from datasets import load_dataset
-from tiny import save_tiny, tiny_rows, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from vllm_server.fake import FakeServer
 
 from gkd import precompute as module
 from gkd.cli import main
@@ -238,6 +239,29 @@ def test_answers_that_training_would_leave_out_are_left_out(folder, tmp_path):
 def test_a_recipe_that_trains_on_policy_only_has_a_teacher_to_precompute(folder, tmp_path, asked):
     assert precompute(folder, tmp_path / "out", lmbda=1.0) == 0
     assert sum(map(len, asked)) == 10
+
+
+def test_a_teacher_on_a_server_answers_beforehand_too(folder, tmp_path, capsys):
+    """And the training finds what it has answered: the server only scores then."""
+    teacher = tiny_model(seed=2, hidden=48, layers=3)
+    with FakeServer(teacher, tiny_tokenizer(), max_model_len=400) as server:
+
+        def written():
+            sampled = [body for _, body in server.seen if body.get("max_tokens", 1) > 1]
+            server.seen.clear()
+            return sum(len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1 for body in sampled)
+
+        argv = flags(folder, tmp_path / "out", teacher_server_url=server.url, teacher_top_k=5, max_length=300)
+        at = argv.index("--teacher_model_name_or_path")
+        del argv[at : at + 2]
+        data = ["--precompute_output", str(tmp_path / "data")]
+        assert main(["precompute", str(folder / "recipe.py"), *argv, *data]) == 0
+        assert "10 answers of the teacher are in" in capsys.readouterr().out
+        assert written() == 10
+        assert len(read(tmp_path / "data")) == 11
+        run(argv=[*argv, "--seq_kd", "true", "--lmbda", "0.5", "--max_new_tokens", "6"])
+        assert server.seen
+        assert written() == 0
 
 
 @pytest.mark.parametrize(

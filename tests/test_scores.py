@@ -419,6 +419,7 @@ def test_an_adapters_strength_is_part_of_the_key(tmp_path):
         ({"seq_kd": True, "teacher_cache_dir": "off"}, ["seq_kd=True", "teacher_cache_dir='off'"]),
         ({"teacher_server_url": "http://x:1", "teacher_top_k": 4}, ["teacher_server_url", "hidden states"]),
         ({"teacher_scores_dir": " "}, ["names no folder"]),
+        ({"seq_kd": True, "lmbda": 0.0, "seq_kd_loss": "nll"}, ["seq_kd_loss='nll'", "not used"]),
     ],
 )
 def test_what_has_no_effect_is_an_error(values, parts):
