@@ -9,11 +9,12 @@
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
 from gkd import GKDConfig, GKDTrainer
 from gkd.demo import glass_student, glass_teacher
 from gkd.plots import write_plots
+from gkd.progress import ProgressBar
 from gkd.source import choose_sources
 
 # %% Models: any two of one family will do
@@ -85,6 +86,8 @@ SENTENCE = "Alice was beginning to get very tired."
 before = divergences(SENTENCE)
 
 # %% Train, and look again: the student's adapter is trained in place
+trainer.remove_callback(ProgressCallback)  # it prints every metric of every step
+trainer.add_callback(ProgressBar())
 trainer.train()
 after = divergences(SENTENCE)
 print(f"{'token':14}{'before':>8}{'after':>8}   student / teacher prefer")

@@ -112,8 +112,7 @@ def _add_evaluate(commands: Any) -> None:
         _evaluate,
         "measure a recipe's student and teacher, without training",
         "Measure the student, an adapter of it, and the teacher on a recipe's held-out prompts. Further flags go to "
-        "the recipe (--num_eval_prompts 256; --eval_strategy steps for the perplexity of the eval answers; "
-        "--lm_eval_tasks hellaswag,arc_easy).",
+        "the recipe (--num_eval_prompts 256; --lm_eval_tasks hellaswag,arc_easy).",
         "gkd evaluate recipes/gkd_glass.py --adapter outputs/gkd_glass",
         json_too=True,
     )

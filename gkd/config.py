@@ -296,6 +296,11 @@ class GKDConfig(SFTConfig):
             if value != fine and not (name == "average_tokens_across_devices" and self.world_size == 1):
                 raise ValueError(f"{name}={value!r} has no effect in GKDTrainer: {remedy}")
 
+        if others := sorted(set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}):
+            raise ValueError(
+                f"dataset_kwargs: {', '.join(others)} has no effect in GKDTrainer, which prepares all rows itself: "
+                "leave it out, and change the rows before they are passed, or in a formatting_func"
+            )
         for name, fine in (("teacher_temperature", None), ("seq_kd_loss", "divergence")):
             if not self.seq_kd and getattr(self, name) != fine:
                 raise ValueError(

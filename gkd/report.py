@@ -150,17 +150,26 @@ class Report:
 
 def _prompts(rows: Dataset, trainer: GKDTrainer) -> tuple[list[list[int]], list[int]]:
     """Prompt ids, and the number of each one's row."""
+    prepared = _prepared(rows, trainer, "evaluation prompts", max_length=None)
+    return [row["input_ids"][: row["prompt_length"]] for row in prepared], list(prepared["row"])
+
+
+def _prepared(rows: Dataset, trainer: GKDTrainer, name: str, max_length: int | None) -> Dataset:
+    """Rows in ids, cut as for the training; rows without an answer are welcome."""
     args: GKDConfig = trainer.args
     prepared, _ = prepare_dataset(
         rows,
         trainer.processing_class,
-        max_length=None,
+        max_length=max_length,
         max_prompt_length=args.prompt_limit,
         overlong_prompt=args.overlong_prompt,
+        overlong_row=args.overlong_row,
+        assistant_turns=args.assistant_turns,
         prompt_only_ok=True,
-        name="evaluation prompts",
+        prompts_needed=max_length is None,  # an answer's perplexity needs none
+        name=name,
     )
-    return [row["input_ids"][: row["prompt_length"]] for row in prepared], list(prepared["row"])
+    return prepared
 
 
 def _held_out(data: dict[str, Any], trainer: GKDTrainer) -> tuple[list[list[int]], list[int] | None]:
@@ -170,8 +179,12 @@ def _held_out(data: dict[str, Any], trainer: GKDTrainer) -> tuple[list[list[int]
     if texts is not None:
         ids = [trainer.processing_class(text)["input_ids"][:limit] for text in texts]
         return [row for row in ids if len(row) > 1], None
-    if data.get("eval") is None or trainer.eval_dataset is None:
+    if data.get("eval") is None:
         return [], None
-    rows = [row for row in trainer.eval_dataset if 0 < row["prompt_length"] < len(row["input_ids"])]
+    prepared = trainer.eval_dataset
+    if prepared is None:  # eval_strategy="no": not evaluated while it trains, but measured before and after
+        first = data["eval"].select(range(min(len(data["eval"]), HELD_OUT_ROWS)))
+        prepared = _prepared(first, trainer, "held-out answers", max_length=limit)
+    rows = [row for row in prepared if 0 < row["prompt_length"] < len(row["input_ids"])]
     rows = rows[:HELD_OUT_ROWS]
     return [row["input_ids"] for row in rows], [row["prompt_length"] for row in rows]

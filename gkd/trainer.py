@@ -5,7 +5,7 @@ of the global batch rather than over sequences (`loss_reduction="sequence"` is t
 share `lmbda` of every step's sequences is student-written rather than all or none by one coin (`mixing="batch"`).
 
 What differs from `trl.experimental.gkd`: the rollout happens once per optimizer step, before anything is counted, so
-the loss is divided by the number of tokens that are trained on; see the README for the list.
+the loss is divided by the number of tokens that are trained on; docs/coming_from_trl.md has the list.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         args: a `GKDConfig`; None takes the defaults.
         data_collator: None takes the one made for the prepared rows. A foreign one must give `input_ids`,
             `attention_mask` and `labels` (-100 off target); the prompt is then what stands before the first target.
-        train_dataset: rows as described in the README ("Data").
+        train_dataset: rows of the forms in docs/recipes.md ("Data").
         eval_dataset: the same; `eval_loss` is the divergence on its own completions.
         processing_class: the tokenizer; None loads the student's.
         compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics: as in `transformers.Trainer`.

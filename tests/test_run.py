@@ -259,3 +259,32 @@ def test_missing_arguments_of_the_trainer_are_filled_in_or_named(folder, tmp_pat
     assert GKDTrainer(str(folder / "student"), str(folder / "teacher"), args, train_dataset=rows).teacher_model
     with pytest.raises(ValueError, match="already a model"):
         GKDTrainer(str(folder / "student"), tiny_model(), args, train_dataset=rows)
+
+
+@pytest.mark.parametrize("while_training", ["no", "steps"])
+def test_the_table_has_the_perplexity_of_held_out_answers_also_without_evaluation_while_training(
+    folder, tmp_path, while_training
+):
+    """Oracle: the answers' own log-likelihood, row by row, of the student as it is."""
+    import math
+
+    from datasets import Dataset
+
+    rows = [{"prompt": f"count {n}:", "completion": " " + "ab " * n} for n in range(1, 7)]
+    rows.append({"prompt": "no answer", "completion": None})
+    data = {"train": Dataset.from_list(rows[:6]), "eval": Dataset.from_list(rows[2:])}
+    if while_training == "steps":
+        data["eval"] = data["eval"].select(range(4))  # eval_loss needs answers
+    argv = flags(folder, tmp_path, dataset_name=None, eval_strategy=while_training, max_steps=1)
+    run(lambda settings: data, argv=argv)
+    table = {row["key"]: row for row in json.loads((tmp_path / "evaluation.json").read_text())["rows"]}
+    model, tokenizer = tiny_model(seed=1), tiny_tokenizer()
+    total, number = 0.0, 0
+    for row in rows[2:6]:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total -= sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids)))
+        number += len(ids) - start
+    assert table["perplexity"]["before"]["value"] == pytest.approx(math.exp(total / number), rel=1e-4)
+    assert table["perplexity"]["before"]["count"] == 4

@@ -79,3 +79,12 @@ def test_eos_token_ends_the_answers_and_the_rollouts(tmp_path, monkeypatch):
 def test_an_unknown_eos_token_is_refused(tmp_path):
     with pytest.raises(ValueError, match="eos_token='<nope>' is not in the vocabulary"):
         trainer(tmp_path, tiny_tokenizer(), eos_token="<nope>")
+
+
+def test_options_of_the_base_class_that_would_do_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataset_kwargs: add_special_tokens has no effect"):
+        config(tmp_path, dataset_kwargs={"add_special_tokens": False, "skip_prepare_dataset": True})
+    for name, value in (("dataset_text_field", "body"), ("packing_strategy", "wrapped")):
+        with pytest.raises(ValueError, match=f"{name}='{value}' has no effect"):
+            config(tmp_path, **{name: value})
+    assert config(tmp_path, dataset_kwargs={"skip_prepare_dataset": True}).dataset_kwargs  # as scripts for TRL have it
