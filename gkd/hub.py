@@ -67,11 +67,11 @@ class HubMixin:
         return shlex.join([*words, "--exclude", "_*", "--exclude", "checkpoint-*"])
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._tell_failed_pushes()  # before the base class forgets them
         try:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
         except HUB_ERRORS as error:
             logger.warning("a push to the Hub failed, the training goes on: %s", _brief(error))
-        self._tell_failed_pushes()
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()  # type: ignore[misc]

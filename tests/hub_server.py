@@ -31,7 +31,9 @@ class Hub:
         self.commits: list[str] = []
         self.repos: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}
-        self.fail: tuple[str, int] | None = None  # (a part of the path, the status to answer it with)
+        # (a part of the path, the status to answer it with; 0 hangs up), and how often; -1 = always
+        self.fail: tuple[str, int] | None = None
+        self.failures = -1
         self.url = ""
 
     def environment(self) -> dict[str, str]:
@@ -121,7 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         hub, path = self.hub, self.path.split("?")[0]
         hub.requests.append((self.command, path))
-        if hub.fail is not None and hub.fail[0] in path:
+        if hub.fail is not None and hub.fail[0] in path and hub.failures != 0:
+            hub.failures -= 1
+            if hub.fail[1] == 0:
+                self.close_connection = True
+                return None
             return self._send(hub.fail[1], {"error": f"made to fail with {hub.fail[1]}"})
         if path.startswith("/lfs/"):  # presigned: no token
             hub.objects[path.removeprefix("/lfs/")] = body
