@@ -4,9 +4,9 @@
     python benchmarks/memory.py --model glass
 
 On CUDA the peak is what torch allocated, without the context. On a CPU it is the process's resident set (ru_maxrss),
-twice: once with glibc told to give freed buffers back to the system (MALLOC_MMAP_THRESHOLD_), so that the peak is what
-the run holds, which is what the plan predicts; and once as glibc does by default, where freed buffers stay with the
-process. Results are written to benchmarks/results/memory_<device>_<model>.json.
+with glibc told to give freed buffers back to the system (MALLOC_MMAP_THRESHOLD_), so that the peak is what the run
+holds, which is what the plan predicts. With --both it is measured once more as glibc does by default, where freed
+buffers stay with the process. Results are written to benchmarks/results/memory_<device>_<model>.json.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def run_case(model: str, name: str, variables: dict[str, str]) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "glass"), default="smollm2")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--both", action="store_true", help="on a CPU: with glibc's default settings, too")
     parser.add_argument("--one", help="run this case in this process (used by the script itself)")
     args = parser.parse_args()
     if args.one:
@@ -104,17 +106,18 @@ def main() -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {}
-    for name in CASES:
-        result = results[name] = run_case(args.model, name, GIVE_BACK if device == "cpu" else {})
-        if device == "cpu":
+    path = ROOT / "benchmarks" / "results" / f"memory_{device}_{args.model}.json"
+    path.parent.mkdir(exist_ok=True)
+    for name in args.cases:
+        result = run_case(args.model, name, GIVE_BACK if device == "cpu" else {})
+        if device == "cpu" and args.both:
             result["measured_default_malloc"] = run_case(args.model, name, {})["measured"]
         result["error"] = round(result["planned"] / result["measured"] - 1, 3)
         sizes = "  ".join(f"{key} {size / 2**30:.2f} GiB" for key, size in result.items() if key != "error")
         print(f"{name:38s} {sizes}  error {result['error']:+.1%}", flush=True)
-    path = ROOT / "benchmarks" / "results" / f"memory_{device}_{args.model}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"tokens": TOKENS, "results": results}, indent=2) + "\n")
+        results = json.loads(path.read_text())["results"] if path.exists() else {}  # other cases keep their figures
+        results[name] = results.get(name, {}) | result
+        path.write_text(json.dumps({"tokens": TOKENS, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

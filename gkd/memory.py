@@ -15,6 +15,9 @@ from gkd.fused_pass import chunk_rows
 GIB = 2**30
 # A CUDA context with its libraries' workspaces; a process on a CPU with torch, transformers and trl imported.
 OVERHEAD = {"cuda": int(1.0 * GIB), "cpu": int(0.7 * GIB)}
+# Smallest and largest error of the peak against measured ones, (planned / measured) - 1, by device:
+# benchmarks/results/memory_<device>_smollm2.json.
+MEASURED_ERROR = {"cpu": (0.03, 0.09)}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Setup:
         lora_r: rank, or None for full fine-tuning. lora_dropout: whether the adapter has any. fold: whether
             it is folded into a copy of the weights for a rollout.
         batch: B. tokens: T of the longest row. targets: most target tokens of a micro-batch. rollout_batch: R.
+        accumulates: whether gradients add up over several micro-batches.
         generates: which of "student", "teacher" write completions in this process.
         zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
         teacher_here: False when it is scored on a server.
@@ -68,6 +72,7 @@ class Setup:
     tokens: int = 1024
     targets: int = 512
     rollout_batch: int = 16
+    accumulates: bool = True
     generates: tuple[str, ...] = ("student",)
     checkpointing: bool = True
     zero_stage: int = 0
@@ -110,14 +115,21 @@ def layer_activations(
     return activation_bytes * kept + 2 * 4 * model.hidden + dropped
 
 
-def activations(setup: Setup) -> int:
-    """Of the student's backward pass: every layer's, or with checkpointing every layer's input and one layer's all."""
-    rows, model = setup.batch * setup.tokens, setup.student
+def _one_layer(setup: Setup) -> int:
     dropout = setup.lora_dropout and setup.lora_r is not None
-    layer = rows * layer_activations(model, setup.activation_bytes, lora_dropout=dropout)
-    if not setup.checkpointing:
-        return model.layers * layer
-    return model.layers * rows * model.hidden * setup.activation_bytes + layer
+    layer = layer_activations(setup.student, setup.activation_bytes, lora_dropout=dropout)
+    return setup.batch * setup.tokens * layer
+
+
+def kept_activations(setup: Setup) -> int:
+    """Of the student, from its forward pass to the loss: every layer's, or with checkpointing every layer's input."""
+    layers, row = setup.student.layers, setup.student.hidden * setup.activation_bytes
+    return layers * (setup.batch * setup.tokens * row if setup.checkpointing else _one_layer(setup))
+
+
+def activations(setup: Setup) -> int:
+    """Of the student's backward pass: with checkpointing, one layer's come on top of all inputs."""
+    return kept_activations(setup) + (_one_layer(setup) if setup.checkpointing else 0)
 
 
 def loss_buffers(setup: Setup) -> int:
@@ -159,6 +171,7 @@ def estimate(setup: Setup) -> Estimate:
     parts = {
         "student weights": 0 if offloaded and setup.zero_stage == 3 else weights // split[3],
         "gradients": trained * 4 // split[2],
+        "gradient buckets": trained * 4 if setup.gpus > 1 and not setup.zero_stage else 0,  # of DDP
         "optimizer": 0 if offloaded else trained * state_bytes // split[1],
         "teacher weights": teacher.parameters * setup.teacher_bytes // split[3]
         if setup.teacher_here and not setup.shares_base
@@ -175,10 +188,19 @@ def estimate(setup: Setup) -> Estimate:
         "folded adapter": student.linear * setup.weight_bytes if _folds(setup) else 0,
         "overhead": OVERHEAD[setup.device],
     }
-    standing = ("student weights", "gradients", "optimizer", "teacher weights", "overhead")
+    standing = ["student weights", "gradient buckets", "optimizer", "teacher weights", "overhead"]
+    # One after the other: the teacher's forward pass, the loss on top of the student's, the student's backward pass.
+    moment = max(parts["teacher activations"], kept_activations(setup) + parts["loss"], parts["student activations"])
+    gradients = parts["gradients"]
+    if setup.zero_stage:  # DeepSpeed keeps them from step to step
+        standing.append("gradients")
+    elif setup.accumulates:
+        moment += gradients
+    else:  # they come while the activations go, and are gone before the next step
+        moment = max(moment, gradients)
     base = sum(parts[name] for name in standing)
     rollout = base + sum(parts[name] for name in ("KV cache", "gathered for the rollout", "folded adapter"))
-    training = base + sum(parts[name] for name in ("student activations", "teacher activations", "loss"))
+    training = base + moment
     return Estimate(parts, rollout, training)
 
 
@@ -195,7 +217,8 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
     while batch > 1:
         batch //= 2
         note = f"--per_device_train_batch_size {batch} (and gradient_accumulation_steps x {setup.batch // batch})"
-        smaller = replace(setup, batch=batch, targets=max(1, setup.targets * batch // setup.batch))
+        targets = max(1, setup.targets * batch // setup.batch)
+        smaller = replace(setup, batch=batch, targets=targets, accumulates=True)
         found.append((note, smaller))
     if _folds(setup):
         found.append(("--fold_adapter false", replace(setup, fold=False)))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gkd.loading import load_config
-from gkd.memory import GIB, Estimate, ModelShape, Setup, estimate, smallest_change
+from gkd.memory import GIB, MEASURED_ERROR, Estimate, ModelShape, Setup, estimate, smallest_change
 from gkd.recipe import Recipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -98,6 +98,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         batch=args.per_device_train_batch_size,
         tokens=tokens,
         targets=args.per_device_train_batch_size * (args.max_new_tokens if args.lmbda == 1 else tokens),
+        accumulates=args.gradient_accumulation_steps > 1,
         rollout_batch=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
         generates=generates if args.rollout_backend == "hf" else (),
         checkpointing=args.gradient_checkpointing,
@@ -125,7 +126,8 @@ def plan(
     remedy = [] if fits else smallest_change(setup, budget)
     if as_json:
         record = {"parts": found.parts, "rollout": found.rollout, "training": found.training, "peak": found.peak}
-        print(json.dumps({**record, "budget": budget, "fits": fits, "remedy": remedy}, indent=2))
+        record |= {"budget": budget, "fits": fits, "remedy": remedy}
+        print(json.dumps({**record, "measured_error": MEASURED_ERROR.get(setup.device)}, indent=2))
     else:
         _show(setup, found, budget, remedy)
     return 0 if fits else 1
@@ -146,6 +148,12 @@ def _show(setup: Setup, found: Estimate, budget: int, remedy: list[str]) -> None
     console.print(
         f"{setup.student.parameters / 1e9:.2f}B student, {setup.trained / 1e6:.1f}M trained; "
         f"{setup.teacher.parameters / 1e9:.2f}B teacher; {setup.batch} rows of up to {setup.tokens} tokens"
+    )
+    low, high = MEASURED_ERROR["cpu"]
+    where = "" if setup.device in MEASURED_ERROR else "; on a GPU they have not been measured"
+    console.print(
+        f"These figures were {low:+.0%} to {high:+.0%} off the measured peaks of real runs on a CPU{where} "
+        "(docs/scaling.md)"
     )
     if found.peak <= budget:
         console.print(f"fits: {found.peak / GIB:.1f} of {budget / GIB:.1f} GiB")

@@ -1,6 +1,7 @@
 """The memory plan: every part against the tensors of a real tiny model, and the remedies against the budget."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,18 @@ from tiny import save_tiny, tiny_model
 from transformers import DynamicCache
 
 from gkd.cli import main
-from gkd.memory import GIB, Setup, activations, changes, estimate, kv_cache, layer_activations, smallest_change
+from gkd.memory import (
+    GIB,
+    MEASURED_ERROR,
+    Setup,
+    activations,
+    changes,
+    estimate,
+    kept_activations,
+    kv_cache,
+    layer_activations,
+    smallest_change,
+)
 from gkd.plan import parse_memory, shape_of
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -98,6 +110,36 @@ def test_stages_split_what_they_say():
     assert estimate(replace(setup, teacher_here=False)).parts["teacher weights"] == 0
 
 
+def test_teacher_loss_and_recomputed_layers_come_one_after_the_other():
+    from dataclasses import replace
+
+    for batch, tokens in ((1, 4), (64, 512)):  # loss buffers are larger than a layer, and smaller
+        setup = setup_for(tiny_model("llama"), batch=batch, tokens=tokens, targets=8)
+        base = estimate(replace(setup, batch=0)).training - estimate(replace(setup, batch=0)).parts["loss"]
+        parts, inputs = estimate(setup).parts, kept_activations(setup)
+        layer = parts["student activations"] - inputs
+        assert layer > 0
+        assert estimate(setup).training - base == inputs + max(layer, parts["loss"])
+    assert layer > parts["loss"]
+
+
+def test_gradients_and_activations_meet_only_where_gradients_add_up():
+    """With one micro-batch a step, gradients come while activations go; DDP holds them once more, in buckets."""
+    from dataclasses import replace
+
+    setup = setup_for(tiny_model("llama"), lora_r=None)
+    parts = estimate(setup).parts
+    standing = sum(
+        parts[name] for name in ("student weights", "optimizer", "teacher weights", "overhead", "gradients")
+    )
+    moment = estimate(setup).training - standing
+    apart = replace(setup, accumulates=False)
+    saved = estimate(setup).training - estimate(apart).training
+    assert saved == min(parts["gradients"], moment) > 0
+    buckets = estimate(replace(apart, gpus=2)).training - estimate(apart).training
+    assert buckets == parts["gradients"] == 4 * sum(p.numel() for p in tiny_model("llama").parameters())
+
+
 def test_every_change_saves_memory_and_the_remedy_fits():
     setup = setup_for(tiny_model("llama"), gpus=2, lora_r=None, checkpointing=False, device="cuda", rollout_batch=512)
     peak = estimate(setup).peak
@@ -105,6 +147,16 @@ def test_every_change_saves_memory_and_the_remedy_fits():
     floor = estimate(setup).parts["overhead"]
     assert smallest_change(setup, peak - 1)
     assert smallest_change(setup, floor // 2) == []
+
+
+def test_the_error_that_is_printed_was_measured():
+    folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    for device, printed in MEASURED_ERROR.items():
+        results = json.loads((folder / f"memory_{device}_smollm2.json").read_text())["results"]
+        errors = [result["planned"] / result["measured"] - 1 for result in results.values()]
+        assert len(errors) >= 5
+        assert (min(errors), max(errors)) == pytest.approx(printed, abs=0.006)
+        assert max(map(abs, errors)) < 0.15
 
 
 @pytest.mark.parametrize(
@@ -124,7 +176,9 @@ def test_the_command(tmp_path, capsys):
     assert found["fits"]
     assert found["peak"] == max(found["rollout"], found["training"])
     assert main(["plan", str(recipe), "--gpu_memory", "1MB", *flags]) == 1
-    assert "does not fit" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert f"{MEASURED_ERROR['cpu'][1]:+.0%} off the measured peaks" in " ".join(out.split())
     with pytest.raises(SystemExit) as stopped:
         main(["plan", str(recipe), "--gpu_memory", "many", *flags])
     assert stopped.value.code == 2
