@@ -104,16 +104,17 @@ def train(args: argparse.Namespace) -> None:
     trainer.train()
     seconds = [after - before for before, after in zip(times.marks, times.marks[1:], strict=False)]
     of_teacher = [line["time/teacher"] for line in trainer.state.log_history if "time/teacher" in line]
+    cached: Any = trainer.teacher
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     epochs = range(0, len(seconds), args.steps)
     figures = {
         "seconds_per_step": [round(_median(seconds[at : at + args.steps]), 3) for at in epochs],
         "seconds_of_the_teacher": [round(_median(of_teacher[at : at + args.steps]), 4) for at in epochs],
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak, 2),
-        "loaded": getattr(trainer.teacher, "loaded", True),
+        "loaded": getattr(cached, "loaded", True),
     }
     if args.train != "live":
-        store = trainer.teacher.store
+        store = cached.store
         size = sum(path.stat().st_size for path in store.path.glob("rows-*"))
         figures["bytes_per_target"] = round(size / (len(rows) * (args.tokens - 1)), 1)
         figures["head_mb"] = round((store.path / "head.safetensors").stat().st_size / 1e6, 1)

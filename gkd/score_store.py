@@ -304,7 +304,7 @@ def _sum_of(*tensors: Tensor) -> int:
     """The CRC-32 of the bytes of tensors in CPU memory."""
     total = 0
     for tensor in tensors:
-        total = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, total)
     return total
 
 
