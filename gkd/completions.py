@@ -36,8 +36,8 @@ _ORDER = ("student", "teacher", "data")  # what was just written comes first
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of a step, as text. `end`: how the completion ends; `divergence`: nats per target token, or None
-    when it was not trained on."""
+    """One sequence of a step, as text. `end`: how the completion ends, and whether it was left out of the loss;
+    `divergence`: nats per target token, None without a target or without a teacher."""
 
     step: int
     source: str
@@ -101,9 +101,10 @@ class CompletionLog(TrainerCallback):
         if not state.is_world_process_zero or not self._sequences:
             return
         samples = self.samples(state.global_step)
-        print_samples(pick(samples, self._number))
-        for callback in self._callbacks():
-            send(callback, samples)
+        if samples:
+            print_samples(pick(samples, self._number))
+            for callback in self._callbacks():
+                send(callback, samples)
         self._sequences = []  # a step is shown once
 
     def samples(self, step: int) -> list[Sample]:
@@ -121,7 +122,8 @@ class CompletionLog(TrainerCallback):
             verdict = self._hygiene.judge(completion, sequence.source)
             names = {"cut off": verdict.truncated, "empty": verdict.empty, "repetitive": verdict.repetitive}
             found = [name for name, is_so in names.items() if is_so]
-            end = ", ".join(found or ["ended" if verdict.ended else "no stop token"])
+            found = found or ["ended" if verdict.ended else "no stop token"]
+            end = ", ".join(found if targets else [*found, "not trained on"])
             texts = (self._text(prompt), self._text(completion))
             samples.append(Sample(step, sequence.source, *texts, end, len(completion), mean))
         assert values is None or start == len(values), (start, len(values))
@@ -162,9 +164,10 @@ def samples_table(samples: Sequence[Sample], width: int) -> Table:
     table.add_column("Prompt (end)", ratio=1, overflow="fold")
     table.add_column("Completion", ratio=1 if narrow else 2, overflow="fold")
     for sample in samples:
-        facts = [sample.source, f"{sample.tokens} tokens", sample.end]
-        facts.append("not trained on" if sample.divergence is None else f"{sample.divergence:.3f} nats")
-        prompt, completion = printable(sample.prompt), printable(sample.completion)
+        facts = [sample.source, f"{sample.tokens} tokens", *sample.end.split(", ")]
+        if sample.divergence is not None:
+            facts.append(f"{sample.divergence:.3f} nats")
+        prompt, completion = printable(sample.prompt.strip("\n")), printable(sample.completion.strip("\n"))
         if len(prompt) > SHOWN_CHARACTERS:
             prompt = "…" + prompt[1 - SHOWN_CHARACTERS :]
         texts = [Text(prompt), Text(shorten(completion, SHOWN_CHARACTERS))]

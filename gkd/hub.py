@@ -19,7 +19,7 @@ from gkd.redact import redact_value
 logger = logging.getLogger(__name__)
 
 # What the client raises: the bases are the HTTP library's own error, which a refused connection is, and OSError.
-HUB_ERRORS = (*HfHubHTTPError.__bases__, ValueError, RuntimeError)
+HUB_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ValueError, RuntimeError)
 _LIMIT = 300  # characters of the client's message
 
 

@@ -117,7 +117,7 @@ def test_completions_that_are_not_trained_on_are_shown_as_such(tmp_path, monkeyp
     (rows,) = shown
     cut = [row for row in rows if row.end.startswith("cut off")]
     assert cut
-    assert all(row.divergence is None for row in cut)
+    assert all(row.divergence is None and row.end.endswith("not trained on") for row in cut)
 
 
 def test_only_the_main_process_shows(capsys):
@@ -174,7 +174,7 @@ def test_how_a_completion_ends():
     log.add(torch.tensor([0.5, 1.5]))  # the second row is not trained on
     log.add(torch.tensor([3.0, 4.0]))
     samples = log.samples(1)
-    assert [row.end for row in samples] == ["ended", "cut off", "empty", "no stop token"]
+    assert [row.end for row in samples] == ["ended", "cut off, not trained on", "empty", "no stop token"]
     assert [row.divergence for row in samples] == [1.0, None, 3.0, 4.0]
 
 
@@ -196,7 +196,7 @@ def test_rows_are_shared_out_among_sources_and_spread_over_lengths():
 
 NASTY = [
     sample(prompt="x" * 500 + "END", completion="first line\nsecond [bold]line[/bold] 日本語 é", end="cut off"),
-    sample("teacher", completion="\x1b[2J\x1b[31mred\x07\x00", divergence=None),
+    sample("teacher", completion="\x1b[2J\x1b[31mred\x07\x00", end="ended, not trained on", divergence=None),
 ]
 
 
@@ -208,6 +208,7 @@ def test_the_table_fits_any_terminal_and_shows_what_there_is(width):
     assert max(map(len, lines)) <= width
     flat = re.sub(r"[\s│]", "", out.getvalue())
     assert "\x1b" not in flat
+    assert ("Written by" in out.getvalue()) == (width >= 72)  # else under the completion
     if width >= 71:
         for part in (
             "END",

@@ -86,6 +86,7 @@ def wandb_run(folder, tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DIR", str(place))
         patch.setenv("WANDB_SILENT", "true")
+        wandb.teardown()  # a client that another test has set up would keep its settings
         run(argv=flags(folder, report_to="wandb"))
         wandb.finish()
         wandb.teardown()
@@ -173,13 +174,14 @@ def test_trackio_has_everything_in_one_run(folder, tmp_path, monkeypatch):
     code = (
         "import sys; from gkd.run import run; run(argv=sys.argv[1:]);"
         "import json, trackio; from trackio.sqlite_storage import SQLiteStorage as S;"
-        "runs = S.get_runs('gkd-test'); print(json.dumps({'runs': runs, 'logs': S.get_logs('gkd-test', runs[0]),"
-        "'config': S.get_run_config('gkd-test', runs[0])}, default=str))"
+        "runs = S.get_runs('gkd-test'); name = ('gkd-test', runs[0]);"
+        "kept = {'runs': runs, 'logs': S.get_logs(*name), 'config': S.get_run_config(*name)};"
+        "open('kept.json', 'w').write(json.dumps(kept, default=str))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, *argv], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    kept = json.loads(done.stdout.splitlines()[-1])
+    kept = json.loads((tmp_path / "kept.json").read_text())
     assert len(kept["runs"]) == 1, kept["runs"]
     _, places = history()
     values = {name: value for line in kept["logs"] for name, value in line.items()}
