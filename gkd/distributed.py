@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from gkd.quantized import keep_layout
+
 
 def zero_stage(accelerator: Accelerator) -> int:
     """The DeepSpeed ZeRO stage in use, 0 without DeepSpeed."""
@@ -97,6 +99,7 @@ def place_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 def place_student(model: nn.Module, accelerator: Accelerator) -> None:
     """Put the student where it will be trained. Under ZeRO-1 and ZeRO-2 nobody else does so before training starts,
     and an evaluation before it would run on the CPU."""
+    keep_layout(model)
     if zero_stage(accelerator) in (1, 2) and not getattr(model, "is_quantized", False):
         model.to(accelerator.device)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations import deepspeed as zero_loading
 
 from gkd.distributed import freeze, place_frozen, zero_stage
+from gkd.quantized import keep_layout
 from gkd.signals import output_layer
 
 SHARDED = ("zero3", "zero3_offload")
@@ -97,6 +98,7 @@ def place_teacher(model: nn.Module, accelerator: Accelerator, placement: str = "
     """
     check_placement(placement, accelerator.num_processes, zero_stage(accelerator) == 3)
     check_placeable(model, placement)
+    keep_layout(model)
     if placement in SHARDED:
         return _sharded(freeze(model), placement)
     if placement == "cpu_offload":

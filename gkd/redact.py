@@ -68,13 +68,15 @@ def without_secrets(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def redact_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings with secrets replaced, in nested dictionaries too."""
+    """The same settings with secrets replaced, in nested dictionaries and configurations (as dictionaries) too."""
     shown: dict[str, Any] = {}
     for name, value in settings.items():
         if value is not None and is_secret_name(str(name)):
             shown[name] = REDACTED
         elif isinstance(value, Mapping):
             shown[name] = redact_settings(value)
+        elif hasattr(value, "to_dict"):
+            shown[name] = redact_settings(value.to_dict())
         else:
             shown[name] = redact_value(value) if isinstance(value, str) else value
     return shown

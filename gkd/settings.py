@@ -245,7 +245,7 @@ def set_loading_arguments(settings: Settings) -> None:
     }
     args.model_init_kwargs = {**shared, "revision": model.model_revision, **(args.model_init_kwargs or {})}
     if quantization is not None:
-        device_map = {"": PartialState().local_process_index}  # quantized weights cannot be moved later
+        device_map = {"": str(PartialState().device)}  # quantized weights cannot be moved later
         args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
     if args.share_base_model:  # the teacher is not loaded
         return
