@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from trl.trainer.utils import create_model_from_path
 
 from gkd.placement import check_loading, split_while_loading
-from gkd.quantized import with_quantization
+from gkd.quantized import keep_layout, with_quantization
 
 
 def model_name(model: Any) -> str | None:
@@ -143,6 +143,6 @@ def load_teacher(
         kwargs = with_quantization(kwargs, full, "teacher_model_init_kwargs")
         check_loading(kwargs, placement)
         with split_while_loading(placement, full, int(config.hidden_size)):
-            return create_model_from_path(name, **kwargs)
+            return keep_layout(create_model_from_path(name, **kwargs))  # type: ignore[no-any-return]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"teacher_model_name_or_path={name!r} cannot be loaded: {error}") from error

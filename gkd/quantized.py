@@ -12,7 +12,6 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig
 
 _SWITCHES = ("load_in_4bit", "load_in_8bit")
@@ -63,17 +62,18 @@ def _bits_and_bytes(options: dict[str, Any], dtype: torch.dtype, field: str) -> 
     return BitsAndBytesConfig(**options)
 
 
-def keep_layout(model: nn.Module) -> None:
-    """Keep 4-bit weights as they were loaded, also on processors with AVX512-BF16.
+def keep_layout(model: Any) -> Any:
+    """The model, its 4-bit weights kept as they were loaded, also on processors with AVX512-BF16.
 
     There bitsandbytes (0.50) packs the weights of a layer anew when it first runs in eval mode, for a kernel without a
     gradient: a student that has written a rollout would then train without one, or fail. A teacher's fingerprint
-    would be another one after it has scored.
+    would be another one after it has scored, and another model over the same weights would read them wrongly.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
             module.state_dict()  # gives a layer that is packed already its own layout back (its scales stay rounded)
+    return model
 
 
 class _Once(logging.Filter):
