@@ -191,8 +191,9 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
     if evaluator.teacher is None:
         out.add("Perplexity", "warning", "there is no single teacher: only the student is measured")
     else:
-        found.append(evaluator.measure(evaluator.teacher, "teacher"))
-        _perplexities(out, *found, len(evaluator.held_out))
+        teacher = evaluator.measure(evaluator.teacher, "teacher")
+        found.append(teacher)
+        _perplexities(out, student, teacher, len(evaluator.held_out))
         _divergence(out, student, evaluator.settings()["divergence"])
     for measures in found:
         _rollouts(out, measures, trainer.args.max_new_tokens, trainer.args.repetition_threshold)

@@ -38,6 +38,7 @@ from gkd.fused import LossSettings, fused_divergence
 from gkd.measures import (
     Estimate,
     Measures,
+    Metric,
     difference_estimate,
     distinct_ngrams,
     exponential_estimate,
@@ -133,7 +134,7 @@ class Evaluator:
             **self._perplexity(model),
             **self._scores(model, sampling, own),
         }
-        extra = {}
+        extra: dict[str, Metric] = {}
         if self.public_tasks is not None and not isinstance(model, ServedTeacher):
             with generation_mode(model, self.accelerator) as bare:
                 public, extra = self.public_tasks.measure(bare, self.tokenizer)

@@ -42,10 +42,12 @@ _CHARACTERS_PER_TOKEN = 3  # on the safe side of the usual 4 for English
 
 @dataclass(frozen=True)
 class Look:
-    """What the rows are. `pair` are columns to rename, answer None: prompts only; None: rows are taken as they are."""
+    """What the rows are. `pair` are columns to rename, answer None: prompts only; None: rows are taken as they are.
+    `numbers` are those of them that hold numbers, which become texts."""
 
     rows: int
     pair: tuple[str, str | None] | None
+    numbers: frozenset[str]
     chat: bool
     answered: bool
     running_text: bool
@@ -108,15 +110,17 @@ def look_at(rows: Dataset, has_template: bool, columns: tuple[str, str | None] |
         ValueError: no format fits, with the columns that are there; or a row is broken.
     """
     pair = _pair(rows, columns)
+    numbers = frozenset(name for name in pair or () if name is not None and _is_number(rows, name))
     texts, kinds = [], []
     for number, raw in enumerate(rows.select(range(min(_LOOKED_AT, len(rows))))):
-        kind = canonical_row(_renamed(raw, pair, has_template), Place("train", number), has_template)
+        kind = canonical_row(_renamed(raw, pair, numbers, has_template), Place("train", number), has_template)
         kinds.append(kind)
         texts.append(_answer(kind))
     answers = sorted(len(text) for text in texts if text is not None)
     return Look(
         rows=len(rows),
         pair=pair,
+        numbers=numbers,
         chat=isinstance(kinds[0], ChatRow),
         answered=len(answers) == len(kinds),
         running_text=any(isinstance(kind, TextRow) and not kind.prompt for kind in kinds),
@@ -143,13 +147,21 @@ def _pair(rows: Dataset, columns: tuple[str, str | None] | None) -> tuple[str, s
     return None if alone is None or {"prompt", "text"} & set(names) else (alone, None)
 
 
-def _renamed(row: dict[str, Any], pair: tuple[str, str | None] | None, chat: bool) -> dict[str, Any]:
+def _is_number(rows: Dataset, name: str) -> bool:
+    """Whether a column holds numbers, one in every row: what is missing is no text and shall be told."""
+    numeric = str(getattr(rows.features[name], "dtype", "")).startswith(("int", "uint", "float"))
+    return numeric and rows.data.column(name).null_count == 0
+
+
+def _renamed(
+    row: dict[str, Any], pair: tuple[str, str | None] | None, numbers: frozenset[str], chat: bool
+) -> dict[str, Any]:
     """As the written recipe's `as_row` does it."""
     if pair is None:
         return row
-    question, answer = pair
-    out: dict[str, Any] = {"prompt": [{"role": "user", "content": row[question]}] if chat else row[question]}
-    return out if answer is None else {**out, "completion": row[answer]}
+    question, answer = (None if name is None else str(row[name]) if name in numbers else row[name] for name in pair)
+    out: dict[str, Any] = {"prompt": [{"role": "user", "content": question}] if chat else question}
+    return out if pair[1] is None else {**out, "completion": answer}
 
 
 def _answer(kind: Row) -> str | None:
@@ -216,16 +228,20 @@ def _literal(value: Any) -> str:
     return repr(value)
 
 
+def _column(name: str, look: Look) -> str:
+    return f"str(row[{_literal(name)}])" if name in look.numbers else f"row[{_literal(name)}]"
+
+
 def _load_data(look: Look) -> str:
     if look.running_text:
         return _RUNNING_TEXT
     if look.pair is None:
         return _AS_THEY_ARE
     question, answer = look.pair
-    prompt = f"row[{_literal(question)}]"
+    prompt = _column(question, look)
     if look.chat:
         prompt = f'[{{"role": "user", "content": {prompt}}}]'
-    completion = f', "completion": row[{_literal(answer)}]' if answer else ""
+    completion = f', "completion": {_column(answer, look)}' if answer else ""
     return _RENAMED.format(prompt=prompt, completion=completion)
 
 

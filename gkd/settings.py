@@ -21,6 +21,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 from gkd.config import GKDConfig
 from gkd.data import check_kind
 from gkd.files import read_rows
+from gkd.public_tasks import check_installed
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -47,6 +48,8 @@ class RunArguments:
                 f"num_eval_prompts={self.num_eval_prompts} should be 1 or more; to leave the evaluation out set "
                 "evaluate_before_and_after=False"
             )
+        if self.lm_eval_tasks is not None:
+            check_installed()
         if self.lm_eval_limit is not None and (self.lm_eval_limit < 1 or self.lm_eval_tasks is None):
             raise ValueError(
                 f"lm_eval_limit={self.lm_eval_limit} should be 1 or more, and name the tasks by lm_eval_tasks: or "

@@ -1,5 +1,6 @@
 """`gkd doctor` and `gkd evaluate` on real tiny models: what is found, the exit code, nothing left behind."""
 
+import io
 import json
 import shutil
 
@@ -7,10 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.text import Text
 from tiny import TURN_END, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from vllm_server.fake import FakeServer
 
+from gkd import vllm_client
 from gkd.cli import main
 from gkd.doctor import examine
+from gkd.doctor_cost import duration, shorten
 from gkd.doctor_view import show, view
 from gkd.recipe import capture
 
@@ -78,9 +83,9 @@ def test_a_sound_recipe_passes_and_leaves_nothing_behind(folder, tmp_path, monke
     assert out["passed"]
     levels = {check["name"]: check["level"] for check in out["checks"]}
     quality = {"Perplexity", "Rollouts, student", "Rollouts, teacher"}  # random models: no matter which
-    assert (
-        set(levels) >= {"Versions", "Devices", "Token maps", "Chat templates", "Formats", "Rows", "Prompts"} | quality
-    )
+    sound = {"Versions", "Devices", "Token maps", "Chat templates", "Formats", "Rows", "Prompts", "Stop tokens"}
+    assert set(levels) == sound | quality | {"Tokenizers", "Memory", "Models", "Stop ids", "Divergence", "Time"}
+    assert all(set(check) == {"name", "level", "message", "remedy"} for check in out["checks"])
     assert {level for name, level in levels.items() if name not in quality} == {"ok"}
     assert len(out["rows"]) == 3
     assert len(out["rollouts"]) == 8
@@ -229,7 +234,143 @@ def test_broken_rows_and_missing_files_are_errors_without_a_trace(folder, tmp_pa
     assert "no recipe" in capsys.readouterr().err
 
 
+def test_colours_are_for_a_terminal(folder):
+    diagnosis = doctor(folder)
+    texts = {}
+    for terminal in (True, False):
+        file = io.StringIO()
+        colours = "standard" if terminal else "auto"  # what a pipe gets
+        show(diagnosis, Console(file=file, force_terminal=terminal or None, width=200, color_system=colours))
+        texts[terminal] = file.getvalue()
+    assert "\x1b[36m" in texts[True]  # the prompt in cyan
+    assert "\x1b[1;37;41m" in texts[True]  # the stop token, white on red
+    assert "\x1b" not in texts[False]
+    plain = Text.from_ansi(texts[True]).plain
+    assert plain.split() == texts[False].split()
+
+
+# ------------------------------------------------------------------------------------------------ memory and time
+
+
+def test_the_steps_that_are_counted_are_those_of_a_run(folder, tmp_path, capsys):
+    from training import config, trainer_of
+
+    values = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2.5}
+    trainer = trainer_of(tmp_path, **values, max_steps=-1)  # 16 rows
+    trainer.train()
+    args = config(tmp_path, **values, max_steps=-1)
+    schedule = shorten(args, 16)
+    assert schedule.steps == trainer.state.global_step == trainer.state.max_steps
+    assert (schedule.micro_batches, schedule.timed) == (3, 3)
+    few = config(tmp_path, **values, max_steps=-1, rollout_batch_size=4)
+    assert shorten(few, 16).timed == 2
+    check = the(doctor(folder, **values, max_steps=-1, rollout_batch_size=4), "Time")
+    assert ": 8 steps of" in check.message  # 15 rows: 8 micro-batches, 3 steps an epoch
+    assert "one timed step of 4 rows, times 1.5" in check.message
+    assert check.level == "ok"
+
+
+def test_the_time_is_that_of_the_second_step(folder, monkeypatch):
+    """With a clock that stands still outside of the student's steps, each of which takes 2 s."""
+    from gkd import doctor_cost
+
+    trainer_steps = []
+    monkeypatch.setattr(doctor_cost._Clock, "on_step_end", lambda self, *_, **__: self.ends.append(5.0 + 2 * step()))
+
+    def step():
+        trainer_steps.append(1)
+        return len(trainer_steps) ** 2  # 1, 4: the second step takes 6 s
+
+    message = the(doctor(folder, max_steps=100), "Time").message
+    assert message.startswith("about 10 min: 100 steps of 6 s")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (89, "89 s"), (100, "2 min"), (3599, "1 h 0 min"), (12_000, "3 h 20 min"), (190_800, "2 days 5 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_memory_is_that_of_the_plan_and_warns_when_it_is_not_there(folder, monkeypatch, capsys):
+    assert main(["plan", *argv(folder), "--json"]) == 0
+    peak = json.loads(capsys.readouterr().out)["peak"]
+    check = the(doctor(folder), "Memory")
+    assert check.level == "ok"
+    assert f"about {peak / 2**30:.1f} GiB" in check.message
+    monkeypatch.setattr("gkd.doctor_cost.capacity", lambda device: 2**20)
+    check = the(doctor(folder), "Memory")
+    assert check.level == "warning"
+    assert "does not fit" in check.message
+    assert "gkd plan" in check.remedy
+
+
+# ------------------------------------------------------------------------------------------------------- a server
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(vllm_client, "FIRST_PAUSE", 0.005)
+    with FakeServer(tiny_model(seed=2, hidden=48, layers=3), tiny_tokenizer()) as server:
+        yield server
+
+
+def on_server(server):
+    return {"teacher_server_url": server.url, "teacher_top_k": 20, "rollout_server_timeout": 5, "max_length": 200}
+
+
+def argv_of_server(folder, server):
+    recipe, *flags = argv(folder, **on_server(server))
+    at = flags.index("--teacher_model_name_or_path")
+    return [recipe, *flags[:at], *flags[at + 2 :]]
+
+
+def test_doctor_and_evaluate_with_a_teacher_on_a_server(folder, server, capsys):
+    """The same numbers as with that teacher in the process, where a server tells them exactly."""
+    assert main(["doctor", *argv_of_server(folder, server), "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    checks = {check["name"]: check for check in out["checks"]}
+    assert "on a server" in checks["Models"]["message"]
+    local = the(doctor(folder, max_length=200), "Perplexity").message
+    assert checks["Perplexity"]["message"] == local
+    assert "20 most likely" in checks["Divergence"]["message"]
+    assert checks["Time"]["level"] == "ok"
+    assert len(out["rollouts"]) == 8
+    assert main(["evaluate", *argv_of_server(folder, server), "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["models"]["teacher"]["score_greedy"]["count"] == 1  # one held-out row
+    assert out["models"]["student"]["divergence_own"]["value"] > 0
+
+
+def test_a_run_with_a_teacher_on_a_server_has_its_table(folder, server, tmp_path, monkeypatch):
+    recipe, *flags = argv_of_server(folder, server)
+    flags += ["--max_steps", "1", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    assert main(["run", recipe, *flags, "--eval_strategy", "epoch"]) == 0
+    rows = {row["key"]: row for row in json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]}
+    assert rows["perplexity"]["teacher"]["value"] > 1
+    assert rows["divergence_own"]["before"]["value"] > 0
+    assert rows["score_greedy"]["after"] is not None
+    assert "lower bound" in (tmp_path / "out" / "evaluation.json").read_text()
+
+
+def test_a_server_that_fails_is_a_line(folder, server):
+    server.faults["/inference/v1/generate"] = [None, *[400] * 1000]
+    recipe, *flags = argv_of_server(folder, server)
+    diagnosis = examine(capture(recipe, flags))
+    errors = [check for check in diagnosis.checks if check.level == "error"]
+    assert {check.name for check in errors} == {"Rollouts", "Time"}
+    assert all("teacher_server_url" in check.message or "HTTP 400" in check.message for check in errors)
+
+
 # ------------------------------------------------------------------------------------------------------- evaluate
+
+
+def test_an_evaluation_that_is_off_prepares_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("gkd.report._prompts", lambda *_: pytest.fail("prompts were prepared"))
+    flags = ["--max_steps", "1", "--report_to", "none", "--evaluate_before_and_after", "false"]
+    assert main(["run", *argv(folder), *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_evaluate_student_and_teacher(folder, tmp_path, monkeypatch, capsys):
@@ -262,7 +403,7 @@ def test_evaluate_an_adapter_beside_the_student(folder, tmp_path, capsys):
     assert "--model_name_or_path" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "new", "doctor", "evaluate", "precompute"])
+@pytest.mark.parametrize("command", ["run", "new", "doctor", "evaluate", "precompute", "plan"])
 def test_help_fits_a_screen_and_ends_with_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):

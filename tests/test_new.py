@@ -101,6 +101,43 @@ def test_columns_of_any_name(folder):
     assert recipe["as_row"](rows[0])["completion"] == "So."
 
 
+def questions_with_numbers(folder, suffix):
+    """A table as a spreadsheet saves it: the answers are numbers, two columns are of no use."""
+    rows = Dataset.from_list(
+        [{"id": n, "question": f"What is {n} + 1?", "note": None, "answer": n + 1} for n in range(8)]
+    )
+    path = folder / f"table.{suffix}"
+    {"csv": rows.to_csv, "parquet": rows.to_parquet, "json": lambda p: rows.to_json(p, lines=False)}[suffix](str(path))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
+def test_tables_with_numbers_and_other_columns(suffix, folder, tmp_path, monkeypatch):
+    command = [
+        "new",
+        "mine",
+        "--data",
+        str(questions_with_numbers(folder, suffix)),
+        "--output",
+        str(tmp_path / "x.py"),
+    ]
+    command += ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
+    assert main(command) == 0
+    recipe = runpy.run_path(str(tmp_path / "x.py"), run_name="recipe")
+    row = recipe["as_row"]({"question": "Q", "answer": 3 if suffix != "csv" else "3"})
+    assert row == {"prompt": [{"role": "user", "content": "Q"}], "completion": "3"}
+    flags = ["--max_steps", "2", "--output_dir", str(tmp_path), "--max_new_tokens", "4", "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "x.py"), *flags, "--num_eval_prompts", "1"])
+    runpy.run_path(str(tmp_path / "x.py"), run_name="__main__")
+    assert '"train_loss"' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_number_that_is_missing_is_no_text():
+    rows = Dataset.from_list([{"question": "a", "answer": 1}, {"question": "b", "answer": None}])
+    with pytest.raises(ValueError, match="row 0"):
+        look_at(rows, False)
+
+
 def test_a_known_format_wins_over_a_pair_of_names():
     rows = Dataset.from_list([{"prompt": "a", "completion": "b", "answer": "c"}])
     assert look_at(rows, False).pair is None

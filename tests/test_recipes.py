@@ -134,6 +134,7 @@ def test_recipe_runs_two_steps(name, models, tmp_path, monkeypatch):
     measured = {row["key"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
     assert {"divergence_own", "ended"} <= measured.keys()
     assert ("score_greedy" in measured) == (name in SCORED)
+    assert ("corpus_score_sampled" in measured) == (name == "gkd_wmt14")
     if name in ("kd_qwen3", "kd_minimind", "gkd_glass"):
         assert all(measured["perplexity"][place]["value"] > 1 for place in ("before", "after", "teacher"))
 
@@ -257,3 +258,16 @@ def test_rouge_2_and_bleu_against_values_by_hand():
     assert bleu(" Das Parlament erhebt sich. ", WMT14[1]) == pytest.approx(100)
     assert 0 < bleu("Das Parlament erhebt sich nicht.", WMT14[1]) < 100
     assert bleu("", WMT14[1]) == 0
+
+
+def test_corpus_bleu_sums_the_counts_of_all_sentences():
+    """By hand (Papineni et al. 2002): clipped n-grams over all sentences, brevity by the corpus's lengths."""
+    corpus = functions("gkd_wmt14")["corpus_score"]
+    rows = [{"translation": {"de": "a b c d e f"}}, {"translation": {"de": "g h i j"}}]
+    # 10 words, of which 9 match; 2-grams 7 of 8, 3-grams 5 of 6, 4-grams 3 of 4; as long as the reference
+    expected = 100 * (9 / 10 * 7 / 8 * 5 / 6 * 3 / 4) ** 0.25
+    assert corpus(["a b c d e x", " g h i j "], rows) == pytest.approx(expected)
+    mean = functions("gkd_wmt14")["score"]
+    assert abs(sum(mean(t, r) for t, r in zip(["a b c d e x", "g h i j"], rows, strict=True)) / 2 - expected) > 1
+    measured = corpus(["", ""], rows)
+    assert measured == 0
