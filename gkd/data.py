@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,16 @@ NOTES = {
     "turn_not_found": "note: an earlier assistant turn is not trained on, the chat template does not show where it is",
     "eos_appended": "note: the chat template does not end answers with a stop token; eos was appended",
 }
+# What tokenizers and chat templates raise over a single row; our own ValueErrors name it already.
+_STUMBLES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    UnicodeError,
+)
 _NAMED = 10  # row numbers named per line of a report
 
 
@@ -249,12 +260,10 @@ def _teacher_number(name: Any, teachers: list[str], place: Place) -> int:
 
 
 def _encoded(encoder: RowEncoder, row: Row, place: Place) -> Encoded:
-    """The row's ids; whatever a tokenizer raises, the row is named."""
+    """The row's ids; where a tokenizer or its chat template stumbles over a row, the row is named."""
     try:
         return encoder.encode(row, place)
-    except Exception as error:
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-            raise  # names the row itself
+    except _STUMBLES as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{place.dataset} data set, row {place.number}: cannot be tokenized ({what})") from error
 
