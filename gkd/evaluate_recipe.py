@@ -87,7 +87,7 @@ def _with_adapter(trainer: GKDTrainer, adapter: str) -> Any:
 def results_table(columns: list[Measures]) -> Table:
     """The measures side by side; with an adapter, whether it improves on the student."""
     if len(columns) > 1 and columns[1].name == WITH_ADAPTER:
-        return comparison_table(columns[0], columns[1], *columns[2:3])
+        return comparison_table(columns[0], columns[1], columns[2] if len(columns) > 2 else None)
     out = Table(title="Student and teacher", title_justify="left", caption=LEGEND)
     out.add_column("Measure")
     for column in columns:
@@ -105,5 +105,5 @@ def as_json(columns: list[Measures]) -> dict[str, Any]:
     samples = {column.name: [{"prompt": p, "completion": c} for p, c in column.samples] for column in columns}
     out = {"settings": columns[0].settings, "models": models, "samples": samples}
     if len(columns) > 1 and columns[1].name == WITH_ADAPTER:
-        out["comparison"] = as_dict(columns[0], columns[1], *columns[2:3])
+        out["comparison"] = as_dict(columns[0], columns[1], columns[2] if len(columns) > 2 else None)
     return out
