@@ -34,6 +34,7 @@ from gkd.hub import HubMixin
 from gkd.lengths import check_lengths
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
+from gkd.quantized import keep_layout
 from gkd.rollouts.routed import routed
 from gkd.servers import connect
 from gkd.signals import check_head, head_of, output_layer
@@ -143,7 +144,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
     def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
         args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
         student = self.accelerator.unwrap_model(self.model)
-        place_student(student, accelerator)
+        place_student(keep_layout(student), accelerator)
         self._head = head_of(student)
         self._head_module = output_layer(student)
         if zero_stage(accelerator) < 3:  # a sharded model cannot be run outside its engine
