@@ -222,6 +222,27 @@ def test_their_rollouts_have_no_cache_and_one_stop_token_only(tmp_path):
     assert set(ours.rollouts["student"].settings.stop_ids) == {256, 258}
 
 
+def test_their_rollouts_take_what_is_not_set_from_the_students_generation_config(tmp_path, monkeypatch):
+    student = tiny_model(seed=1)
+    student.generation_config.update(repetition_penalty=1.1, min_p=0.1)
+    theirs = their_trainer(tmp_path, chats(RAGGED), student=student, lmbda=1.0)
+    make_processors, seen = type(student)._get_logits_processor, []
+
+    def spy(model, generation_config, *args, **kwargs):
+        seen.append((generation_config.repetition_penalty, generation_config.min_p))
+        return make_processors(model, generation_config, *args, **kwargs)
+
+    monkeypatch.setattr(type(student), "_get_logits_processor", spy)
+    theirs.train()
+    assert seen == [(1.1, 0.1)]
+    args = config(tmp_path)
+    ours = GKDTrainer(
+        student, tiny_model(seed=2), args, train_dataset=chats(RAGGED), processing_class=tiny_tokenizer()
+    )
+    settings = ours.rollouts["student"].settings
+    assert (settings.repetition_penalty, settings.min_p, settings.top_k, settings.top_p) == (1.0, None, 0, 1.0)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_static_loss_is_theirs_at_every_beta(beta, temperature):

@@ -44,7 +44,9 @@ UNCHECKED = (
     "rollout_staleness",
     "share_base_model",
     "generation_kwargs",
-)  # need others
+    "lm_eval_tasks",
+    "lm_eval_limit",
+)  # need others, or a package
 PROGRAMS = {"gkd", "make", "python", "pip", "hf"}
 # python blocks that a test of their own runs, by a line in them
 RUN_ELSEWHERE = {
