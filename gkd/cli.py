@@ -22,11 +22,16 @@ from gkd.recipe import capture, execute_recipe, mistakes_in_one_line
 Action = Callable[[argparse.Namespace, list[str]], int]
 
 EXAMPLE = """example:
-  gkd new my_recipe --data rows.jsonl --student Qwen/Qwen2-0.5B-Instruct --teacher Qwen/Qwen2-1.5B-Instruct
-  gkd doctor recipes/my_recipe.py
-  gkd run recipes/my_recipe.py --learning_rate 2e-4 --output_dir out
-  accelerate launch --num_processes 8 recipes/gkd_qwen2.py --config my.yaml
+  gkd new mine --data rows.jsonl --student my/student --teacher my/teacher
+  gkd doctor recipes/mine.py
+  gkd run recipes/mine.py --learning_rate 2e-4 --output_dir out
+  accelerate launch --num_processes 8 recipes/mine.py --config my.yaml
 """
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    """Flag and help on one line."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="gkd",
         description="On-policy knowledge distillation of language models.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_wide,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gkd {__version__}")
@@ -53,7 +58,7 @@ def _command(
         help=summary,
         description=textwrap.fill(description, 79),
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_wide,
         allow_abbrev=False,
     )
     command.set_defaults(action=action)
@@ -84,7 +89,7 @@ def _add_precompute(commands: Any) -> None:
         "let the teacher answer a recipe's prompts beforehand",
         "Let the teacher answer a recipe's training prompts, once each, into the cache that training with --seq_kd "
         "reads (teacher_cache_dir); optionally as a data set of its own. Can be stopped and started again.",
-        "gkd precompute recipes/gkd_glass.py --teacher_temperature 0 --precompute_output answers",
+        "gkd precompute recipes/gkd_glass.py --precompute_output answers",
     )
     precompute.add_argument("--precompute_output", metavar="DIR", help="also write the answers as a data set")
     precompute.add_argument("--precompute_push_to_hub", metavar="ID", help="push that data set to this repository")
@@ -130,9 +135,7 @@ def _add_new(commands: Any) -> None:
         "gkd new mine --data rows.jsonl --student my/student --teacher my/teacher",
     )
     new.add_argument("name", metavar="NAME", help="the recipe's name")
-    new.add_argument(
-        "--data", metavar="FILE", required=True, help="a .jsonl, .json, .csv, .parquet, or a Hub data set"
-    )
+    new.add_argument("--data", metavar="FILE", required=True, help="a .jsonl, .json, .csv or .parquet, or a Hub set")
     new.add_argument("--student", metavar="MODEL", required=True, help="name or folder")
     new.add_argument("--teacher", metavar="MODEL", required=True, help="name or folder")
     new.add_argument("--output", metavar="FILE", help="recipes/NAME.py without it")
