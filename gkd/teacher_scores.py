@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gkd.absent_teacher import AbsentTeacher, remember
 from gkd.batch import IGNORE, join
 from gkd.config import GKDConfig
 from gkd.distributed import gathered, sum_over_ranks, zero_stage
 from gkd.environment import installed_versions
+from gkd.errors import DiskFullError
 from gkd.loading import model_name
 from gkd.placement import SHARDED
 from gkd.rollouts.cached import CachedRollout, fingerprint
@@ -40,7 +42,6 @@ def with_scores(
 
     Raises:
         ValueError: the folder cannot be made, or the teacher's weights cannot be fingerprinted.
-        DiskFullError: no room for the output head.
     """
     together = accelerator.num_processes > 1 and (zero_stage(accelerator) == 3 or args.teacher_placement in SHARDED)
     sources = ("data", "teacher") if args.teacher_cache_folder is not None else ("data",)
@@ -65,12 +66,9 @@ def _store_of(args: GKDConfig, live: Any, accelerator: Accelerator) -> ScoreStor
     """The live teacher's store, with its output head and the note by which it is known again."""
     teacher: Any = extract_model_from_parallel(live.model)
     mark, name = fingerprint(teacher), model_name(teacher)
-    # What a fingerprint of the weights does not show: how strongly an adapter acts, and what autocast rounds.
-    adapters = {
-        place: [module.scaling, list(module.active_adapters), bool(module.disable_adapters)]
-        for place, module in teacher.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict)
-    }
+    # What a fingerprint of the weights does not show: which adapters act, and what autocast rounds.
+    layers = [module for module in teacher.modules() if isinstance(module, BaseTunerLayer)]
+    adapters = [[list(layer.active_adapters), bool(layer.disable_adapters)] for layer in layers]
     key = {"model": mark, "adapters": adapters, "mixed_precision": str(accelerator.mixed_precision)}
     notes = {
         "teacher": name,
@@ -81,10 +79,14 @@ def _store_of(args: GKDConfig, live: Any, accelerator: Accelerator) -> ScoreStor
     store = open_scores(args.teacher_scores_dir, key, notes)
     with gathered(live.head_parameters()):
         if accelerator.is_main_process and store.writable:
-            if store.read_head() is None:
-                store.write_head(live.head)
-            if name is not None and name == args.teacher_model_name_or_path:
-                remember(args, name, store, teacher, mark)
+            try:
+                if store.read_head() is None:
+                    store.write_head(live.head)
+                if name is not None and name == args.teacher_model_name_or_path:
+                    remember(args, name, store, teacher, mark)
+            except DiskFullError as error:
+                logger.warning("%s. Training goes on; none of the teacher's scores are kept", error)
+                store.writable = False
     accelerator.wait_for_everyone()
     return store
 

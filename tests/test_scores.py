@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import Remember
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
@@ -391,22 +392,64 @@ def test_the_teachers_sequences_and_their_scores_suffice(models, tmp_path, loads
     assert loads == ["teacher", "teacher"]
 
 
-def test_an_adapters_strength_is_part_of_the_key(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
+def test_which_adapter_acts_and_how_strongly_is_part_of_the_key(tmp_path):
     stores = []
-    for alpha in (8, 16, 8):
+    for alpha, active in ((8, "default"), (16, "default"), (8, "other"), (8, "default")):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             adapter = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False)
             model = get_peft_model(tiny_model(seed=2), adapter)
+            model.add_adapter("other", adapter)
+        model.set_adapter(active)
         trainer = GKDTrainer(
             model=tiny_model(seed=1), teacher_model=model, processing_class=tiny_tokenizer(),
             args=config(tmp_path, lmbda=0.0, teacher_scores_dir=str(tmp_path / "s")),
             train_dataset=Dataset.from_list(ROWS[:4]),
         )  # fmt: skip
         stores.append(trainer.teacher.store.path)
-    assert stores[0] == stores[2] != stores[1]
+    assert stores[0] == stores[3]
+    assert len(set(stores)) == 3
+
+
+@pytest.mark.parametrize("kind", ["in 8 bits", "in CPU memory", "with an adapter", "on the student's base"])
+def test_other_kinds_of_local_teachers_are_cached_alike(models, tmp_path, asked, kind):
+    """The second epoch asks none of them, and a second run finds what the first has kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(tiny_model(seed=1), adapter).save_pretrained(tmp_path / "adapter")
+    if kind == "in 8 bits":
+        pytest.importorskip("bitsandbytes")
+    fields = {
+        "in 8 bits": {"teacher_model_init_kwargs": {"load_in_8bit": True}},
+        "in CPU memory": {"teacher_placement": "cpu_offload"},
+        "with an adapter": {"teacher_adapter_name_or_path": str(tmp_path / "adapter")},
+        "on the student's base": {
+            "teacher_adapter_name_or_path": str(tmp_path / "adapter"),
+            "share_base_model": True,
+            "teacher_model_name_or_path": None,
+        },
+    }[kind]
+    results = []
+    for name, scores in (("plain", None), ("first", str(tmp_path / "s")), ("second", str(tmp_path / "s"))):
+        del asked[:]
+        torch.manual_seed(6)  # the adapter's initial values
+        base = "student" if "adapter" in kind else "teacher"
+        values = {"teacher_model_name_or_path": str(models / base), **fields}
+        trainer = GKDTrainer(
+            model=str(models / "student"),
+            args=config(
+                tmp_path / name, lmbda=0.0, max_steps=6, learning_rate=0.1, teacher_scores_dir=scores, **values
+            ),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        results.append((losses(trainer), sum(asked)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-2 if kind == "in 8 bits" else 1e-5)
+    assert results[2][0] == results[1][0]
+    assert [number for _, number in results] == [20, 10, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ the fields
