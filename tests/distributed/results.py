@@ -54,6 +54,9 @@ def assert_equal(one: Result, other: Result) -> None:
     """The same training up to the rounding of fp32 sums in another order: losses, metrics, rollouts, weights."""
     assert one.windows == other.windows, "rows, sources or sampled tokens differ"
     assert one.facts["ledger"] == other.facts["ledger"]
+    for source in one.facts["ledger"]["targets"]:
+        mine, theirs = (_by_position(result, source) for result in (one, other))
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-9), f"divergence along the position, {source}"
     assert len(one.steps) == len(other.steps)
     for number, (mine, theirs) in enumerate(zip(one.steps, other.steps, strict=True), start=1):
         assert _timeless(mine) == _timeless(theirs)
@@ -78,6 +81,12 @@ def assert_all_saved_whole(case: Case, folder: Path, models: Path) -> None:
     result = read(folder / case.name)
     for saved in (result.folder / "final", *result.folder.glob("checkpoint-*")):
         assert_saved_whole(result, saved, models / case.student)
+
+
+def _by_position(result: Result, source: str) -> list[float]:
+    """Sums and counts by position; over the thirds of the training, since a case may end one early and resume it."""
+    profile = result.facts["logs"][-1]["divergence_by_position"]
+    return [sum(bucket) for name in ("sums", "counts") for bucket in zip(*profile[name][source], strict=True)]
 
 
 def _timeless(line: dict[str, float]) -> set[str]:
