@@ -96,9 +96,9 @@ def _of_adapters(config: Any) -> list[tuple[bool, str]]:
             "student's or the other teachers' do; leave teacher_placement out",
         ),
         (
-            shares and config.teacher_model_init_kwargs is not None,
+            shares and bool(config.teacher_model_init_kwargs),
             f"teacher_model_init_kwargs={config.teacher_model_init_kwargs} has no effect with share_base_model=True: "
-            "the weights are loaded once, as model_init_kwargs say; leave it out",
+            "the weights are loaded once, as model_init_kwargs say; leave it out, or set {}",
         ),
     ]
 
