@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from launch import HERE, execute
 
-pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
+pytestmark = pytest.mark.distributed
+SCENES = ["runs", "under_zero3"]
 
 
-@pytest.mark.parametrize("scene", ["runs", "under_zero3"])
-def test_ranks_share_scores_and_train_as_with_the_live_teacher(tmp_path: Path, scene: str) -> None:
-    execute([str(HERE / "scores_worker.py"), str(tmp_path), scene])
-    result: dict[str, Any] = json.loads((tmp_path / scene / "result.json").read_text())
+@pytest.fixture(scope="module")
+def results(operators: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each scene of scores_worker.py came to."""
+    folder = tmp_path_factory.mktemp("scores")
+    execute([str(HERE / "scores_worker.py"), str(folder), *SCENES])
+    return {scene: json.loads((folder / scene / "result.json").read_text()) for scene in SCENES}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_ranks_share_scores_and_train_as_with_the_live_teacher(results: dict[str, Any], scene: str) -> None:
+    result = results[scene]
     live, filled, mixed = result["live"], result["filled"], result["mixed"]
     assert len(live[0]["losses"]) == 8
     assert [rank["scored"] for rank in live] == [16, 16]
