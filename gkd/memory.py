@@ -56,6 +56,7 @@ class Setup:
         zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
         teacher_here: False when it is scored on a server.
         shares_base: the teacher's weights are the student's base.
+        placement: `teacher_placement`. teacher_packed: bytes of a quantized weight in its linear layers, or None.
     """
 
     student: ModelShape
@@ -79,6 +80,8 @@ class Setup:
     offload: bool = False
     teacher_here: bool = True
     shares_base: bool = False
+    placement: str = "same"
+    teacher_packed: float | None = None
 
     @property
     def trained(self) -> int:
@@ -155,6 +158,35 @@ def _folds(setup: Setup) -> bool:
     return setup.fold and setup.lora_r is not None and "student" in setup.generates
 
 
+def teacher_weights(setup: Setup) -> tuple[int, int]:
+    """Bytes of the teacher that stand on a GPU all the time, and those that come while it scores or writes.
+
+    What is split up comes layer by layer, which is not counted, to score; to write, it is gathered whole.
+    """
+    if not setup.teacher_here or setup.shares_base:
+        return 0, 0
+    model = setup.teacher
+    linear = model.linear * (setup.teacher_bytes if setup.teacher_packed is None else setup.teacher_packed)
+    whole = int((model.parameters - model.linear) * setup.teacher_bytes + linear)
+    if setup.placement == "cpu_offload":
+        head = model.vocab * model.hidden * setup.teacher_bytes
+        return head, whole - head
+    if setup.placement == "zero3_offload":
+        return 0, 0
+    split = setup.placement == "zero3" or setup.zero_stage == 3
+    return whole // (setup.gpus if split else 1), 0
+
+
+def _gathered(setup: Setup) -> int:
+    """Models that are split up are gathered whole to write, one after the other."""
+    sizes = [0]
+    if setup.zero_stage == 3 and setup.generates:
+        sizes.append(setup.student.parameters * setup.weight_bytes)
+    if setup.placement in ("zero3", "zero3_offload") and "teacher" in setup.generates:
+        sizes.append(setup.teacher.parameters * setup.teacher_bytes)
+    return max(sizes)
+
+
 def estimate(setup: Setup) -> Estimate:
     """Bytes on each GPU.
 
@@ -167,30 +199,29 @@ def estimate(setup: Setup) -> Estimate:
     lora = setup.lora_r is not None
     state_bytes = 8 + (4 if setup.zero_stage and setup.weight_bytes < 4 else 0)  # Adam's moments, fp32 master weights
     offloaded = setup.offload and setup.zero_stage >= 1
+    standing_teacher, coming_teacher = teacher_weights(setup)
     weights = student.parameters * setup.weight_bytes + (trained * 4 if lora else 0)
     parts = {
         "student weights": 0 if offloaded and setup.zero_stage == 3 else weights // split[3],
         "gradients": trained * 4 // split[2],
         "gradient buckets": trained * 4 if setup.gpus > 1 and not setup.zero_stage else 0,  # of DDP
         "optimizer": 0 if offloaded else trained * state_bytes // split[1],
-        "teacher weights": teacher.parameters * setup.teacher_bytes // split[3]
-        if setup.teacher_here and not setup.shares_base
-        else 0,
+        "teacher weights": standing_teacher,
+        "teacher, while it works": coming_teacher,
         "student activations": activations(setup),
         "teacher activations": setup.batch * setup.tokens * layer_activations(teacher, setup.activation_bytes, False)
         if setup.teacher_here
         else 0,
         "loss": loss_buffers(setup),
         "KV cache": kv_cache(setup),
-        "gathered for the rollout": student.parameters * setup.weight_bytes
-        if setup.zero_stage == 3 and setup.generates
-        else 0,
+        "gathered for the rollout": _gathered(setup),
         "folded adapter": student.linear * setup.weight_bytes if _folds(setup) else 0,
         "overhead": OVERHEAD[setup.device],
     }
     standing = ["student weights", "gradient buckets", "optimizer", "teacher weights", "overhead"]
     # One after the other: the teacher's forward pass, the loss on top of the student's, the student's backward pass.
-    moment = max(parts["teacher activations"], kept_activations(setup) + parts["loss"], parts["student activations"])
+    scoring = parts["teacher activations"] + coming_teacher
+    moment = max(scoring, kept_activations(setup) + parts["loss"], parts["student activations"])
     gradients = parts["gradients"]
     if setup.zero_stage:  # DeepSpeed keeps them from step to step
         standing.append("gradients")
@@ -200,6 +231,7 @@ def estimate(setup: Setup) -> Estimate:
         moment = max(moment, gradients)
     base = sum(parts[name] for name in standing)
     rollout = base + sum(parts[name] for name in ("KV cache", "gathered for the rollout", "folded adapter"))
+    rollout += coming_teacher if "teacher" in setup.generates else 0
     training = base + moment
     return Estimate(parts, rollout, training)
 
@@ -228,6 +260,11 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
         for stage, name in ((2, "zero2"), (3, "zero3")):
             if setup.zero_stage < stage:
                 found.append((f"deepspeed_configs/{name}.yaml", replace(setup, zero_stage=stage)))
+    if setup.teacher_here and not setup.shares_base and setup.placement == "same" and setup.teacher_packed is None:
+        if setup.zero_stage < 3:
+            found.append(("--teacher_placement cpu_offload", replace(setup, placement="cpu_offload")))
+        if setup.zero_stage < 3 and setup.gpus > 1:
+            found.append(("--teacher_placement zero3", replace(setup, placement="zero3")))
     if setup.teacher_here:
         found.append(("--teacher_server_url: the teacher on a server of its own", replace(setup, teacher_here=False)))
     if setup.lora_r is None:

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gkd.loading import load_config
 from gkd.memory import GIB, MEASURED_ERROR, Estimate, ModelShape, Setup, estimate, smallest_change
+from gkd.quantized import with_quantization
 from gkd.recipe import Recipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -106,7 +107,18 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         offload=offload,
         teacher_here=args.teacher_server_url is None,
         shares_base=args.share_base_model,
+        placement=args.teacher_placement,
+        teacher_packed=_packed_bytes(own),
     )
+
+
+def _packed_bytes(init_kwargs: Any) -> float | None:
+    """Bytes of a quantized weight: one, or half of one and 4 for each 64; None when nothing is quantized."""
+    asked = with_quantization(dict(init_kwargs), torch.float32, "teacher_model_init_kwargs")
+    config = asked.get("quantization_config")
+    if not isinstance(config, BitsAndBytesConfig):
+        return None
+    return 0.5 + 4 / 64 if config.load_in_4bit else 1.0
 
 
 def _config(name: str | None, field: str, trust_remote_code: bool) -> Any:

@@ -1,6 +1,7 @@
 """The memory plan: every part against the tensors of a real tiny model, and the remedies against the budget."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import save_tiny, tiny_model
 from transformers import DynamicCache
 
 from gkd.cli import main
+from gkd.config_teacher import PLACEMENTS
 from gkd.memory import (
     GIB,
     MEASURED_ERROR,
@@ -94,14 +96,12 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():
     setup = setup_for(tiny_model("llama", layers=6), checkpointing=False)
     layer = activations(setup) / 6
     inputs = 6 * setup.batch * setup.tokens * setup.student.hidden * 4
-    from dataclasses import replace
 
     assert activations(replace(setup, checkpointing=True)) == pytest.approx(layer + inputs)
 
 
 def test_stages_split_what_they_say():
     setup = setup_for(tiny_model("llama"), gpus=4, lora_r=None)
-    from dataclasses import replace
 
     parts = [estimate(replace(setup, zero_stage=stage)).parts for stage in range(4)]
     for name, stage in (("optimizer", 1), ("gradients", 2), ("student weights", 3), ("teacher weights", 3)):
@@ -111,7 +111,6 @@ def test_stages_split_what_they_say():
 
 
 def test_teacher_loss_and_recomputed_layers_come_one_after_the_other():
-    from dataclasses import replace
 
     for batch, tokens in ((1, 4), (64, 512)):  # loss buffers are larger than a layer, and smaller
         setup = setup_for(tiny_model("llama"), batch=batch, tokens=tokens, targets=8)
@@ -125,7 +124,6 @@ def test_teacher_loss_and_recomputed_layers_come_one_after_the_other():
 
 def test_gradients_and_activations_meet_only_where_gradients_add_up():
     """With one micro-batch a step, gradients come while activations go; DDP holds them once more, in buckets."""
-    from dataclasses import replace
 
     setup = setup_for(tiny_model("llama"), lora_r=None)
     parts = estimate(setup).parts
@@ -183,3 +181,23 @@ def test_the_command(tmp_path, capsys):
         main(["plan", str(recipe), "--gpu_memory", "many", *flags])
     assert stopped.value.code == 2
     assert "gpu_memory='many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_where_the_teacher_stands(writes):
+    """By placement: what stands there all the time, what comes for scoring, what comes for writing."""
+    shape = shape_of(tiny_model().config)
+    teacher = replace(shape, parameters=10_000_000, linear=9_000_000)
+    generates = ("student", "teacher") if writes else ("student",)
+    plain = Setup(shape, teacher, gpus=4, teacher_bytes=2, generates=generates)
+    found = {name: estimate(replace(plain, placement=name)) for name in PLACEMENTS}
+    whole, head = 20_000_000, 2 * teacher.vocab * teacher.hidden
+    standing = {name: one.parts["teacher weights"] for name, one in found.items()}
+    assert standing == {"same": whole, "cpu_offload": head, "zero3": whole // 4, "zero3_offload": 0}
+    rollouts = {name: one.rollout - found["same"].rollout for name, one in found.items()}
+    come = whole if writes else 0
+    assert rollouts["cpu_offload"] == (0 if writes else head - whole)
+    assert rollouts["zero3"] == whole // 4 - whole + come
+    assert rollouts["zero3_offload"] == -whole + come
+    packed = {bits: estimate(replace(plain, teacher_packed=bits)).parts["teacher weights"] for bits in (1.0, 0.5625)}
+    assert packed == {1.0: 2_000_000 + 9_000_000, 0.5625: 2_000_000 + 5_062_500}

@@ -96,7 +96,8 @@ class Case:
         """The same on one process, undisturbed and never stopped: both ranks' rows in one batch."""
         batch = self.args.get("per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"])
         args = {**self.args, "per_device_train_batch_size": RANKS * batch}
-        args.pop("deepspeed", None)
+        for name in ("deepspeed", "teacher_placement"):
+            args.pop(name, None)
         return Case(self.name, args, student=self.student, lora=self.lora, one_row=self.one_row, shares=self.shares)
 
 
@@ -239,6 +240,11 @@ def wiring(trainer: GKDTrainer) -> str:
     return f"zero-{stage}"
 
 
+def _largest_whole(teacher: Any) -> int:
+    """Elements of the teacher's largest weight that this rank holds as a whole."""
+    return max((p.numel() for p in teacher.parameters()), default=0) if teacher is not None else 0
+
+
 def _write(trainer: GKDTrainer, windows: list[list[Any]], out: Path) -> None:
     accelerator = trainer.accelerator
     (out / f"windows-{accelerator.process_index}.json").write_text(json.dumps(windows))
@@ -249,6 +255,7 @@ def _write(trainer: GKDTrainer, windows: list[list[Any]], out: Path) -> None:
         "stop_ids": trainer.stop_ids,
         "use_reentrant": checkpointing.get("use_reentrant"),
         "device": str(accelerator.device),
+        "teacher_whole": _largest_whole(trainer.teacher_model),
     }
     with generation_mode(trainer.model_wrapped, None) as model:
         logits = model(input_ids=PROBE).logits.float()
