@@ -40,8 +40,8 @@ def prepare_rows(
     if data_collator is not None and not isinstance(data_collator, PaddingCollator):
         if args.teacher_names:
             raise ValueError(
-                "teacher_adapters does not go with a data_collator of your own, which does not say whose a row is: leave "
-                "one of them out"
+                "teacher_adapters does not go with a data_collator of your own, which does not say whose a row is: "
+                "leave one of them out"
             )
         return train_dataset, eval_dataset, data_collator
     generates = args.lmbda > 0 or args.seq_kd

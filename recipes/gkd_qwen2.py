@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     # Every linear layer: attention alone is worse at equal parameters (Schulman et al., "LoRA Without Regret", 2025).
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "logging_steps": 10,
-    # In place of the article's LogCompletionsCallback: completions that training has written anyway (recipes/README.md).
+    # In place of the article's LogCompletionsCallback: what training has written anyway (recipes/README.md).
     "log_completions": True,
     "log_completions_steps": 50,
 }
