@@ -6,7 +6,6 @@ this trainer cannot honour are refused rather than ignored.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,35 +14,11 @@ import torch
 from trl import SFTConfig
 
 from gkd.config_logging import COMPLETIONS_TO_PRINT, check_logging
-from gkd.config_servers import ROLLOUT_BACKENDS, SERVER_TIMEOUT, check_servers
+from gkd.config_servers import SERVER_TIMEOUT, check_servers
 from gkd.config_teacher import check_teacher
-from gkd.config_values import check_counts, check_dicts
+from gkd.config_values import check_counts, check_dicts, check_values
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
 from gkd.redact import redact_settings, without_secrets
-from gkd.source import MIXINGS
-
-_OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
-_OVERLONG_ROW = ("cut", "drop")
-_TURNS = ("last", "all")
-_REDUCTIONS = ("token", "sequence")
-_SEQ_KD_LOSSES = ("divergence", "nll")
-_TAILS = ("bucket", "renormalize")
-
-# SFTConfig fields that have no effect here: (field, the value that is fine, what to do instead).
-_INEFFECTIVE = (
-    ("packing", False, "rows are sorted by length and trimmed per micro-batch instead"),
-    ("padding_free", False, "rows are sorted by length and trimmed per micro-batch instead"),
-    ("eval_packing", None, "leave it out"),
-    ("packing_strategy", "bfd", "leave it out"),
-    ("dataset_text_field", "text", "rename the column to `text`"),
-    ("assistant_only_loss", False, "use assistant_turns='all' to train on every assistant turn"),
-    ("completion_only_loss", None, "only completions are trained on, always"),
-    ("loss_type", "nll", "name the divergence with `divergence`, mix in cross-entropy with `ce_weight`"),
-    ("label_smoothing_factor", 0.0, "use loss_temperature or a divergence instead"),
-    ("use_liger_kernel", False, "the fused divergence of this package is always on"),
-    ("truncation_mode", "keep_start", "use overlong_prompt and overlong_row"),
-    ("average_tokens_across_devices", True, "the loss is always the mean over the targets of all ranks"),
-)
 
 
 def _field(default: Any, text: str) -> Any:
@@ -214,9 +189,7 @@ class GKDConfig(SFTConfig):
         super().__post_init__()
         check_counts(self)
         self.make_divergence()
-        self._check_ranges()
-        self._check_choices()
-        self._check_ineffective()
+        check_values(self)
         check_servers(self)
         check_logging(self)
         check_teacher(self)
@@ -252,61 +225,6 @@ class GKDConfig(SFTConfig):
     def __getstate__(self) -> dict[str, Any]:
         """What the Trainer pickles beside the weights and pushes from there: access tokens have no business in it."""
         return without_secrets(vars(self))
-
-    def _check_ranges(self) -> None:
-        _within("lmbda", self.lmbda, 0, 1, "0 trains on the data only, 1 on rollouts only")
-        _within("ce_weight", self.ce_weight, 0, 1, "0 is the divergence only, 1 is cross-entropy only")
-        _within("top_p", self.top_p, 0, 1, "1 turns it off", low_open=True)
-        _within("temperature", self.temperature, 0, math.inf, "0 is greedy, the paper samples at 1")
-        _within("loss_temperature", self.loss_temperature, 0, math.inf, "1 is the plain softmax", low_open=True)
-        if self.teacher_loss_temperature is not None:
-            _within("teacher_loss_temperature", self.teacher_loss_temperature, 0, math.inf, "1", low_open=True)
-        _within("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 turns it off", low_open=True)
-        if self.teacher_temperature is not None:
-            _within("teacher_temperature", self.teacher_temperature, 0, math.inf, "0 is greedy, None is temperature")
-        _within("repetition_threshold", self.repetition_threshold, 0, 1, "1 calls nothing repetitive")
-        if self.min_p is not None:
-            _within("min_p", self.min_p, 0, 1, "None turns it off")
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        _whole("top_k", self.top_k, 0)
-        _whole("max_nonfinite_steps", self.max_nonfinite_steps, 0)
-        for name in ("teacher_top_k", "loss_chunk_size", "rollout_batch_size", "max_prompt_length", "max_length"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-
-    def _check_choices(self) -> None:
-        choices: dict[str, tuple[str, ...]] = {
-            "mixing": MIXINGS,
-            "loss_reduction": _REDUCTIONS,
-            "seq_kd_loss": _SEQ_KD_LOSSES,
-            "top_k_tail": _TAILS,
-            "rollout_backend": ROLLOUT_BACKENDS,
-            "overlong_prompt": _OVERLONG_PROMPT,
-            "overlong_row": _OVERLONG_ROW,
-            "assistant_turns": _TURNS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
-
-    def _check_ineffective(self) -> None:
-        for name, fine, remedy in _INEFFECTIVE:
-            value = getattr(self, name, fine)
-            # transformers itself turns average_tokens_across_devices off when there is one process
-            if value != fine and not (name == "average_tokens_across_devices" and self.world_size == 1):
-                raise ValueError(f"{name}={value!r} has no effect in GKDTrainer: {remedy}")
-
-        if others := sorted(set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}):
-            raise ValueError(
-                f"dataset_kwargs: {', '.join(others)} has no effect in GKDTrainer, which prepares all rows itself: "
-                "leave it out, and change the rows before they are passed, or in a formatting_func"
-            )
-        for name, fine in (("teacher_temperature", None), ("seq_kd_loss", "divergence")):
-            if not self.seq_kd and getattr(self, name) != fine:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect with seq_kd=False, where the teacher writes no "
-                    f"sequences: set seq_kd=True, or leave it out"
-                )
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
@@ -347,15 +265,3 @@ class GKDConfig(SFTConfig):
                 f"{self.max_new_tokens}: raise max_length, or set max_prompt_length"
             )
         return room
-
-
-def _within(name: str, value: float, low: float, high: float, hint: str, low_open: bool = False) -> None:
-    inside = (low < value if low_open else low <= value) and value <= high and not math.isnan(value)
-    if not inside or math.isinf(value):
-        bracket = "(" if low_open else "["
-        raise ValueError(f"{name}={value} is out of range {bracket}{low}, {high}]: {hint}")
-
-
-def _whole(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")

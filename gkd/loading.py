@@ -143,6 +143,6 @@ def load_teacher(
         kwargs = with_quantization(kwargs, full, "teacher_model_init_kwargs")
         check_loading(kwargs, placement)
         with split_while_loading(placement, full, int(config.hidden_size)):
-            return keep_layout(create_model_from_path(name, **kwargs))  # type: ignore[no-any-return]
+            return keep_layout(create_model_from_path(name, **kwargs))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"teacher_model_name_or_path={name!r} cannot be loaded: {error}") from error
