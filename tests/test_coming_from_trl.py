@@ -18,7 +18,7 @@ from trl.experimental.utils import DataCollatorForChatML
 from trl.trainer.base_config import _BaseConfig
 
 from gkd import GKDConfig, GKDTrainer
-from gkd.config import _INEFFECTIVE
+from gkd.config_values import _INEFFECTIVE
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
 # ChatML without the line break behind an answer: TRL trains on what a template writes there, this package does not.
