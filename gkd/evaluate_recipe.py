@@ -48,6 +48,8 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
         )
     settings = recipe.settings
     settings.model.use_peft = settings.model.use_peft and settings.training.share_base_model
+    # The harness lets every model write in this process; a server for the rollouts would want a student in training.
+    settings.training.rollout_backend, settings.training.rollout_server_url = "hf", None
     data = recipe_data(recipe.load_data, settings)
     with measuring_trainer(settings, data) as trainer:
         evaluator = evaluator_of(trainer, data, recipe)
@@ -79,7 +81,7 @@ def _with_adapter(trainer: GKDTrainer, adapter: str) -> Any:
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise ValueError(
-            f"--adapter {adapter} does not load into this student: {' '.join(lines[:2])}; name the folder of an "
+            f"--adapter {adapter} does not load into this student: {' '.join(lines[:2]).rstrip('.')}; name the folder of an "
             "adapter that was trained on it"
         ) from error
 

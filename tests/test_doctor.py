@@ -386,6 +386,14 @@ def test_evaluate_student_and_teacher(folder, tmp_path, monkeypatch, capsys):
     assert "Student and teacher" in capsys.readouterr().out
 
 
+def test_evaluate_asks_no_rollout_server(folder, capsys):
+    """Of a recipe that trains with one, which need not run any more."""
+    flags = ["--rollout_backend", "vllm", "--rollout_server_url", "http://127.0.0.1:9", "--json"]
+    assert main(["evaluate", *argv(folder), *flags]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["models"]["student"]["divergence_own"]["value"] > 0.01
+
+
 def test_evaluate_an_adapter_beside_the_student(folder, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 
