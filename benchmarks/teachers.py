@@ -5,9 +5,9 @@
     python benchmarks/teachers.py --only "4 bits" local
 
 Student and teacher are the same model, the student with LoRA, so that sharing its base is one of the kinds. Each kind
-runs in a process of its own that has loaded the student first. `held` is what the teacher adds to the resident memory
-(on CUDA: to the allocated one) once it is ready, `peak` what loading, scoring and the loss add at most. `score` gives
-the signal of one micro-batch of running text, `loss` the fused JSD with its gradient; both are medians.
+runs in a process of its own that has loaded the student first. `held` is the tensors that the teacher adds once it is
+ready, `peak` what loading, scoring and the loss add at most to the resident memory (on CUDA: to the allocated one).
+`score` gives the signal of one micro-batch of running text, `loss` the fused JSD with its gradient; both are medians.
 
 Results are merged, kind by kind, into benchmarks/results/teachers_<device>_<model>.json.
 """
@@ -15,6 +15,7 @@ Results are merged, kind by kind, into benchmarks/results/teachers_<device>_<mod
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -72,6 +73,14 @@ def memory(peak: bool) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+def tensors() -> int:
+    """Bytes of all tensors that are alive, shared memory once."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and not one.is_meta]
+    storages = [one.untyped_storage() for one in found]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def start_peak() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -116,11 +125,13 @@ def one(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     if ADAPTER in kinds()[kind].values():
         student.save_pretrained(folder / "a")
     batch = batch_of(AutoTokenizer.from_pretrained(name), args.rows, args.tokens, accelerator.device)
-    before = start_peak()
+    with torch.no_grad():
+        student(input_ids=batch["input_ids"][:, :8])  # weights that are mapped from a file come into memory with this
+    own, before = tensors(), start_peak()
     model = shared_base(config, checks.resolve_teacher(student, None, config), student)
     teacher = make_teacher(config, model, student, accelerator, None)
     del model
-    held = memory(peak=False) - before
+    held = tensors() - own
     targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
     head = head_of(student)
     hidden = torch.randn(len(targets), head.weight.shape[1], device=accelerator.device, requires_grad=True)
