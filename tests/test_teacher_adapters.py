@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import change, config, dense_loss, logged, losses
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import gkd.trainer
 from gkd import GKDConfig, GKDTrainer
+from gkd.adapters import base_of_student
+from gkd.quantized import keep_layout
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hf import HFRollout
 
@@ -214,6 +217,69 @@ def test_only_the_students_adapter_is_saved_and_resuming_goes_on(base, adapters,
     assert {tensor.shape[0] for name, tensor in saved.items() if "lora_A" in name} == {2}  # the student's rank
     assert len(saved) == 2 * 2 * 2  # A and B of two layers in two blocks
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["r"] == 2
+
+
+Q_AND_V: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+TIED = {"tie_word_embeddings": True}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+ADAPTERS: dict[str, tuple[tuple[str, dict[str, Any]], Any]] = {
+    "head": (("qwen2", {}), LoraConfig(**Q_AND_V, modules_to_save=["lm_head"])),
+    "embeddings, tied": (("qwen2", TIED), LoraConfig(**Q_AND_V, modules_to_save=["embed_tokens"])),
+    "both, tied": (("qwen2", TIED), LoraConfig(**Q_AND_V, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "new tokens, tied": (("qwen2", TIED), LoraConfig(**Q_AND_V, trainable_token_indices=[1, 2])),
+    "lora on embeddings": (("qwen2", {}), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])),
+    "dora": (("gemma2", {}), LoraConfig(**Q_AND_V, use_dora=True)),
+    "transposed weights": (("gpt2", {}), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)),
+    "experts": (("qwen3_moe", MIXTURE), LoraConfig(**Q_AND_V, target_parameters=["mlp.experts.down_proj"])),
+    "ia3": (("qwen2", {}), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "oft": (("qwen2", {}), OFTConfig(target_modules=["q_proj"], oft_block_size=4)),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_base_is_found_behind_every_kind_of_adapter(name):
+    (kind, options), adapter = ADAPTERS[name]
+    ids = torch.arange(1, 30)[None]
+    base = tiny_model(kind, **options)
+    student = get_peft_model(copy.deepcopy(base), adapter).eval()
+    for parameter in (p for p in student.parameters() if p.requires_grad):
+        parameter.data += 0.1 * torch.rand_like(parameter)
+    teacher = base_of_student(student)
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        torch.testing.assert_close(teacher(input_ids=ids).logits, expected, rtol=0, atol=0)
+        assert not torch.allclose(student(input_ids=ids).logits, expected, atol=0.1)
+    assert {id(p) for p in teacher.parameters()} <= {id(p) for p in student.parameters()}
+    assert list(teacher.state_dict()) == list(base.state_dict())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_shared_too(bits, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    folder = save_tiny(tmp_path / "base", seed=2, hidden=128, initializer_range=0.05)
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+    def loaded() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, device_map={"": "cpu"})
+
+    student = get_peft_model(loaded(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    trainer = trainer_on(tmp_path, student, share_base_model=True, lmbda=0.5, learning_rate=0.1)
+    own = keep_layout(loaded())  # bitsandbytes' kernel for the other layout rounds to bf16
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = trainer.teacher.score(batch)
+    with torch.no_grad():
+        logits = own(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = logits[:, :-1][batch["labels"][:, 1:] != -100]
+    torch.testing.assert_close(found.head.logits(found.hidden), expected, rtol=1e-5, atol=1e-5)
+
+    def packed(model: Any) -> list[int]:
+        kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)  # PEFT's layers are called like them
+        layers = [m for m in model.modules() if isinstance(m, kinds)]
+        return [(m.weight if bits == 4 else m.state.CB).data_ptr() for m in layers]
+
+    assert len(packed(trainer.teacher_model)) == 14
+    assert packed(trainer.teacher_model) == packed(student)
 
 
 # ------------------------------------------------------------------------------------------------ several teachers
