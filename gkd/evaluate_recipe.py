@@ -81,8 +81,8 @@ def _with_adapter(trainer: GKDTrainer, adapter: str) -> Any:
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise ValueError(
-            f"--adapter {adapter} does not load into this student: {' '.join(lines[:2]).rstrip('.')}; name the folder of an "
-            "adapter that was trained on it"
+            f"--adapter {adapter} does not load into this student: {' '.join(lines[:2]).rstrip('.')}; name the folder "
+            "of an adapter that was trained on it"
         ) from error
 
 
