@@ -181,17 +181,21 @@ def check_shareable(student: nn.Module) -> None:
         raise ValueError(
             "share_base_model=True: the student's adapter is merged into the base: call unmerge_adapter()"
         )
-    devices = set((getattr(student, "hf_device_map", None) or {}).values())
-    if len(devices) > 1:
-        raise ValueError(
-            f"share_base_model=True needs the student on one device, and its device_map names {len(devices)}: leave "
-            "device_map out"
-        )
 
 
 def second_model(model: Any) -> Any:
-    """Another model over the same parameters, without the adapters of the first; in eval mode, its buffers its own."""
+    """Another model over the same parameters, without the adapters of the first; in eval mode, its buffers its own.
+
+    Raises:
+        ValueError: a `device_map` has spread the parameters over several devices.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    devices = set((getattr(base, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map has spread the weights over {len(devices)} devices, and weights that several models share "
+            "(share_base_model, teacher_adapters, an adapter on a teacher_model) must stand on one: leave it out"
+        )
     same: dict[int, Any] = {id(parameter): parameter for parameter in base.parameters()}
     for module in base.modules():
         same |= {id(thing): thing for thing in _packed(module)}

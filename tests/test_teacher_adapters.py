@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import gkd.trainer
 from gkd import GKDConfig, GKDTrainer
-from gkd.adapters import base_of_student
+from gkd.adapters import base_of_student, second_model
 from gkd.quantized import keep_layout
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hf import HFRollout
@@ -391,6 +391,10 @@ def test_a_student_whose_base_would_change_is_refused(base, tmp_path):
             trainer_on(tmp_path, student, share_base_model=True)
     with pytest.raises(ValueError, match="share_base_model=True, but the teacher is 'other'"):
         trainer_on(tmp_path, student_of(base), share_base_model=True, teacher_model_name_or_path="other")
+    spread = student_of(base)
+    spread.get_base_model().hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="over 2 devices"):
+        second_model(spread)
     with pytest.raises(ValueError, match="teacher_model is a model"):
         trainer_on(tmp_path, student_of(base), teacher=tiny_model(), share_base_model=True)
 
