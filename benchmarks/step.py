@@ -9,7 +9,8 @@ that lengths do not decide. Contenders take turns within a round, so a busy mach
 the best step of all rounds, in seconds and as a multiple of ours. "by hand" is the limit: one bare `generate` for the
 whole step, one bare teacher forward and one bare student forward and backward per micro-batch.
 
-Results are merged, case by case, into benchmarks/results/step_<device>_<model>.json.
+Results are merged into benchmarks/results/step_<device>_<model>.json, case by case; contenders that are left
+out (`--contenders`) keep their figures there.
 """
 
 from __future__ import annotations
@@ -273,7 +274,9 @@ def main() -> None:
     changed = [f"{name} {vars(args)[name]}" for name in SIZES if vars(args)[name] != parser.get_default(name)]
     for case in args.cases:
         name = ", ".join([case, *changed])
-        results[name] = {**measure(pair, case, args), "load": round(os.getloadavg()[0], 1)}
+        found = measure(pair, case, args)
+        found["seconds"] = {**results.get(name, {}).get("seconds", {}), **found["seconds"]}
+        results[name] = {**found, "load": round(os.getloadavg()[0], 1)}
         print(table({name: results[name]}), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     record = {"device": device, "torch": torch.__version__, "arguments": vars(args), "results": results}
