@@ -24,6 +24,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoConfig, GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from gkd.config import GKDConfig
 from gkd.score_store import ScoreStore, open_scores, write_whole
@@ -125,7 +127,7 @@ def marks(args: GKDConfig, name: str, without_weights: bool = False) -> list[str
     }
     folder = Path(name)
     if not folder.is_dir():
-        commit = getattr(config, "_commit_hash", None)
+        commit = _commit(args, name)
         return [] if commit is None else [digest({"repository": name, "commit": commit, **how})]
     if without_weights or not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
         return [digest({"config": _plain(config.to_dict()), **how})]
@@ -151,6 +153,16 @@ def _config(args: GKDConfig, name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=kwargs.get("revision"), trust_remote_code=trust)
     except (OSError, ValueError):
+        return None
+
+
+def _commit(args: GKDConfig, name: str) -> str | None:
+    """The commit of a repository that `name` and the revision stand for at present; None when it cannot be told."""
+    kwargs = args.teacher_model_init_kwargs or {}
+    assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
+    try:
+        return extract_commit_hash(cached_file(name, CONFIG_NAME, revision=kwargs.get("revision")), None)
+    except OSError:
         return None
 
 

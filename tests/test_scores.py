@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import Remember
@@ -319,6 +320,24 @@ def test_when_all_is_on_disk_the_backbone_is_never_loaded(models, tmp_path, load
     more = [*ROWS, *tiny_rows(2, seed=9)]
     with pytest.raises(ValueError, match="cannot be loaded"):
         trainer_by_name(tmp_path / "more", teacher, rows=more, teacher_scores_dir=str(tmp_path / "s"))
+
+
+def test_a_teacher_of_the_hub_is_known_by_its_commit(tmp_path, loads, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--teacher"
+    (repository / "refs").mkdir(parents=True)
+    for commit, seed in (("a" * 40, 2), ("b" * 40, 3)):
+        save_tiny(repository / "snapshots" / commit, seed=seed)
+    values = {"teacher_scores_dir": str(tmp_path / "s"), "num_train_epochs": 1}
+    expected = []
+    for commit, loaded in (("a" * 40, 1), ("a" * 40, 1), ("b" * 40, 2), ("a" * 40, 2)):
+        (repository / "refs" / "main").write_text(commit)
+        trainer = trainer_by_name(tmp_path / "out", "org/teacher", **values)
+        trainer.train()
+        assert len(loads) == loaded
+        expected.append(losses(trainer))
+        (repository / "snapshots" / ("a" * 40) / "model.safetensors").unlink(missing_ok=True)  # is not needed again
+    assert expected[0] == expected[1] == expected[3] != expected[2]
 
 
 @pytest.mark.parametrize("why", ["rows", "lmbda", "weights", "dtype", "head", "eval", "precision"])
