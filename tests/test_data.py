@@ -165,7 +165,7 @@ def test_several_processes_number_rows_as_one_does():
 def test_collator_pads_on_the_right_and_masks_by_length():
     features = [
         {"input_ids": [1, 258, 3], "labels": [-100, 258, 3], "prompt_length": 1, "row": 7},
-        {"input_ids": [258], "labels": [-100], "prompt_length": 1, "row": 2},
+        {"input_ids": [258], "labels": [-100], "prompt_length": 1, "row": 2, "teacher": 1},
     ]
     batch = PaddingCollator(pad_id=258, pad_to_multiple_of=4)(features)
     assert {key: value.tolist() for key, value in batch.items()} == {
@@ -174,6 +174,7 @@ def test_collator_pads_on_the_right_and_masks_by_length():
         "labels": [[-100, 258, 3, -100], [-100, -100, -100, -100]],
         "prompt_lengths": [1, 1],
         "rows": [7, 2],
+        "teachers": [0, 1],
     }
     assert all(str(value.dtype) == "torch.int64" for value in batch.values())
 
