@@ -167,6 +167,8 @@ def main() -> None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = RESULTS / f"teachers_{device}_{args.model}.json"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}" if device == "cpu" else torch.cuda.get_device_name()
+    path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text())["kinds"] if path.exists() else {}
     print(f"{'kind':30s} {'held':>9s} {'peak':>9s} {'score':>9s} {'loss':>9s}")
     with tempfile.TemporaryDirectory() as folder:
@@ -178,10 +180,8 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = results[kind] = json.loads(done.stdout.strip().splitlines()[-1])
             sizes = f"{row['held'] / 2**20:6.0f} MB {row['peak'] / 2**20:6.0f} MB"
+            path.write_text(json.dumps({"machine": machine, "kinds": results}, indent=1) + "\n")
             print(f"{kind:30s} {sizes} {row['score_s']:7.2f} s {row['loss_s']:7.2f} s", flush=True)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}" if device == "cpu" else torch.cuda.get_device_name()
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "kinds": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def load_teacher(
         ).get_text_config()
         full = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else config.dtype or torch.float32
         kwargs = with_quantization(kwargs, full, "teacher_model_init_kwargs")
-        check_loading(kwargs, placement)
+        check_loading(kwargs, placement, getattr(config, "quantization_config", None) is not None)
         with split_while_loading(placement, full, int(config.hidden_size)):
             return keep_layout(create_model_from_path(name, **kwargs))
     except (OSError, SafetensorError) as error:

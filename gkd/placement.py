@@ -75,14 +75,22 @@ def check_placeable(model: Any, placement: str) -> None:
         )
 
 
-def check_loading(kwargs: dict[str, Any], placement: str) -> None:
+def check_loading(kwargs: dict[str, Any], placement: str, quantized: bool = False) -> None:
     """The same from the keyword arguments of `from_pretrained`, before minutes of loading.
 
+    Args:
+        kwargs: those arguments. placement: `teacher_placement`.
+        quantized: whether the model is saved so.
+
     Raises:
-        ValueError: see `check_placeable`.
+        ValueError: see `check_placeable`; or it is quantized and would be split up as the student is.
     """
-    asked = {"is_quantized": kwargs.get("quantization_config") is not None, "hf_device_map": kwargs.get("device_map")}
-    check_placeable(SimpleNamespace(**asked), placement)
+    quantized = quantized or kwargs.get("quantization_config") is not None
+    if quantized and zero_loading.is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "the teacher is quantized, which ZeRO-3 cannot split up: load it in bfloat16, or use DDP or ZeRO-2"
+        )
+    check_placeable(SimpleNamespace(is_quantized=quantized, hf_device_map=kwargs.get("device_map")), placement)
 
 
 # ------------------------------------------------------------------------------------------------------ placing

@@ -199,6 +199,16 @@ def test_no_adapter_is_folded_into_packed_weights(folder):
     assert foldable(get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LORA)) != []
 
 
+def test_a_model_that_is_saved_quantized(folder, tmp_path):
+    """It loads as it is, and is refused where it could not stay so before its weights are read."""
+    saved = tmp_path / "packed"
+    load_teacher(folder, FOUR).save_pretrained(saved)
+    assert packed(load_teacher(str(saved), None)) == {"Linear4bit", "Linear"}
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="does not go with a quantized teacher"):
+        load_teacher(str(saved), None, placement="cpu_offload")
+
+
 def test_other_placements_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="does not go with a quantized teacher"):
         _train(folder, tmp_path, teacher_model_init_kwargs=FOUR, teacher_placement="cpu_offload")
