@@ -22,6 +22,7 @@ from gkd.config import GKDConfig
 from gkd.data import check_kind
 from gkd.files import read_rows
 from gkd.public_tasks import check_installed
+from gkd.set_aside import flag_values, set_aside
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -91,9 +92,10 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
     )
     known = [action.dest for action in parser._actions if action.dest != "help"]
     _refuse_unknown(defaults, known, "the recipe's defaults")
-    parser.set_defaults_with_config(**defaults)
     argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
     given = _read_config(argv)
+    own = {action.dest: action.default for action in parser._actions}
+    parser.set_defaults_with_config(**set_aside(defaults, own, {**given, **flag_values(argv)}))
     _refuse_unknown(given, [*known, "env"], "the --config file")
     for where, values in (("the recipe's defaults", defaults), ("the --config file", given)):
         _check_numbers(parser, values, where)

@@ -83,6 +83,7 @@ LEVELS = {
     4: {
         "run",
         "settings",
+        "set_aside",
         "recipe",
         "evaluate",
         "report",

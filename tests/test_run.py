@@ -288,3 +288,39 @@ def test_the_table_has_the_perplexity_of_held_out_answers_also_without_evaluatio
         number += len(ids) - start
     assert table["perplexity"]["before"]["value"] == pytest.approx(math.exp(total / number), rel=1e-4)
     assert table["perplexity"]["before"]["count"] == 4
+
+
+RECIPE = {
+    "log_completions": True,
+    "log_completions_steps": 50,
+    "beta": 0.9,
+    "seq_kd": True,
+    "teacher_temperature": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {"log_completions_steps": 50, "beta": 0.9, "teacher_temperature": 0.5}),
+        (["--log_completions", "false"], {"log_completions_steps": None, "beta": 0.9}),
+        (["--log_completions=false"], {"log_completions_steps": None}),
+        (["--log_completions", "1"], {"log_completions_steps": 50}),
+        (["--log_completions"], {"log_completions_steps": 50}),
+        (["--divergence", "forward_kl"], {"divergence": "forward_kl", "beta": 0.5, "teacher_temperature": 0.5}),
+        (["--divergence", "jsd"], {"beta": 0.9}),
+        (["--seq_kd", "false"], {"teacher_temperature": None, "beta": 0.9}),
+    ],
+)
+def test_what_goes_with_a_value_of_the_recipe_goes_when_that_is_changed(argv, expected, tmp_path):
+    args = parse(RECIPE, ["--output_dir", "out", *argv]).training
+    assert {name: getattr(args, name) for name in expected} == expected
+    file = tmp_path / "my.yaml"
+    file.write_text("seq_kd: false\n")
+    assert parse(RECIPE, ["--output_dir", "out", "--config", str(file)]).training.teacher_temperature is None
+
+
+def test_what_the_user_gives_is_refused_where_it_has_no_effect_never_set_aside():
+    argv = ["--output_dir", "out", "--divergence", "forward_kl", "--beta", "0.9"]
+    with pytest.raises(ValueError, match=r"beta=0.9 has no effect"):
+        parse(RECIPE, argv)
