@@ -41,13 +41,12 @@ CASES = [
     placed("zero2_zero3", "zero3", "zero2", args={**WRITES, "eval_strategy": "steps", "eval_steps": 1}),
     placed("zero3_zero3_offload", "zero3_offload", "zero3", args=WRITES, engine="zero-3 partly"),
 ]
+FOUR_BITS = {"teacher_model_init_kwargs": {"load_in_4bit": True}}
 REFUSED = [
     placed("cpu_offload", "cpu_offload", "zero3", refused="cpu_offload' does not go with ZeRO-3"),
+    placed("quantized", "zero3", args=FOUR_BITS, refused="does not go with a quantized teacher"),
     placed(
-        "quantized",
-        "zero3",
-        args={"teacher_model_init_kwargs": {"load_in_4bit": True}},
-        refused="does not go with a quantized teacher",
+        "quantized_zero3", "same", "zero3", args=FOUR_BITS, refused="the teacher is quantized, which ZeRO-3 cannot"
     ),
 ]
 
