@@ -59,7 +59,7 @@ test-distributed: $(STAMP)  ## the tests that start two processes: DDP, DeepSpee
 	$(TEST_ENV) $(PY) -m pytest -m distributed $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## rollouts and scores against a real vLLM server on CPU (builds .venv-vllm, 3 GB)
-	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/test_vllm_server.py $(PYTEST_ARGS)
+	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/test_vllm_server.py tests/test_teacher_contract.py $(PYTEST_ARGS)
 
 # torch stays at the build that is there (CPU); triton, a compiler for GPUs, comes with a dependency and is not used.
 $(VLLM_VENV)/.installed: tests/vllm_server/requirements.py

@@ -67,7 +67,7 @@ NO_BITS = "" if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is n
 NO_SERVER = "" if os.environ.get("GKD_TEST_VLLM") and INSTALLED.exists() else "make test-vllm runs this"
 SHARED, BITS = {"share_base_model": True}, "teacher_model_init_kwargs"
 SEVERAL = {"teacher_adapters": {"tuned": ADAPTER, "base": None}}
-ON_SERVER = {"teacher_server_url": SERVER, "teacher_top_k": TOP_K}
+ON_SERVER = {"teacher_server_url": SERVER, "teacher_top_k": TOP_K, "max_length": 128}
 
 KINDS: dict[str, Kind] = {
     "local": Kind(),
