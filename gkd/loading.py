@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 from trl.trainer.utils import create_model_from_path
 
 from gkd.placement import check_loading, split_while_loading
@@ -44,6 +47,30 @@ def load_errors_named(what: str, remedy: str) -> Iterator[None]:
 
 
 _IS_A_MODEL = "name a folder with the whole model, or a model on the Hub"
+
+
+def revision_of(model: Any, init_kwargs: dict[str, Any] | str | None = None) -> str | None:
+    """The commit on the Hub that a model was loaded from; None for a folder and for one made in memory.
+
+    transformers 5 does not keep it in the config, so it is read off the cache's folder, where that is unambiguous.
+
+    Args:
+        model: with a `config`. init_kwargs: what it was loaded with; its `revision` counts.
+    """
+    name = model_name(model)
+    known: str | None = getattr(model.config, "_commit_hash", None)
+    if known is not None or name is None or Path(name).exists():
+        return known
+    asked = init_kwargs.get("revision") if isinstance(init_kwargs, dict) else None
+    try:
+        found = try_to_load_from_cache(name, CONFIG_NAME, revision=asked)
+    except HFValidationError:  # a folder that is gone
+        return None
+    if not isinstance(found, str):
+        return None
+    snapshot = Path(found).parent
+    # Somebody else may have loaded the model, at a revision of his choice: only one is there to choose from, or none.
+    return snapshot.name if asked or len(list(snapshot.parent.iterdir())) == 1 else None
 
 
 def load_tokenizer(

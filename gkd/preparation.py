@@ -16,7 +16,7 @@ from gkd.config import GKDConfig
 from gkd.data import PaddingCollator, prepare_dataset
 from gkd.environment import installed_versions
 from gkd.fused import LossSettings
-from gkd.loading import model_name
+from gkd.loading import model_name, revision_of
 from gkd.rollouts import ROLLOUTS, SamplingSettings
 from gkd.rollouts.cached import CachedRollout, SampledRollout, fingerprint, key_of
 from gkd.sequence_store import open_store
@@ -168,7 +168,7 @@ def keep_completions(
     else:
         teacher: Any = extract_model_from_parallel(model) if isinstance(model, nn.Module) else model
         mark = model.fingerprint if isinstance(model, AbsentTeacher) else fingerprint(teacher)
-        name, revision = model_name(teacher), getattr(teacher.config, "_commit_hash", None)
+        name, revision = model_name(teacher), revision_of(teacher, args.teacher_model_init_kwargs)
     key = key_of(rollout.settings, args.seed, mark)
     notes = {"teacher": name, "revision": revision, "versions": installed_versions()}
     return CachedRollout(rollout, open_store(folder, key, notes), accelerator)

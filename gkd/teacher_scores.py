@@ -19,7 +19,7 @@ from gkd.config import GKDConfig
 from gkd.distributed import gathered, sum_over_ranks, zero_stage
 from gkd.environment import installed_versions
 from gkd.errors import DiskFullError
-from gkd.loading import model_name
+from gkd.loading import model_name, revision_of
 from gkd.placement import SHARDED
 from gkd.rollouts.cached import CachedRollout, fingerprint
 from gkd.score_store import ScoreStore, open_scores, row_key
@@ -72,7 +72,7 @@ def _store_of(args: GKDConfig, live: Any, accelerator: Accelerator) -> ScoreStor
     key = {"model": mark, "adapters": adapters, "mixed_precision": str(accelerator.mixed_precision)}
     notes = {
         "teacher": name,
-        "revision": getattr(teacher.config, "_commit_hash", None),
+        "revision": revision_of(teacher, args.teacher_model_init_kwargs),
         "versions": installed_versions(),
     }
     assert args.teacher_scores_dir is not None

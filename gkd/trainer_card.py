@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from gkd.card import CardInfo, Repo, describe_hardware, installed_versions, write_card
 from gkd.loading import model_name as name_of
+from gkd.loading import revision_of
 from gkd.teachers import RoutedTeacher
 
 SETTINGS = (
@@ -77,8 +78,8 @@ class CardMixin:
             skipped.add("skew_lambda")
         values = {
             "model_name": model_name or args.output_dir.rstrip("/").split("/")[-1],
-            "student": Repo(name_of(student) or "in memory", _revision(student)),
-            "teacher": _teacher(self.teacher),  # type: ignore[attr-defined]
+            "student": Repo(name_of(student) or "in memory", revision_of(student, args.model_init_kwargs)),
+            "teacher": _teacher(self.teacher, args.teacher_model_init_kwargs),  # type: ignore[attr-defined]
             "settings": {name: getattr(args, name) for name in SETTINGS if name not in skipped},
             "lora": lora,
             "ledger": self.ledger.as_dict(),  # type: ignore[attr-defined]
@@ -108,16 +109,12 @@ def _about_teacher(args: Any) -> list[str]:
     return about
 
 
-def _teacher(teacher: Any) -> Repo:
+def _teacher(teacher: Any, kwargs: Any) -> Repo:
     absent = getattr(teacher, "absent", None)  # its scores are on disk, so it need not have been loaded
     if absent is not None:
-        return Repo(name_of(absent) or "in memory", _revision(absent))
+        return Repo(name_of(absent) or "in memory", revision_of(absent, kwargs))
     if isinstance(teacher, RoutedTeacher):  # several adapters on one base
         teacher = teacher.teachers[0]
     if teacher.model is None:  # on a server, which tells its name
         return Repo(teacher.served.root)
-    return Repo(name_of(teacher.model) or "in memory", _revision(teacher.model))
-
-
-def _revision(model: Any) -> str | None:
-    return getattr(model.config, "_commit_hash", None)
+    return Repo(name_of(teacher.model) or "in memory", revision_of(teacher.model, kwargs))
