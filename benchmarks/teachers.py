@@ -179,7 +179,7 @@ def main() -> None:
                     command += [f"--{option}", str(getattr(args, option))]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = results[kind] = json.loads(done.stdout.strip().splitlines()[-1])
-            sizes = f"{row['held'] / 2**20:6.0f} MB {row['peak'] / 2**20:6.0f} MB"
+            sizes = f"{row['held'] / 2**20:6.0f} MiB {row['peak'] / 2**20:6.0f} MiB"
             path.write_text(json.dumps({"machine": machine, "kinds": results}, indent=1) + "\n")
             print(f"{kind:30s} {sizes} {row['score_s']:7.2f} s {row['loss_s']:7.2f} s", flush=True)
 
