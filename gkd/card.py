@@ -161,11 +161,7 @@ def _quick_start(info: CardInfo) -> str:
 
 
 def _results(info: CardInfo) -> str:
-    if info.evaluation is None:
-        return ""
-    settings = info.evaluation.get("settings") or {}
-    how = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
-    return as_markdown(info.evaluation) + (f"\n\nMeasured with: {escape_cell(how)}." if how else "")
+    return "" if info.evaluation is None else as_markdown(info.evaluation)
 
 
 def _samples(info: CardInfo) -> str:

@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gkd.batch import target_mask
+from gkd.divergence import forward_kl
 from gkd.evaluate_forward import batches, collated, hidden_of_targets, token_nll
 from gkd.evaluate_teacher import ServedTeacher
 from gkd.fused import LossSettings, fused_divergence
 from gkd.measures import (
+    METRICS,
     Estimate,
     Measures,
     Metric,
@@ -48,10 +50,10 @@ from gkd.measures import (
 from gkd.public_tasks import PublicTasks
 from gkd.rollouts import HFRollout, SamplingSettings, repeated_ngram_share
 from gkd.rollouts.modes import generation_mode
-from gkd.signals import DenseSignal, TeacherSignal, head_of
+from gkd.signals import DenseSignal, Head, TeacherSignal, head_of
 from gkd.task_score import TaskScore
 
-TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # of FusedOutput
+TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # the KL at temperature 1
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Evaluator:
         held_out: token ids of texts for the perplexity, each of at least two tokens; may be empty.
         sampling: how the student samples: the training's own settings.
         loss: the training's divergence, temperatures and shared vocabulary; the teacher's full distribution is used.
+            The forward KL beside it is at temperature 1, always.
         teacher_sampling: the teacher's settings where they differ (its stop ids); None = `sampling`.
         seed: of the sampling.
         score: the task's, for the greedy completions and samples at T = 1; None without a task.
@@ -100,6 +103,7 @@ class Evaluator:
             raise ValueError(
                 f"evaluation prompts: {len(self.prompts)} given, empty ones at {empty}; give at least one"
             )
+        self._of_answers = bool(self.held_out_starts)
         starts = self.held_out_starts or [1] * len(self.held_out)
         if len(starts) != len(self.held_out):
             raise ValueError(
@@ -113,9 +117,20 @@ class Evaluator:
                 f"held_out texts {bad} have no token to predict after their context: leave them out, or start at 1"
             )
         self.held_out_starts = starts
-        # As trained, but against all that the teacher says, and with the forward KL reported beside it.
+        self._trained_as = self.loss
+        # As trained, but against all that the teacher says.
         top_k = self.teacher.top_k if isinstance(self.teacher, ServedTeacher) else None
-        self.loss = replace(self.loss, teacher_top_k=top_k, top_k_tail="bucket", report_kls=True)
+        plain = self.loss.loss_temperature == self.loss.teacher_temperature == 1
+        self.loss = replace(self.loss, teacher_top_k=top_k, top_k_tail="bucket", report_kls=plain)
+        # The forward KL that runs are compared by is of the two models as they are, whatever the training softens: at
+        # temperature 1 it comes with the divergence, else from a second look at the heads.
+        self._plain_kl = replace(
+            self.loss,
+            divergence=forward_kl(),
+            loss_temperature=1.0,
+            teacher_loss_temperature=None,
+            scale_by_temperature_squared=False,
+        )
 
     def measure(self, model: nn.Module | ServedTeacher, name: str) -> Measures:
         """Everything there is to measure of one model (`model` may be the teacher itself).
@@ -135,10 +150,12 @@ class Evaluator:
             **self._scores(model, sampling, own),
         }
         extra: dict[str, Metric] = {}
+        if self._of_answers:
+            extra["perplexity"] = replace(METRICS["perplexity"], label="Perplexity, held-out answers")
         if self.public_tasks is not None and not isinstance(model, ServedTeacher):
             with generation_mode(model, self.accelerator) as bare:
-                public, extra = self.public_tasks.measure(bare, self.tokenizer)
-            values |= public
+                public, of_tasks = self.public_tasks.measure(bare, self.tokenizer)
+            values, extra = values | public, extra | of_tasks
         texts = zip(self.prompts[: self.num_samples], own, strict=False)
         samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
         return Measures(name, values, samples, self.settings(), extra)
@@ -149,7 +166,7 @@ class Evaluator:
             "prompts": len(self.prompts),
             "held-out texts": len(self.held_out),
             "divergence": self._divergence_name(),
-            "temperature": self.sampling.temperature,
+            "sampling temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
             "seed": self.seed,
         }
@@ -157,9 +174,21 @@ class Evaluator:
     def _divergence_name(self) -> str:
         if self.teacher is None:
             return "not measured: there is no single teacher here"
-        top_k = self.loss.teacher_top_k
-        known = "" if top_k is None else f" over the teacher's {top_k} most likely tokens and the rest (a lower bound)"
-        return f"{self.loss.divergence.name}{known}"
+        loss, trained = self.loss, self._trained_as
+        parts = [f"{loss.divergence.name} at T = {loss.loss_temperature:g}"]
+        if loss.teacher_temperature != loss.loss_temperature:
+            parts.append(f"(teacher {loss.teacher_temperature:g})")
+        if loss.scale_by_temperature_squared:
+            parts.append(f"times T² = {loss.loss_temperature**2:g}")
+        if loss.teacher_top_k is not None:
+            parts.append(f"over the teacher's {loss.teacher_top_k} most likely tokens and the rest (a lower bound)")
+        elif loss.shared_vocab is not None:
+            parts.append(f"over the {loss.shared_vocab:,} common tokens")
+        else:
+            parts.append("over the whole vocabulary")
+        if trained.teacher_top_k is not None and trained.teacher_top_k != loss.teacher_top_k:
+            parts.append(f"(trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})")
+        return " ".join(parts)
 
     def teacher_text(self) -> list[list[int]]:
         """The teacher's completions of the prompts, sampled at the first call."""
@@ -221,18 +250,19 @@ class Evaluator:
             for rows in batches([len(p) + len(c) for p, c in sequences], self.batch_size):
                 batch = collated([sequences[row] for row in rows], student.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
-                output = fused_divergence(
-                    hidden_of_targets(student, batch),
-                    student_head,
-                    ask(batch),
-                    targets,
-                    torch.zeros(len(targets), device=student.device),
-                    self.loss,
-                )
-                values = torch.stack([getattr(output, value).double() for value in TARGET_VALUES], dim=1).cpu()
+                values = self._target_values(hidden_of_targets(student, batch), student_head, ask(batch), targets)
                 lengths = torch.tensor([len(sequences[row][1]) for row in rows])
                 sums.index_add_(0, torch.tensor(rows).repeat_interleave(lengths), values)
         return {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
+
+    def _target_values(self, hidden: Tensor, head: Head, signal: TeacherSignal, targets: Tensor) -> Tensor:
+        """TARGET_VALUES of each target, [N, 3] on the CPU."""
+        no_loss = torch.zeros(len(targets), device=hidden.device)
+        output = fused_divergence(hidden, head, signal, targets, no_loss, self.loss)
+        kl = output.forward_kl
+        if kl is None:
+            kl = fused_divergence(hidden, head, signal, targets, no_loss, self._plain_kl).divergence
+        return torch.stack([value.double() for value in (output.divergence, kl, output.agreement)], dim=1).cpu()
 
     @contextmanager
     def _asked(self) -> Iterator[Callable[[dict[str, Tensor]], TeacherSignal]]:

@@ -14,7 +14,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from gkd.adapters import second_model
-from gkd.comparison import LEGEND, as_dict, format_estimate, format_label
+from gkd.comparison import MEASURE_WIDTH, as_dict, footnotes, format_estimate, format_label
 from gkd.comparison import table as comparison_table
 from gkd.measures import METRICS, Measures
 from gkd.recipe import Recipe
@@ -90,8 +90,9 @@ def results_table(columns: list[Measures]) -> Table:
     """The measures side by side; with an adapter, whether it improves on the student."""
     if len(columns) > 1 and columns[1].name == WITH_ADAPTER:
         return comparison_table(columns[0], columns[1], columns[2] if len(columns) > 2 else None)
-    out = Table(title="Student and teacher", title_justify="left", caption=LEGEND)
-    out.add_column("Measure")
+    caption = Text("\n".join(footnotes(columns[0].settings)))
+    out = Table(title="Student and teacher", title_justify="left", caption=caption)
+    out.add_column("Measure", min_width=MEASURE_WIDTH)
     for column in columns:
         out.add_column(column.name, justify="right", no_wrap=True)
     for key, metric in {**METRICS, **columns[0].extra}.items():

@@ -61,6 +61,10 @@ def evaluator_of(trainer: GKDTrainer, data: dict[str, Any], recipe: Recipe) -> E
         logger.warning("no held-out rows: the before/after table is measured on rows of the training set")
     rows = rows.select(range(min(len(rows), about.num_eval_prompts)))
     prompts, kept = _prompts(rows, trainer)
+    if len(prompts) < about.num_eval_prompts:
+        logger.info(
+            "num_eval_prompts=%d: there are %d, all of them are measured", about.num_eval_prompts, len(prompts)
+        )
     held_out, starts = _held_out(data, trainer)
     teacher = teacher_of(trainer)
     if teacher is None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 import gkd.evaluate_forward
-from gkd.comparison import as_dict, as_markdown, compare, samples_table, table
+from gkd.comparison import as_dict, as_markdown, compare, format_estimate, samples_table, table
 from gkd.divergence import make_divergence
 from gkd.evaluate import Evaluator
 from gkd.evaluate_forward import token_nll
@@ -110,6 +110,41 @@ def test_divergences_and_agreement_are_those_of_dense_logits(measured):
     assert abs(gap) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("options", "teacher_temperature", "scale"),
+    [
+        ({"loss_temperature": 5.0}, 5.0, 1.0),
+        ({"loss_temperature": 5.0, "scale_by_temperature_squared": True}, 5.0, 25.0),
+        ({"loss_temperature": 5.0, "teacher_loss_temperature": 2.0}, 2.0, 1.0),
+        ({"teacher_loss_temperature": 2.0, "teacher_top_k": 4, "top_k_tail": "renormalize"}, 2.0, 1.0),
+    ],
+)
+def test_kls_are_those_of_the_models_as_they_are_and_the_divergence_names_all_that_goes_into_it(
+    options, teacher_temperature, scale
+):
+    """Whatever the loss softens, scales or leaves out, runs can be compared by the forward KL."""
+    harness = evaluator(TEACHER, loss=LossSettings(make_divergence("forward_kl"), **options))
+    found = harness.measure(STUDENT, "student")
+    student_temperature = options.get("loss_temperature", 1.0)
+    plain, softened = [], []
+    for prompt, completion in zip(PROMPTS, harness.teacher_text(), strict=True):
+        plain.append(token_values(STUDENT, prompt, completion)[:, 1])
+        rows = slice(len(prompt) - 1, len(prompt + completion) - 1)
+        temperatures = ((STUDENT, student_temperature), (TEACHER, teacher_temperature))
+        a, b = ((log_probs(m, prompt + completion)[rows] / t).log_softmax(-1) for m, t in temperatures)
+        softened.append(scale * (b.exp() * (b - a)).sum(-1))
+    assert found.values["forward_kl_teacher_text"].value == pytest.approx(torch.cat(plain).mean().item(), rel=1e-4)
+    assert found.values["divergence_teacher_text"].value == pytest.approx(torch.cat(softened).mean().item(), rel=1e-4)
+    assert METRICS["forward_kl_own"].label == "Forward KL at T = 1, own completions"
+    named = found.settings["divergence"]
+    assert f"forward_kl at T = {student_temperature:g}" in named
+    assert ("(teacher 2)" in named) == (teacher_temperature == 2.0)
+    assert ("times T² = 25" in named) == (scale == 25.0)
+    assert ("trained on the teacher's top 4, tail: renormalize" in named) == ("teacher_top_k" in options)
+    assert "over the whole vocabulary" in named
+    assert named in as_markdown(as_dict(found, found, found))
+
+
 def test_perplexity_is_the_float64_one(measured):
     _, measures, _ = measured
     nll = [-log_probs(STUDENT, ids)[t, ids[t + 1]].item() for ids in HELD_OUT for t in range(len(ids) - 1)]
@@ -124,6 +159,10 @@ def test_perplexity_after_a_context_counts_only_what_follows():
         for t in range(start - 1, len(ids) - 1)
     ]
     assert harness._perplexity(STUDENT)["perplexity"].value == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+    of_answers, of_texts = harness.measure(STUDENT, "s"), evaluator(TEACHER).measure(STUDENT, "s")
+    for measures, label in ((of_answers, "Perplexity, held-out answers"), (of_texts, "Perplexity, held-out text")):
+        rows = {row["key"]: row["label"] for row in as_dict(measures, measures)["rows"]}
+        assert rows["perplexity"] == label
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere"])
@@ -426,6 +465,64 @@ def test_what_counts_as_improved(key, before, after, teacher, verdict):
     (row,) = compare(measures(before), measures(after), measures(teacher))
     assert row.verdict == verdict
     assert row.improved is {"better": True, "worse": False, "same": False, "unknown": None}[verdict]
+
+
+@pytest.mark.parametrize(
+    ("ended", "length", "green"),
+    [
+        ((0.417, 0.0, 0.125), (30.0, 32.0, 31.5), set()),  # both models stand at the cap
+        ((0.9, 0.2, 0.6), (20.0, 31.0, 30.0), set()),  # the student's length is the cap's
+        ((0.9, 0.8, 0.3), (20.0, 25.0, 31.0), set()),  # the teacher's is
+        ((0.4, 0.8, 0.9), (30.0, 22.0, 20.0), {"ended", "length"}),
+    ],
+)
+def test_no_improvement_where_the_cap_decides(ended, length, green):
+    def measures(i):
+        values = {
+            "ended": Estimate(ended[i]),
+            "length": Estimate(length[i]),
+            "distinct_2": Estimate([0.1, 0.3, 0.4][i]),
+        }
+        return Measures("m", values)
+
+    before, after, teacher = (measures(i) for i in range(3))
+    plain = as_dict(before, after, teacher)
+    assert {row["key"] for row in plain["rows"] if row["improved"]} == green | {"distinct_2"}
+    assert ("reach max_new_tokens" in as_markdown(plain)) == (green == set())
+
+
+def test_a_student_that_does_not_stop_any_more_is_worse_cap_or_not():
+    before, after, teacher = (Measures("m", {"ended": Estimate(value)}) for value in (0.8, 0.1, 0.9))
+    assert compare(before, after, teacher)[0].verdict == "worse"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.1234, 0.01, "0.123 ± 0.010"),
+        (9999.0, 12.3, "9999 ± 12"),
+        (150709.9, 1234.5, "150.7k ± 1.2k"),
+        (150709.9, 12345.6, "151k ± 12k"),
+        (3.214e6, None, "3.21M"),
+        (1.5e12, 2e10, "1.5e+12 ± 2e+10"),
+        (math.inf, math.inf, "inf"),
+    ],
+)
+def test_large_numbers_are_shortened(value, error, text):
+    assert format_estimate(METRICS["perplexity"], Estimate(value, error)) == text
+
+
+def test_the_table_keeps_its_words_whole_on_80_columns():
+    values = {key: Estimate(123456.7, 12345.6) for key in ("divergence_own", "perplexity", "agreement_own", "ended")}
+    measures = Measures("student before", values, settings={"prompts": 32, "divergence": "jsd(beta=0.5) at T = 1"})
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(measures, measures, measures))
+    text = console.export_text()
+    assert "…" not in text
+    for key in values:
+        for word in METRICS[key].label.split():
+            assert word in text
+    assert "divergence jsd(beta=0.5) at T = 1" in text
 
 
 def test_the_table_in_every_form(measured):
