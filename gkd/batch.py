@@ -6,8 +6,10 @@ B rows, T tokens, N targets, D hidden size. A target is a position whose next to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +26,12 @@ class Sequence:
     Attributes:
         input_ids: prompt and completion.
         labels: `input_ids` on trained tokens, `IGNORE` elsewhere; same length.
-        prompt_length: tokens before the (last) completion; a rollout starts from `input_ids[:prompt_length]`.
+        prompt_length: tokens before the (last) completion.
         source: `"data"`, `"student"` or `"teacher"`.
         row: row number in the data set.
         truncated: the completion reached the cap without a stop token.
         teacher: number of the teacher that scores this row, of several (`teacher_adapters`).
+        prompt_ids: what a rollout starts from where `input_ids[:prompt_length]` is not that, else empty.
     """
 
     input_ids: list[int]
@@ -38,6 +41,12 @@ class Sequence:
     row: int = -1
     truncated: bool = False
     teacher: int = 0
+    prompt_ids: list[int] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[int]:
+        """What a rollout starts from."""
+        return self.prompt_ids or self.input_ids[: self.prompt_length]
 
     @property
     def num_targets(self) -> int:
@@ -46,6 +55,11 @@ class Sequence:
     @property
     def completion_length(self) -> int:
         return len(self.input_ids) - self.prompt_length
+
+
+def prompt_of(row: Mapping[str, Any]) -> list[int]:
+    """What a rollout starts from, of a prepared row (`gkd.data.prepare_dataset`)."""
+    return list(row.get("prompt_ids") or row["input_ids"][: row["prompt_length"]])
 
 
 def join(
@@ -63,6 +77,7 @@ def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
     """
     mask = batch["attention_mask"].bool()
     prompt_lengths = batch.get("prompt_lengths")
+    prompts = batch["prompt_ids"].tolist() if "prompt_ids" in batch else [[]] * mask.shape[0]
     rows, teachers = batch.get("rows"), batch.get("teachers")
     sequences = []
     for index in range(mask.shape[0]):
@@ -75,7 +90,10 @@ def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
             prompt_length = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
         row = int(rows[index]) if rows is not None else -1
         teacher = int(teachers[index]) if teachers is not None else 0
-        sequences.append(Sequence(input_ids, labels, prompt_length, "data", row, teacher=teacher))
+        prompt_ids = [i for i in prompts[index] if i != IGNORE]
+        sequences.append(
+            Sequence(input_ids, labels, prompt_length, "data", row, teacher=teacher, prompt_ids=prompt_ids)
+        )
     return sequences
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gkd import batch as batches
@@ -35,7 +36,7 @@ DROPPED = {
 NOTES = {
     "prompt_cut": "cut: the prompt was longer than max_prompt_length={max_prompt_length} ({overlong_prompt})",
     "row_cut": "cut: the end of the answer, the row was longer than max_length={max_length}",
-    "prompt_not_prefix": "note: the prompt's tokens are not a prefix of the row's; the answer starts where they part",
+    "prompt_not_prefix": "note: the prompt is not a prefix of the row, whose targets begin where the two part",
     "turn_not_found": "note: an earlier assistant turn is not trained on, the chat template does not show where it is",
     "eos_appended": "note: the chat template does not end answers with a stop token; eos was appended",
 }
@@ -100,10 +101,12 @@ _COLUMNS = Features(
         "input_ids": Sequence(Value("int64")),
         "labels": Sequence(Value("int64")),
         "prompt_length": Value("int64"),
+        "prompt_ids": Sequence(Value("int64")),
         "row": Value("int64"),
         "notes": Sequence(Value("string")),
         "targets": Value("int64"),
         "length": Value("int64"),
+        "served": Value("int64"),
     }
 )
 
@@ -145,8 +148,9 @@ def prepare_dataset(
 
     Returns:
         The data set with `input_ids`, `labels` (-100 off target; all of them -100 for a prompt-only row),
-        `prompt_length` (a rollout starts from `input_ids[:prompt_length]`), `row` (number in `dataset`) and, with
-        `teachers`, `teacher` (number in their order), and the report.
+        `prompt_length`, `prompt_ids` (what a rollout starts from where `input_ids[:prompt_length]` is not that, else
+        empty: `gkd.batch.prompt_of`), `row` (number in `dataset`) and, with `teachers`, `teacher` (number in their
+        order), and the report.
 
     Raises:
         ValueError: no data set with rows of known length; a malformed row (number and column are named); rows without
@@ -185,7 +189,7 @@ def prepare_dataset(
         )
     if report.dropped:
         encoded = encoded.select(kept)
-    return encoded.remove_columns(["notes", "targets", "length"]), report
+    return encoded.remove_columns(["notes", "targets", "length", "served"]), report
 
 
 def check_kind(dataset: Any, name: str) -> None:
@@ -244,10 +248,12 @@ def _encode_batch(
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
         "prompt_length": [row.prompt_length for row in rows],
+        "prompt_ids": [row.prompt_ids for row in rows],
         "row": list(numbers),
         "notes": [list(row.notes) for row in rows],
         "targets": [sum(label != batches.IGNORE for label in row.labels[1:]) for row in rows],
         "length": [len(row.input_ids) for row in rows],
+        "served": [len(row.prompt) for row in rows],
         **({"teacher": teacher_numbers} if teachers else {}),
     }
 
@@ -283,7 +289,7 @@ def _read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[i
     """Fills in the report; also the numbers of the kept rows, and of those among them that have no answer."""
     kept: list[int] = []
     prompt_only: list[int] = []
-    for number, row in enumerate(encoded.select_columns(["notes", "targets", "length", "prompt_length"])):
+    for number, row in enumerate(encoded.select_columns(["notes", "targets", "length", "served"])):
         for note in row["notes"]:
             report.rows_with.setdefault(note, []).append(number)
         if DROPPED.keys() & set(row["notes"]):
@@ -292,8 +298,8 @@ def _read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[i
         if row["targets"] == 0:
             prompt_only.append(number)
         report.target_tokens += row["targets"]
-        report.prompt_tokens += row["prompt_length"]
-        report.longest_prompt = max(report.longest_prompt, row["prompt_length"])
+        report.prompt_tokens += row["served"]
+        report.longest_prompt = max(report.longest_prompt, row["served"])
         report.longest_row = max(report.longest_row, row["length"])
     report.kept, report.prompt_only = len(kept), len(prompt_only)
     return kept, prompt_only, report
@@ -303,7 +309,8 @@ def _read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[i
 class PaddingCollator:
     """Pads prepared rows on the right to the longest, whatever side the tokenizer pads on.
 
-    Returns int64 tensors: `input_ids`, `attention_mask`, `labels` [B, T]; `prompt_lengths`, `rows`, `teachers` [B].
+    Returns int64 tensors: `input_ids`, `attention_mask`, `labels` [B, T]; `prompt_lengths`, `rows`, `teachers` [B];
+    `prompt_ids` [B, P], -100 where there are none: the prompts that are no beginnings of their rows.
     """
 
     pad_id: int
@@ -317,10 +324,16 @@ class PaddingCollator:
                 int(row["prompt_length"]),
                 row=int(row["row"]),
                 teacher=int(row.get("teacher", 0)),
+                prompt_ids=list(row.get("prompt_ids") or ()),
             )
             for row in features
         ]
         padded = batches.collate(sequences, self.pad_id, self.pad_to_multiple_of)
         prompt_lengths = torch.tensor([sequence.prompt_length for sequence in sequences])
         names = ("input_ids", "attention_mask", "labels", "rows", "teachers")
-        return {**{key: padded[key] for key in names}, "prompt_lengths": prompt_lengths}
+        prompt_ids = [torch.tensor(sequence.prompt_ids, dtype=torch.long) for sequence in sequences]
+        return {
+            **{key: padded[key] for key in names},
+            "prompt_lengths": prompt_lengths,
+            "prompt_ids": pad_sequence(prompt_ids, batch_first=True, padding_value=batches.IGNORE),
+        }

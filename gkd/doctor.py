@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gkd.batch import prompt_of
 from gkd.doctor_cost import STEPS, examine_memory, examine_time, shorten, spread
 from gkd.doctor_rows import examine_rows
 from gkd.doctor_view import Diagnosis
@@ -212,7 +213,7 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
         teacher_of(trainer),
         trainer.processing_class,
         # running text has no prompt: its first half is continued
-        [row["input_ids"][: row["prompt_length"] or -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]],
+        [prompt_of(row) or row["input_ids"][: -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]],
         held_out,
         trainer.rollouts["student"].settings,
         trainer.loss_settings,

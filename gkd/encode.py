@@ -9,7 +9,7 @@ end-of-turn token, which is trained; what a template writes after it is cut off.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -22,16 +22,29 @@ from gkd.vocab import end_of_turn, stop_token_ids
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row in ids. A rollout starts from `input_ids[:prompt_length]`; `notes` are keys of `gkd.data.NOTES`."""
+    """One row in ids; `notes` are keys of `gkd.data.NOTES`.
+
+    A rollout starts from `prompt`: `prompt_ids` where the row begins otherwise, else `input_ids[:prompt_length]`.
+    """
 
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
     notes: tuple[str, ...] = ()
+    prompt_ids: list[int] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.prompt_ids or self.input_ids[: self.prompt_length]
 
     @property
     def prompt_only(self) -> bool:
         return all(label == IGNORE for label in self.labels)
+
+    def starting_from(self, prompt: list[int]) -> Encoded:
+        """With this prompt for rollouts, which is kept beside the row only where the row does not begin with it."""
+        same = self.input_ids[: self.prompt_length] == prompt
+        return replace(self, prompt_ids=[] if same else prompt)
 
     def noted(self, note: str, **changes: Any) -> Encoded:
         return replace(self, notes=(*self.notes, note), **changes)
@@ -69,18 +82,24 @@ class Limits:
 
     def _fit_prompt(self, row: Encoded, bos: int | None) -> Encoded:
         limit, length = self.max_prompt_length, row.prompt_length
-        if limit is None or length <= limit:
+        if limit is None or max(length, len(row.prompt)) <= limit:
             return row
         if self.overlong_prompt == "drop":
             return row.noted("prompt_too_long")
-        if self.overlong_prompt == "keep_start":
-            kept = list(range(limit))
-        else:
-            head = [0] if row.input_ids[0] == bos and limit > 1 else []  # the one BOS stays in front
-            kept = head + list(range(length - limit + len(head), length))
-        kept += range(length, len(row.input_ids))
+        places = self._kept(row.input_ids[:length], limit, bos)
+        kept = [*places, *range(length, len(row.input_ids))]
         ids, labels = [row.input_ids[i] for i in kept], [row.labels[i] for i in kept]
-        return row.noted("prompt_cut", input_ids=ids, labels=labels, prompt_length=limit)
+        prompt = [row.prompt[i] for i in self._kept(row.prompt, limit, bos)]
+        row = row.noted("prompt_cut", input_ids=ids, labels=labels, prompt_length=len(places))
+        return row.starting_from(prompt)
+
+    def _kept(self, prompt: list[int], limit: int, bos: int | None) -> list[int]:
+        """Which places of a prompt stay within the limit."""
+        length = len(prompt)
+        if length <= limit or self.overlong_prompt == "keep_start":
+            return list(range(min(length, limit)))
+        head = [0] if prompt[0] == bos and limit > 1 else []  # the one BOS stays in front
+        return head + list(range(length - limit + len(head), length))
 
 
 class RowEncoder:
@@ -186,14 +205,15 @@ class RowEncoder:
         cuts = sorted({cut for span in spans for cut in span} | {len(text)})
         ids, counts, exact = self._segments(text, cuts)
         at = dict(zip(cuts, counts, strict=True))
-        start = at[len(prompt)] if prefix else common_prefix(self._ids(prompt), ids)
+        served = self._ids(prompt)
+        start = at[len(prompt)] if prefix else common_prefix(served, ids)
         if start == 0:
             place.bad("messages", "the chat template renders the prompt and the whole chat with different beginnings")
         labels = [IGNORE] * start + ids[start:]
         for first, last in spans:
             labels[at[first] : at[last]] = ids[at[first] : at[last]]
-        encoded = Encoded(ids, labels, start)
-        if not (prefix and exact):
+        encoded = Encoded(ids, labels, start).starting_from(served)
+        if encoded.prompt_ids or not exact:
             encoded = encoded.noted("prompt_not_prefix")
         if lost:
             encoded = encoded.noted("turn_not_found")
@@ -252,9 +272,10 @@ class RowEncoder:
         completion = self._closed(row.completion) if any(stop in row.completion for stop in self.stop_texts) else None
         text = row.prompt + (row.completion if completion is None else completion)
         cuts = [len(row.prompt), len(text)]
-        ids, counts, exact = self._segments(text, cuts, bos=True)
+        ids, counts, _ = self._segments(text, cuts, bos=True)
         encoded = Encoded(ids, [IGNORE] * counts[0] + ids[counts[0] :], counts[0])
-        if not exact:
+        encoded = encoded.starting_from(self._ids(row.prompt, bos=True))
+        if encoded.prompt_ids:
             encoded = encoded.noted("prompt_not_prefix")
         if not row.completion.strip():
             encoded = encoded.noted("empty_answer")

@@ -81,7 +81,9 @@ def _tell(text: str, remedy: str, binds: bool) -> None:
 def _longest(rows: Dataset) -> tuple[int, int]:
     """Tokens of the longest prompt and of the longest row."""
     prompt, row = 0, 0
-    for batch in rows.select_columns(["input_ids", "prompt_length"]).with_format("arrow").iter(_ROWS_AT_A_TIME):
-        prompt = max(prompt, pc.max(batch.column("prompt_length")).as_py() or 0)
+    columns = ["input_ids", "prompt_length", "prompt_ids"]
+    for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_A_TIME):
+        own = pc.max(pc.list_value_length(batch.column("prompt_ids"))).as_py() or 0
+        prompt = max(prompt, own, pc.max(batch.column("prompt_length")).as_py() or 0)
         row = max(row, pc.max(pc.list_value_length(batch.column("input_ids"))).as_py() or 0)
     return prompt, row

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
 from gkd import setup_checks as checks
-from gkd.batch import IGNORE
+from gkd.batch import IGNORE, prompt_of
 from gkd.card_info import Repo
 from gkd.dataset_folder import check_folder, push_folder, write_folder
 from gkd.environment import installed_versions
@@ -212,8 +212,7 @@ def answered_rows(work: Work) -> tuple[Dataset, dict[str, int]]:
 
 
 def _prompts(rows: Dataset) -> Iterable[list[int]]:
-    for row in rows.select_columns(["input_ids", "prompt_length"]):
-        yield row["input_ids"][: row["prompt_length"]]
+    return (prompt_of(row) for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]))
 
 
 def provenance(recipe: Recipe, work: Work, kept: int, left_out: dict[str, int]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from gkd import score_store
-from gkd.batch import IGNORE, Sequence, collate
+from gkd.batch import IGNORE, Sequence, collate, prompt_of
 from gkd.precompute import Work, fill, prepare
 from gkd.recipe import Recipe
 from gkd.score_store import row_key
@@ -42,7 +42,7 @@ class Rows:
     def __init__(self, work: Work) -> None:
         answers = work.answers
         writes = [answers is not None, *([False] * len(work.evaluation))]
-        columns = ["input_ids", "labels", "prompt_length"]
+        columns = ["input_ids", "labels", "prompt_length", "prompt_ids"]
         sets = [rows.select_columns(columns) for rows in (work.rows, *work.evaluation)]
         self._sets = list(zip(sets, writes, strict=True))
         self._work = work
@@ -68,10 +68,11 @@ class Rows:
         """What is trained on in this row; None without a target."""
         ids, labels, length = list(row["input_ids"]), list(row["labels"]), int(row["prompt_length"])
         if writes:
-            found = written(ids[:length], self._work.rollout.store.get(ids[:length]), self._work.hygiene)
+            prompt = prompt_of(row)
+            found = written(prompt, self._work.rollout.store.get(prompt), self._work.hygiene)
             if found is None:
                 return None
-            ids, labels = found
+            (ids, labels), length = found, len(prompt)
         return Sequence(ids, labels, length) if any(label != IGNORE for label in labels[1:]) else None
 
 

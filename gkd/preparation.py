@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gkd.absent_teacher import AbsentTeacher
+from gkd.batch import prompt_of
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator, prepare_dataset
 from gkd.environment import installed_versions
@@ -75,7 +76,7 @@ def prepare_rows(
                 rows, tokenizer, prompt_only_ok=False, prompts_needed=False, name=name, **common
             )
         # As text, too: what TRL's LogCompletionsCallback continues.
-        prompts = [tokenizer.decode(row["input_ids"][: row["prompt_length"]]) for row in ready]
+        prompts = [tokenizer.decode(prompt_of(row)) for row in ready]
         return ready.add_column("prompt", prompts)
 
     if isinstance(eval_dataset, dict):

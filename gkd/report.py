@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
+from gkd.batch import prompt_of
 from gkd.card import Repo
 from gkd.comparison import as_dict, samples_table, table
 from gkd.config import GKDConfig
@@ -155,7 +156,7 @@ class Report:
 def _prompts(rows: Dataset, trainer: GKDTrainer) -> tuple[list[list[int]], list[int]]:
     """Prompt ids, and the number of each one's row."""
     prepared = _prepared(rows, trainer, "evaluation prompts", max_length=None)
-    return [row["input_ids"][: row["prompt_length"]] for row in prepared], list(prepared["row"])
+    return [prompt_of(row) for row in prepared], list(prepared["row"])
 
 
 def _prepared(rows: Dataset, trainer: GKDTrainer, name: str, max_length: int | None) -> Dataset:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gkd.absent_teacher import AbsentTeacher, remember
-from gkd.batch import IGNORE, join
+from gkd.batch import IGNORE, join, prompt_of
 from gkd.config import GKDConfig
 from gkd.distributed import gathered, sum_over_ranks, zero_stage
 from gkd.environment import installed_versions
@@ -144,8 +144,8 @@ def written_keys(rows: Any, rollout: Any, hygiene: Hygiene) -> Iterator[bytes | 
     if not isinstance(rollout, CachedRollout) or not isinstance(rows, Dataset):
         yield b""
         return
-    for row in rows.select_columns(["input_ids", "prompt_length"]):
-        prompt = row["input_ids"][: row["prompt_length"]]
+    for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]):
+        prompt = prompt_of(row)
         if prompt not in rollout.store:
             yield b""
             continue

@@ -120,7 +120,7 @@ def prompts_of(window: Window, sources: list[str], source: str) -> tuple[list[in
     """What `source` writes on this rank: places in the window, prompts, row numbers in the step."""
     mine = [i for i, index in enumerate(window.indices) if sources[index] == source]
     rows = [window.sequences[i] for i in mine]
-    return mine, [row.input_ids[: row.prompt_length] for row in rows], [window.indices[i] for i in mine]
+    return mine, [row.prompt for row in rows], [window.indices[i] for i in mine]
 
 
 def write_completions(

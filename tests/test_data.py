@@ -18,8 +18,9 @@ from prepared import (
     prepare,
     tokenizer_with_bos,
 )
-from tiny import tiny_rows, tiny_tokenizer
+from tiny import CHATML, tiny_rows, tiny_tokenizer
 
+from gkd.batch import prompt_of, unpad
 from gkd.data import PaddingCollator
 
 # ---------------------------------------------------------------------------------------------------------- lengths
@@ -48,6 +49,22 @@ def test_overlong_prompts_are_cut_at_the_stated_side(side):
     assert rows[1]["labels"] == [-100] * len(kept) + answer
     assert rows[1]["prompt_length"] == len(kept)
     assert report.rows_with == {"prompt_cut": [1]}
+
+
+@pytest.mark.parametrize("side", ["drop", "keep_start", "keep_end"])
+def test_a_prompt_that_is_no_prefix_is_held_to_the_limit_too(side):
+    """The prompt alone ends with <think>, its row goes on otherwise; the row's beginning is the shorter one."""
+    tokenizer = tiny_tokenizer(chat_template=CHATML.replace("assistant\n'", "assistant\n<think>'"))
+    whole, good = one(GOOD, tokenizer), {"messages": [{**USER, "content": "?"}, ANSWER]}
+    served, limit = prompt_of(whole), whole["prompt_length"] + 2
+    rows, report = prepare([GOOD, good], tokenizer, max_prompt_length=limit, overlong_prompt=side)
+    assert report.longest_prompt <= limit < len(served)
+    if side == "drop":
+        assert report.rows_with["prompt_too_long"] == [0]
+        return
+    assert prompt_of(rows[0]) == (served[:limit] if side == "keep_start" else served[-limit:])
+    assert rows[0]["labels"] == whole["labels"]
+    assert report.rows_with["prompt_cut"] == [0]
 
 
 def test_keep_end_keeps_the_bos():
@@ -165,7 +182,7 @@ def test_several_processes_number_rows_as_one_does():
 def test_collator_pads_on_the_right_and_masks_by_length():
     features = [
         {"input_ids": [1, 258, 3], "labels": [-100, 258, 3], "prompt_length": 1, "row": 7},
-        {"input_ids": [258], "labels": [-100], "prompt_length": 1, "row": 2, "teacher": 1},
+        {"input_ids": [258], "labels": [-100], "prompt_length": 1, "row": 2, "teacher": 1, "prompt_ids": [5, 258]},
     ]
     batch = PaddingCollator(pad_id=258, pad_to_multiple_of=4)(features)
     assert {key: value.tolist() for key, value in batch.items()} == {
@@ -173,10 +190,12 @@ def test_collator_pads_on_the_right_and_masks_by_length():
         "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
         "labels": [[-100, 258, 3, -100], [-100, -100, -100, -100]],
         "prompt_lengths": [1, 1],
+        "prompt_ids": [[-100, -100], [5, 258]],
         "rows": [7, 2],
         "teachers": [0, 1],
     }
     assert all(str(value.dtype) == "torch.int64" for value in batch.values())
+    assert [sequence.prompt for sequence in unpad(batch)] == [[1], [5, 258]]
 
 
 def test_collator_pads_to_the_longest_only():

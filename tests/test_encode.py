@@ -22,6 +22,7 @@ from tiny import CHATML, tiny_rows, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gkd.batch import prompt_of
 from gkd.demo_data import cache_folder
 
 # ------------------------------------------------------------------------------------------- turns, tools, templates
@@ -121,9 +122,13 @@ def test_a_template_without_end_of_turn_gets_eos_and_a_note():
     assert report.rows_with == {"eos_appended": [0]}
 
 
-def test_a_prompt_that_is_not_a_prefix_is_noted_and_the_answer_starts_where_they_part():
+def test_rollouts_start_from_the_served_prompt_where_the_answered_chat_begins_otherwise():
     tokenizer = with_template(CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>' }}"))
-    rows, report = prepare([GOOD, {"messages": [USER, {**ANSWER, "content": "<think>so</think>3"}]}], tokenizer)
+    chats = [GOOD, {"messages": [USER, {**ANSWER, "content": "<think>so</think>3"}]}, {"messages": [USER]}]
+    rows, report = prepare(chats, tokenizer, prompt_only_ok=True)
+    served = tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"]
+    assert [prompt_of(row) for row in rows] == [served] * 3
+    assert [bool(row["prompt_ids"]) for row in rows] == [True, False, False]  # kept beside the row only where needed
     assert parts(rows[0], tokenizer) == (PROMPT_TEXT, [ANSWER_TEXT])
     assert parts(rows[1], tokenizer) == (PROMPT_TEXT + "<think>", ["so</think>3<|im_end|>"])
     assert report.rows_with == {"prompt_not_prefix": [0]}
@@ -233,12 +238,13 @@ def test_no_token_is_merged_across_the_border_of_prompt_and_answer():
     assert (rows[0]["prompt_length"], report.rows_with) == (2, {})
 
 
-def test_where_no_border_can_be_drawn_the_common_beginning_is_the_prompt():
+def test_where_no_border_can_be_drawn_targets_begin_where_the_row_parts_from_the_prompt():
     tokenizer = merging_tokenizer(metaspace=True)
     rows, report = prepare([{"prompt": "ca", "completion": "bc"}], tokenizer)
     # on its own the answer would begin with a space
     assert rows[0]["input_ids"] == tokenizer.convert_tokens_to_ids(["▁", "c", "ab", "c", "</s>"])
     assert (rows[0]["prompt_length"], report.rows_with) == (2, {"prompt_not_prefix": [0]})
+    assert prompt_of(rows[0]) == tokenizer.convert_tokens_to_ids(["▁", "c", "a"])
 
 
 # --------------------------------------------------------------------------------------------------- a real tokenizer

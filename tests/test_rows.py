@@ -34,6 +34,7 @@ def test_one_chat_in_every_format_gives_the_same_ids(row):
         "input_ids": prompt + answer,
         "labels": [-100] * len(prompt) + answer,
         "prompt_length": len(prompt),
+        "prompt_ids": [],
         "row": 0,
     }
 
@@ -72,7 +73,13 @@ def test_token_rows_with_masks():
     row = {"input_ids": [256, 256, 1, 2, 3, 4, 198], "completion_mask": [0, 0, 0, 0, 1, 1, 0]}
     padded = one({**row, "attention_mask": [0, 0, 1, 1, 1, 1, 1]})
     # left padding is taken out; ids after the last target cannot matter and go
-    assert padded == {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4], "prompt_length": 2, "row": 0}
+    assert padded == {
+        "input_ids": [1, 2, 3, 4],
+        "labels": [-100, -100, 3, 4],
+        "prompt_length": 2,
+        "prompt_ids": [],
+        "row": 0,
+    }
     assert one({"input_ids": [1, 2]}, prompt_only_ok=True)["labels"] == [-100, -100]
 
 
