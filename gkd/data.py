@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -32,12 +32,16 @@ DROPPED = {
     "row_too_long": "dropped: the row is longer than max_length={max_length}",
     "no_room": "dropped: the prompt alone fills max_length={max_length}",
     "empty_answer": "dropped: the answer is empty",
+    "untrained": "dropped: flags say that no answer of it is to be trained on",
 }
 NOTES = {
     "prompt_cut": "cut: the prompt was longer than max_prompt_length={max_prompt_length} ({overlong_prompt})",
     "row_cut": "cut: the end of the answer, the row was longer than max_length={max_length}",
     "prompt_not_prefix": "note: the prompt is not a prefix of the row, whose targets begin where the two part",
     "turn_not_found": "note: an earlier assistant turn is not trained on, the chat template does not show where it is",
+    "prompt_repeated": "note: the completion repeats the prompt, which was left out of it",
+    "prompt_twice": "note: the completion begins with the prompt, which stands in the row twice",
+    "flag_not_honoured": "note: flagged as to be trained on, but not trained on: a turn of a user, or in `prompt`",
     "eos_appended": "note: the chat template does not end answers with a stop token; eos was appended",
 }
 # What tokenizers and chat templates raise over a single row; our own ValueErrors name it already.
@@ -243,6 +247,7 @@ def _encode_batch(
         encoded = _encoded(encoder, row, place)
         if prompts_needed and encoded.prompt_length == 0:
             place.bad("input_ids", "has no prompt: its first id is a target already")
+        encoded = replace(encoded, notes=(*getattr(row, "notes", ()), *encoded.notes))
         rows.append(encoded if "empty_answer" in encoded.notes else limits.fit(encoded, tokenizer.bos_token_id))
     return {
         "input_ids": [row.input_ids for row in rows],

@@ -199,17 +199,17 @@ class RowEncoder:
         prompt = self._render(row, messages[: row.answer], place, generate=True)
         text = self._closed(self._render(row, messages, place))
         spans, lost = self._earlier_turns(row, text, place) if self.all_turns else ([], False)
-        prefix = text.startswith(prompt)
-        if prefix:
+        prefix, untrained = text.startswith(prompt), row.answer in row.untrained
+        if prefix and not untrained:
             spans.append((len(prompt), len(text)))
-        cuts = sorted({cut for span in spans for cut in span} | {len(text)})
+        cuts = sorted({cut for span in spans for cut in span} | {len(prompt) if prefix else len(text), len(text)})
         ids, counts, exact = self._segments(text, cuts)
         at = dict(zip(cuts, counts, strict=True))
         served = self._ids(prompt)
         start = at[len(prompt)] if prefix else common_prefix(served, ids)
         if start == 0:
             place.bad("messages", "the chat template renders the prompt and the whole chat with different beginnings")
-        labels = [IGNORE] * start + ids[start:]
+        labels = [IGNORE] * len(ids) if untrained else [IGNORE] * start + ids[start:]
         for first, last in spans:
             labels[at[first] : at[last]] = ids[at[first] : at[last]]
         encoded = Encoded(ids, labels, start).starting_from(served)
@@ -217,6 +217,8 @@ class RowEncoder:
             encoded = encoded.noted("prompt_not_prefix")
         if lost:
             encoded = encoded.noted("turn_not_found")
+        if untrained:
+            return encoded if spans else encoded.noted("untrained")
         if _is_empty(messages[row.answer]) or (prefix and self._is_bare(text[len(prompt) :])):
             encoded = encoded.noted("empty_answer")
         return self._with_stop(encoded, "eos_appended")
@@ -241,7 +243,7 @@ class RowEncoder:
         thoughts, say), at the first stop token before the next assistant turn.
         """
         numbers = [i for i, message in enumerate(row.messages) if i > 0 and message["role"] == "assistant"]
-        numbers = [i for i in numbers if i >= row.trained_from]
+        numbers = [i for i in numbers if i == row.answer or i not in row.untrained]
         prompts = [self._render(row, row.messages[:i], place, generate=True) for i in numbers]
         starts = [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
         spans: list[tuple[int, int]] = []

@@ -1,56 +1,62 @@
 """Row formats. Whatever a data set calls its columns, a row becomes a chat, a pair of texts, or token ids.
 
-| columns                                   | becomes                                                        |
-| ----------------------------------------- | -------------------------------------------------------------- |
-| `input_ids` + `labels`/`completion_mask`  | TokenRow, as it is                                             |
-| `messages`, `conversations`               | ChatRow; turns `role`/`content` or ShareGPT's `from`/`value`   |
-| `prompt` + `completion`, or `prompt`      | ChatRow for lists of turns, TextRow for plain text             |
-| `instruction` + `input` + `output`        | ChatRow if the tokenizer has a chat template, else TextRow     |
-| `text`                                    | TextRow without a prompt: cannot be rolled out                 |
+| columns                                         | becomes                                                       |
+| ----------------------------------------------- | ------------------------------------------------------------- |
+| `input_ids` with `labels` or a mask             | TokenRow (`gkd.token_rows`)                                   |
+| `messages`, `conversations`                     | ChatRow (`gkd.turns` reads the turns)                         |
+| `prompt` + `completion`, or `prompt`            | ChatRow for lists of turns, TextRow for plain text            |
+| `instruction` + `input` + `output`, `history`   | ChatRow if the tokenizer has a chat template, else TextRow    |
+| `text`                                          | TextRow without a prompt: cannot be rolled out                |
 
-The first of these whose leading column is not None decides, row by row. `tools`, `chat_template_kwargs` and `system`
-(a system turn, when the chat has none) are honoured beside a chat. A row that fits none raises `ValueError` with its
-number and column.
+The first of these whose leading column is not None decides, row by row. `tools` (or OpenAI's older `functions`),
+`chat_template_kwargs` and `system` (a system turn, when the chat has none) are honoured beside a chat. What else a
+row holds is told (`gkd.unread`). A row that fits none raises `ValueError` with its number and column.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-Message = dict[str, Any]
+from gkd.row_values import Place, from_json, shown, text_of, without_none
+from gkd.token_rows import TokenRow, token_row
+from gkd.turns import Message, Turn, chat_as_text, read_turns
 
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")}
-ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-ROLES |= {"observation": "tool", "function_response": "tool"}
+__all__ = ["LEADING", "ChatRow", "Message", "Place", "Row", "TextRow", "TokenRow", "canonical_row"]
 
+_LONG_PROMPT = 20  # characters; an answer that begins with a shorter prompt may mean it
+LEADING = ("input_ids", "messages", "conversations", "prompt", "instruction", "text")
+# What would take the rendering out of the hands of this package, or the template out of the model's.
 _RESERVED = {"tokenize", "add_generation_prompt", "tools", "conversation", "return_tensors", "return_dict"}
-_RESERVED |= {"continue_final_message", "padding", "truncation", "max_length"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands: the data set's name and the row's number, for messages."""
-
-    dataset: str
-    number: int
-
-    def bad(self, column: str, problem: str) -> NoReturn:
-        raise ValueError(f"{self.dataset} data set, row {self.number}, column '{column}': {problem}")
+_RESERVED |= {"continue_final_message", "padding", "truncation", "max_length", "chat_template", "tokenizer_kwargs"}
+_RESERVED |= {"return_assistant_tokens_mask", "messages", "documents"}
 
 
 @dataclass(frozen=True)
 class ChatRow:
     """`messages[:answer]` is the prompt and `messages[answer]`, the last, the answer; answer None: prompt only.
-    Assistant turns before `trained_from` stood in a `prompt` column and are never trained on."""
+
+    `untrained` are the assistant turns that are never trained on: they stood in a `prompt` column, or a flag says so.
+    `notes` are keys of `gkd.data.NOTES`.
+    """
 
     messages: list[Message]
     answer: int | None
-    trained_from: int = 0
+    untrained: frozenset[int] = frozenset()
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def up_to_last_answer(self) -> ChatRow:
+        """A chat that ends without an answer, without what stands behind the last one that can be trained on."""
+        answers = [i for i, message in enumerate(self.messages) if i > 0 and message["role"] == "assistant"]
+        trained = [i for i in answers if i not in self.untrained]
+        if self.answer is not None or not trained:
+            return self
+        messages, untrained = self.messages[: trained[-1] + 1], frozenset(i for i in self.untrained if i < trained[-1])
+        notes = (*self.notes, "question_left_out")
+        return replace(self, messages=messages, answer=trained[-1], untrained=untrained, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -59,228 +65,171 @@ class TextRow:
 
     prompt: str
     completion: str | None
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """Token ids that come with their labels (-100 off target); the rollout starts at `prompt_length`."""
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_length: int
+    notes: tuple[str, ...] = ()
 
 
 Row = ChatRow | TextRow | TokenRow
 
 
-def canonical_row(row: Mapping[str, Any], place: Place, has_chat_template: bool) -> Row:
-    """Reads a row of any format of the table above. Raises ValueError with row number and column."""
-    known = [
-        column
-        for column in ("input_ids", "messages", "conversations", "prompt", "instruction", "text")
-        if column in row
-    ]
+def canonical_row(row: Mapping[str, Any], place: Place, has_chat_template: bool, exact: Collection[str] = ()) -> Row:
+    """Reads a row of any format of the table above. `exact`: columns whose None entries are the user's, not Arrow's.
+
+    Raises:
+        ValueError: with row number and column.
+    """
+    known = [column for column in LEADING if column in row]
     column = next((column for column in known if row[column] is not None), None)
     if column is None and known:
         place.bad(known[0], "is None")
     if column is None:
         raise ValueError(
-            f"{place.dataset} data set, row {place.number}: no format known for the columns {sorted(row)}. Rows need "
-            f"`messages`, `conversations`, `prompt` (+ `completion`), `instruction` (+ `input`, `output`) or "
-            f"`input_ids` + `labels`; rename the columns, or pass a formatting_func that returns such a row"
+            f"{place.dataset} data set, row {place.number}: no format known for the columns {sorted(map(str, row))}. "
+            "Rows need `messages`, `conversations`, `prompt` (+ `completion`), `instruction` (+ `input`, `output`) or "
+            "`input_ids` + `labels`; rename the columns, or pass a formatting_func that returns such a row"
         )
     if column == "input_ids":
-        return _token_row(row, place)
-    if column in ("messages", "conversations"):
-        return _chat_row(row, place, read_turns(row[column], place, column), column)
+        return token_row(row, place)
+    if column == "text":
+        return TextRow("", text_of(row, "text", place))
+    reader = _Reader(row, place, exact)
     if column == "prompt":
-        return _prompt_row(row, place)
+        return reader.prompt()
     if column == "instruction":
-        return _instruction_row(row, place, has_chat_template)
-    return TextRow("", _text(row, "text", place))
+        return reader.instruction(has_chat_template)
+    return reader.chat(reader.turns(row[column], column), column)
 
 
-def _text(row: Mapping[str, Any], column: str, place: Place) -> str:
-    if not isinstance(row[column], str):
-        place.bad(column, f"should be text, got {_shown(row[column])}")
-    return row[column]
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the columns of one row."""
 
+    row: Mapping[str, Any]
+    place: Place
+    exact: Collection[str]
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"
+    def turns(self, value: Any, column: str) -> list[Turn]:
+        return read_turns(value, self.place, column, column in self.exact)
 
+    def chat(self, turns: list[Turn], column: str, notes: tuple[str, ...] = ()) -> ChatRow:
+        system = self.row.get("system")
+        if system is not None and not isinstance(system, str):
+            self.place.bad("system", f"should be text, got {shown(system)}")
+        if system and turns[0].role != "system":
+            turns = [Turn({"role": "system", "content": system}), *turns]
+        answer = len(turns) - 1 if turns[-1].role == "assistant" else None
+        if answer == 0:
+            self.place.bad(column, "holds an answer only; a prompt is needed before it")
+        if any(turn.trained and turn.role != "assistant" for turn in turns):
+            notes = (*notes, "flag_not_honoured")
+        untrained = frozenset(i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.trained is False)
+        messages = [turn.message for turn in turns]
+        return ChatRow(messages, answer, untrained, self.tools(), self.template_kwargs(), notes)
 
-def without_none(value: Any) -> Any:
-    """Takes out the None entries that Arrow puts where one row lacks a key that another row has."""
-    if isinstance(value, Mapping):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, (list, tuple)):
-        return [without_none(item) for item in value]
-    return value
+    def tools(self) -> list[Any] | None:
+        tools = self.parsed("tools")
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            self.place.bad("tools", f"should be a list of tool descriptions, got {shown(tools)}")
+        if tools or self.row.get("functions") is None:
+            return list(tools) if tools else None
+        functions = self.parsed("functions")
+        if not isinstance(functions, (list, tuple)):
+            self.place.bad("functions", f"should be a list of function descriptions, got {shown(functions)}")
+        return [{"type": "function", "function": function} for function in functions] or None
 
+    def template_kwargs(self) -> dict[str, Any]:
+        values = self.parsed("chat_template_kwargs")
+        if values is None:
+            return {}
+        if not isinstance(values, Mapping):
+            self.place.bad("chat_template_kwargs", f"should be a dict, got {shown(values)}")
+        if taken := sorted(_RESERVED & values.keys()):
+            self.place.bad("chat_template_kwargs", f"may not set {', '.join(taken)}")
+        return dict(values)
 
-# ------------------------------------------------------------------------------------------------------------ chats
+    def parsed(self, column: str) -> Any:
+        """A column that may hold JSON text, without Arrow's nulls."""
+        value = self.row.get(column)
+        if isinstance(value, str):
+            return from_json(value, column, self.place)
+        return value if column in self.exact else without_none(value)
 
+    # --------------------------------------------------------------------------------- prompt and completion
 
-def read_turns(turns: Any, place: Place, column: str) -> list[Message]:
-    """A list of turns, `role`/`content` or `from`/`value`, checked, as `role`/`content` messages."""
-    if not isinstance(turns, (list, tuple)):
-        place.bad(column, f"should be a list of turns, got {_shown(turns)}")
-    if not turns:
-        place.bad(column, "has no turns")
-    return [_message(turn, place, column, i) for i, turn in enumerate(turns)]
+    def prompt(self) -> Row:
+        prompt, completion = self.row["prompt"], self.row.get("completion")
+        as_text = chat_as_text(prompt)
+        if isinstance(prompt, str) and not as_text and (completion is None or isinstance(completion, str)):
+            if not prompt:
+                self.place.bad("prompt", "is empty")
+            twice = completion is not None and len(prompt) >= _LONG_PROMPT and completion.startswith(prompt)
+            return TextRow(prompt, completion, ("prompt_twice",) if twice else ())
+        if isinstance(prompt, str) and not as_text:
+            prompt = [{"role": "user", "content": prompt}]
+        # An assistant turn in a prompt is history, or the beginning of an answer: never a target.
+        read = self.turns(prompt, "prompt")
+        notes = ("flag_not_honoured",) if any(turn.trained for turn in read) else ()
+        turns = [replace(turn, trained=False) for turn in read]
+        if completion is None:
+            if turns[-1].role == "assistant":
+                self.place.bad("prompt", "ends with an assistant turn; put that turn into `completion`")
+            return self.chat(turns, "prompt", notes)
+        if isinstance(completion, str) and not (as_text and chat_as_text(completion)):
+            completion = [{"role": "assistant", "content": completion}]
+        answer = self.turns(completion, "completion")
+        if answer[-1].role != "assistant":
+            self.place.bad("completion", f"should end with an assistant turn, ends with {answer[-1].role}")
+        rest = _rest_of(answer, turns)
+        if rest is None:
+            return self.chat([*turns, *answer], "prompt", notes)
+        systems = [turn for turn in answer if turn.role == "system"]
+        if systems and turns[0].role == "system" and [turn.message for turn in systems] != [turns[0].message]:
+            self.place.bad("completion", "repeats the prompt with another system turn")
+        head = turns if turns[0].role == "system" else [*systems, *turns]
+        return self.chat([*head, *rest], "prompt", (*notes, "prompt_repeated"))
 
+    # ------------------------------------------------------------------------------------------- instruction
 
-def _message(turn: Any, place: Place, column: str, i: int) -> Message:
-    if not isinstance(turn, Mapping):
-        place.bad(column, f"turn {i} should be a dict with 'role' and 'content', got {_shown(turn)}")
-    role_key, content_key = ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in ROLES:
-        place.bad(column, f"turn {i} has the unknown {role_key} {role!r}; known are {', '.join(ROLES)}")
-    content = turn.get(content_key)
-    if isinstance(content, (list, tuple)):
-        content = _joined_parts(content, place, column, i)
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        problem = "has no" if content is None else f"has {_shown(content)} as its"
-        place.bad(column, f"turn {i} ({role}) {problem} '{content_key}'; it should be text")
-    rest = {key: value for key, value in turn.items() if key not in ("role", "content", "from", "value")}
-    return {"role": ROLES[role], "content": content, **without_none(rest)}
-
-
-def _joined_parts(parts: list[Any] | tuple[Any, ...], place: Place, column: str, i: int) -> str:
-    """A content given as parts, [{"type": "text", "text": ...}, ...], as one text."""
-    for part in parts:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            place.bad(column, f"turn {i} has a part that is not text: {_shown(part)}; only text can be trained on")
-    return "".join(part["text"] for part in parts)
-
-
-def _chat_row(
-    row: Mapping[str, Any], place: Place, messages: list[Message], column: str, trained_from: int = 0
-) -> ChatRow:
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        place.bad("system", f"should be text, got {_shown(system)}")
-    if system and messages[0]["role"] != "system":
-        messages, trained_from = [{"role": "system", "content": system}, *messages], trained_from + 1
-    answer = len(messages) - 1 if messages[-1]["role"] == "assistant" else None
-    if answer == 0:
-        place.bad(column, "holds an answer only; a prompt is needed before it")
-    return ChatRow(messages, answer, trained_from, _tools(row, place), _template_kwargs(row, place))
-
-
-def _tools(row: Mapping[str, Any], place: Place) -> list[Any] | None:
-    tools = _parsed(row, "tools", place)
-    if tools is not None and not isinstance(tools, (list, tuple)):
-        place.bad("tools", f"should be a list of tool descriptions, got {_shown(tools)}")
-    return without_none(tools) or None
-
-
-def _template_kwargs(row: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    values = _parsed(row, "chat_template_kwargs", place)
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        place.bad("chat_template_kwargs", f"should be a dict, got {_shown(values)}")
-    if taken := sorted(_RESERVED & values.keys()):
-        place.bad("chat_template_kwargs", f"may not set {', '.join(taken)}")
-    return without_none(values)
-
-
-def _parsed(row: Mapping[str, Any], column: str, place: Place) -> Any:
-    """A column that may hold JSON text, because Arrow wants one type for all rows."""
-    value = row.get(column)
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except json.JSONDecodeError as error:
-        place.bad(column, f"is text but not JSON: {error}")
-
-
-# ------------------------------------------------------------------------------------- prompt, instruction, token ids
-
-
-def _prompt_row(row: Mapping[str, Any], place: Place) -> Row:
-    prompt, completion = row["prompt"], row.get("completion")
-    if isinstance(prompt, str) and (completion is None or isinstance(completion, str)):
-        if not prompt:
-            place.bad("prompt", "is empty")
-        return TextRow(prompt, completion)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    messages = read_turns(prompt, place, "prompt")
-    if completion is None:
-        # An assistant turn at the end of a prompt is history, or the beginning of an answer: never a target.
-        if messages[-1]["role"] == "assistant":
-            place.bad("prompt", "ends with an assistant turn; put that turn into `completion`")
-        return _chat_row(row, place, messages, "prompt")
-    answer = read_turns(completion, place, "completion")
-    if answer[-1]["role"] != "assistant":
-        place.bad("completion", f"should end with an assistant turn, ends with {answer[-1]['role']}")
-    return _chat_row(row, place, messages + answer, "prompt", trained_from=len(messages))
-
-
-def _instruction_row(row: Mapping[str, Any], place: Place, has_chat_template: bool) -> Row:
-    """Alpaca (`instruction`, `input`, `output`) and Dolly (`instruction`, `context`, `response`)."""
-    columns = {
-        part: next((name for name in names if row.get(name) is not None), None)
-        for part, names in {"input": ("input", "context"), "output": ("output", "response")}.items()
-    }
-    instruction = _text(row, "instruction", place)
-    if not instruction.strip():
-        place.bad("instruction", "is empty")
-    context = _text(row, columns["input"], place) if columns["input"] else ""
-    output = _text(row, columns["output"], place) if columns["output"] else None
-    if has_chat_template:
-        messages = [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
-        messages += [] if output is None else [{"role": "assistant", "content": output}]
-        return _chat_row(row, place, messages, "instruction")
-    parts = [f"### Instruction:\n{instruction}", f"### Input:\n{context}" if context else "", "### Response:\n"]
-    return TextRow("\n\n".join(part for part in parts if part), output)
-
-
-def _token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
-    ids = _integers(row, "input_ids", place)
-    columns = {
-        name: _integers(row, name, place) for name in ("labels", "completion_mask", "attention_mask") if row.get(name)
-    }
-    for name, values in columns.items():
-        if len(values) != len(ids):
-            place.bad(name, f"has {len(values)} entries for {len(ids)} input_ids")
-    labels = columns.get("labels")
-    if labels is None:
-        mask = columns.get("completion_mask", [0] * len(ids))
-        labels = [i if m else -100 for i, m in zip(ids, mask, strict=True)]
-    if wrong := [j for j, (i, label) in enumerate(zip(ids, labels, strict=True)) if label not in (-100, i)]:
-        place.bad(
-            "labels", f"entry {wrong[0]} is neither -100 nor the id of input_ids there (do not shift the labels)"
+    def instruction(self, has_chat_template: bool) -> Row:
+        """Alpaca (`instruction`, `input`, `output`, `history`) and Dolly (`instruction`, `context`, `response`)."""
+        names = {"input": self.first("input", "context"), "output": self.first("output", "response")}
+        instruction, context, output = (
+            "" if name is None else text_of(self.row, name, self.place) for name in ("instruction", *names.values())
         )
-    real = columns.get("attention_mask", [1] * len(ids))
-    ids, labels = ([v for v, keep in zip(values, real, strict=True) if keep] for values in (ids, labels))
-    if not ids:
-        place.bad("input_ids", "is empty")
-    targets = [j for j, label in enumerate(labels) if label != -100]
-    end = targets[-1] + 1 if targets else len(ids)
-    start = end if targets else len(ids)
-    while targets and start > 0 and labels[start - 1] != -100:
-        start -= 1
-    prompt_length = row.get("prompt_length")
-    if prompt_length is None:
-        prompt_length = start
-    elif not isinstance(prompt_length, int) or not 0 <= prompt_length <= len(ids):
-        place.bad("prompt_length", f"should be a number of input_ids (0 to {len(ids)}), got {_shown(prompt_length)}")
-    return TokenRow(ids[:end], labels[:end], prompt_length)
+        if not instruction.strip():
+            self.place.bad("instruction", "is empty")
+        answer = None if names["output"] is None else output
+        rounds = self.history()
+        if has_chat_template:
+            asked = [*rounds, (f"{instruction}\n\n{context}" if context else instruction, answer)]
+            turns = []
+            for question, reply in asked:
+                turns.append(Turn({"role": "user", "content": question}))
+                turns += [] if reply is None else [Turn({"role": "assistant", "content": reply})]
+            return self.chat(turns, "instruction")
+        system = "" if self.row.get("system") is None else text_of(self.row, "system", self.place)
+        before = [system] if system else []
+        before += [_alpaca(question) + reply for question, reply in rounds]
+        return TextRow("\n\n".join([*before, _alpaca(instruction, context)]), answer)
+
+    def first(self, *names: str) -> str | None:
+        return next((name for name in names if self.row.get(name) is not None), None)
+
+    def history(self) -> list[tuple[str, str]]:
+        """The rounds before the instruction: [[question, answer], ...]."""
+        rounds = self.parsed("history") or []
+        for pair in rounds if isinstance(rounds, (list, tuple)) else [rounds]:
+            if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
+                self.place.bad("history", f"should hold pairs of question and answer, holds {shown(pair)}")
+        return [(question, answer) for question, answer in rounds]
 
 
-def _integers(row: Mapping[str, Any], column: str, place: Place) -> list[int]:
-    values = row[column]
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, int) for value in values):
-        place.bad(column, f"should be a list of integers, got {_shown(values)}")
-    return [int(value) for value in values]
+def _alpaca(instruction: str, context: str = "") -> str:
+    parts = [f"### Instruction:\n{instruction}", f"### Input:\n{context}" if context else "", "### Response:\n"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rest_of(answer: list[Turn], prompt: list[Turn]) -> list[Turn] | None:
+    """What a completion adds to the prompt that it repeats, system turns aside; None: it does not repeat it."""
+    asked, said = ([turn for turn in turns if turn.role != "system"] for turns in (prompt, answer))
+    repeats = len(said) > len(asked) and [t.message for t in said[: len(asked)]] == [t.message for t in asked]
+    return said[len(asked) :] if repeats and asked else None
