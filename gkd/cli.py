@@ -234,7 +234,7 @@ def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
 
         diagnosis = examine(capture(arguments.recipe, flags))
     if arguments.json:
-        print(json.dumps(diagnosis.as_json(), indent=2, ensure_ascii=False))
+        print(json.dumps(diagnosis.as_json(), indent=2))
     else:
         show(diagnosis, Console())
     return 0 if diagnosis.passed else 1
@@ -247,7 +247,7 @@ def _evaluate(arguments: argparse.Namespace, flags: list[str]) -> int:
         columns = evaluate_recipe.evaluate_recipe(capture(arguments.recipe, flags), arguments.adapter)
     if int(os.environ.get("RANK", 0)) == 0:
         if arguments.json:
-            print(json.dumps(evaluate_recipe.as_json(columns), indent=2, ensure_ascii=False))
+            print(json.dumps(evaluate_recipe.as_json(columns), indent=2))
         else:
             Console().print(evaluate_recipe.results_table(columns))
     return 0

@@ -6,6 +6,7 @@ this trainer cannot honour are refused rather than ignored.
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from gkd.config_servers import SERVER_TIMEOUT, check_servers
 from gkd.config_teacher import check_teacher
 from gkd.config_values import check_counts, check_dicts, check_values
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
-from gkd.redact import redact_settings, without_secrets
+from gkd.redact import redact_settings, redact_value, without_secrets
 
 
 def _field(default: Any, text: str) -> Any:
@@ -225,6 +226,22 @@ class GKDConfig(SFTConfig):
     def __getstate__(self) -> dict[str, Any]:
         """What the Trainer pickles beside the weights and pushes from there: access tokens have no business in it."""
         return without_secrets(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GKDConfig:
+        """A copy in this process is not published, so it keeps its secrets."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __copy__(self) -> GKDConfig:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(vars(self))
+        return copied
+
+    def __str__(self) -> str:
+        return redact_value(super().__str__())
+
+    __repr__ = __str__
 
     @property
     def teacher_names(self) -> tuple[str, ...]:

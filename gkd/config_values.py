@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from gkd.config_servers import ROLLOUT_BACKENDS
+from gkd.redact import redact_value
 from gkd.source import MIXINGS
 
 _OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
@@ -49,9 +50,11 @@ def check_dicts(config: Any) -> None:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name}={value!r} is no JSON ({error}): write for example {_FORM}") from error
+                raise ValueError(
+                    f"{name}={redact_value(repr(value))} is no JSON ({error}): write for example {_FORM}"
+                ) from error
         if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{name}={value!r} is no dictionary: write for example {_FORM}")
+            raise ValueError(f"{name}={redact_value(repr(value))} is no dictionary: write for example {_FORM}")
 
 
 def check_counts(config: Any) -> None:

@@ -14,6 +14,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from gkd.batch import IGNORE
+from gkd.markdown import printable
+from gkd.redact import harmless
 
 LEVELS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 KINDS = {"prompt": "cyan", "target": "green", "stop": "bold white on red", "untrained": "dim"}
@@ -83,7 +85,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     for row in diagnosis.rows:
         text = Text()
         for kind, piece in row.pieces:
-            text.append(_shortened(piece), style=KINDS[kind])
+            text.append(printable(_shortened(piece)), style=KINDS[kind])
         console.print(Panel(text, title=f"row {row.number}", title_align="left"))
     if diagnosis.rows:
         legend = Text("colours: ")
@@ -95,7 +97,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         for heading in ("Prompt (end)", "Completion"):
             table.add_column(heading, ratio=1)
         for prompt, completion in diagnosis.rollouts[:3]:
-            table.add_row(Text(prompt[-_SHOWN // 2 :]), Text(_shortened(completion)))
+            table.add_row(Text(printable(prompt[-_SHOWN // 2 :])), Text(printable(_shortened(completion))))
         console.print(table)
     for check in diagnosis.checks:
         console.print(_line(check))
@@ -109,9 +111,9 @@ def _line(check: Check) -> Group:
     line.add_column(width=1)
     line.add_column(width=20)
     line.add_column(ratio=1, overflow="fold")
-    line.add_row(Text(sign, style=style), Text(check.name), Text(check.message))
+    line.add_row(Text(sign, style=style), Text(printable(check.name)), Text(harmless(check.message)))
     if check.remedy:
-        line.add_row("", "", Text(f"→ {check.remedy}", style=style))
+        line.add_row("", "", Text(f"→ {harmless(check.remedy)}", style=style))
     return Group(line)
 
 

@@ -16,6 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from gkd.batch import IGNORE
+from gkd.markdown import printable
 from gkd.rows import ChatRow, Message, Place, Row, TextRow, TokenRow
 from gkd.vocab import end_of_turn, stop_token_ids
 
@@ -231,7 +232,7 @@ class RowEncoder:
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(
                 f"{place.dataset} data set, row {place.number}: the chat template cannot render the roles "
-                f"{', '.join(message['role'] for message in messages)}: {error}"
+                f"{printable(', '.join(message['role'] for message in messages))}: {printable(str(error))}"
             ) from error
         return str(text)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gkd.errors import DiskFullError, PushError
+from gkd.redact import harmless
 from gkd.vllm_client import ServerError
 
 if TYPE_CHECKING:
@@ -142,18 +143,27 @@ def _is_librarys(file: str) -> bool:
     return not _is_ours(file) and file.startswith(("<", *_LIBRARIES))
 
 
+class _HarmlessFormatter(logging.Formatter):
+    """A message may hold what a row, a chat template or a server wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
+
+
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """A user's mistake ends in one line on stderr and exit code 2 (the traceback too when GKD_DEBUG=1).
 
     A training that had to give up (steps that are not finite, a full disk, a server) ends in one line and exit code 1;
     one that a signal stopped with 128 + the signal's number."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_HarmlessFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("gkd").setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
         yield
     except (FloatingPointError, DiskFullError, ServerError, PushError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {harmless(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -162,7 +172,7 @@ def mistakes_in_one_line() -> Iterator[None]:
         told = mistake(error)
         if told is None or os.environ.get("GKD_DEBUG"):
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {harmless(told)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -14,6 +14,7 @@ from gkd.distributed import max_over_ranks, sum_over_ranks
 from gkd.faults import FaultGuard
 from gkd.metrics import Ledger, Meter
 from gkd.positions import PositionProfile
+from gkd.redact import redact_process_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class LoggingMixin:
     _warned_of_truncation = False
 
     def _set_up_logging(self) -> None:
+        if self.args.report_to:
+            redact_process_arguments()
         self.positions = PositionProfile(self.accelerator.device)
         if self.args.log_completions:
             self.completions = CompletionLog(

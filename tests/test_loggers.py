@@ -86,6 +86,7 @@ def wandb_run(folder, tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DIR", str(place))
         patch.setenv("WANDB_SILENT", "true")
+        patch.setattr(sys, "argv", ["recipe.py", "--hub_token", TOKEN, "--rollout_server_url", f"http://{TOKEN}@host"])
         wandb.teardown()  # a client that another test has set up would keep its settings
         run(argv=flags(folder, report_to="wandb"))
         wandb.finish()
