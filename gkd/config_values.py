@@ -25,10 +25,8 @@ _INEFFECTIVE = (
     ("packing_strategy", "bfd", "leave it out"),
     ("dataset_text_field", "text", "rename the column to `text`"),
     ("assistant_only_loss", False, "use assistant_turns='all' to train on every assistant turn"),
-    ("completion_only_loss", None, "only completions are trained on, always"),
     ("loss_type", "nll", "name the divergence with `divergence`, mix in cross-entropy with `ce_weight`"),
     ("label_smoothing_factor", 0.0, "use loss_temperature or a divergence instead"),
-    ("use_liger_kernel", False, "the fused divergence of this package is always on"),
     ("truncation_mode", "keep_start", "use overlong_prompt and overlong_row"),
     ("average_tokens_across_devices", True, "the loss is always the mean over the targets of all ranks"),
 )
@@ -127,6 +125,11 @@ def _check_ineffective(config: Any) -> None:
         if value != fine and not (name == "average_tokens_across_devices" and config.world_size == 1):
             raise ValueError(f"{name}={value!r} has no effect in GKDTrainer: {remedy}")
 
+    if config.completion_only_loss is False:
+        raise ValueError(
+            "completion_only_loss=False is not supported: only completions are trained on; leave it out, or, to train "
+            "on whole texts, pass rows of `text`"
+        )
     if others := sorted(set(config.dataset_kwargs or ()) - {"skip_prepare_dataset"}):
         raise ValueError(
             f"dataset_kwargs: {', '.join(others)} has no effect in GKDTrainer, which prepares all rows itself: "

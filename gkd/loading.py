@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import CONFIG_NAME
 from trl.trainer.utils import create_model_from_path
 
+from gkd.launch_checks import check_not_split
 from gkd.placement import check_loading, split_while_loading
 from gkd.quantized import keep_layout, with_quantization
 
@@ -95,6 +96,29 @@ def load_config(name: str, *, field: str = "model_name_or_path", **options: Any)
         return AutoConfig.from_pretrained(name, **options)
 
 
+def check_causal(model: Any, role: str) -> None:
+    """Refuse models that do not continue a text from left to right.
+
+    Args:
+        model: a model or its config. role: "student" or "teacher".
+
+    Raises:
+        ValueError: an encoder-decoder, or a model that cannot generate.
+    """
+    config = getattr(model, "config", model)
+    kind = type(model).__name__ if hasattr(model, "config") else str(getattr(config, "model_type", "model"))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the {role} is an encoder-decoder ({kind}), which is not supported: take a causal language model, which "
+            "reads prompt and completion as one text"
+        )
+    can_generate = getattr(model, "can_generate", None)
+    if callable(can_generate) and not can_generate():
+        raise ValueError(
+            f"the {role} ({kind}) cannot generate text: load it as a causal language model (AutoModelForCausalLM)"
+        )
+
+
 def vocabulary_rows(
     name: str,
     *,
@@ -160,16 +184,20 @@ def load_teacher(
     kwargs.setdefault("dtype", "auto")  # as saved: a bfloat16 teacher is not blown up to float32
     kwargs.setdefault("device_map", None)  # placed later: on this rank, or sharded
     try:
-        config = load_config(
+        whole = load_config(
             name,
             field="teacher_model_name_or_path",
             trust_remote_code=kwargs["trust_remote_code"],
             revision=kwargs.get("revision"),
-        ).get_text_config()
+        )
+        check_causal(whole, "teacher")
+        config = whole.get_text_config()
         full = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else config.dtype or torch.float32
         kwargs = with_quantization(kwargs, full, "teacher_model_init_kwargs")
         check_loading(kwargs, placement, getattr(config, "quantization_config", None) is not None)
         with split_while_loading(placement, full, int(config.hidden_size)):
-            return keep_layout(create_model_from_path(name, **kwargs))
+            model = keep_layout(create_model_from_path(name, **kwargs))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"teacher_model_name_or_path={name!r} cannot be loaded: {error}") from error
+    check_not_split(model, "teacher")
+    return model

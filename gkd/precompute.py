@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from accelerate import Accelerator
@@ -232,7 +232,7 @@ def provenance(recipe: Recipe, work: Work, kept: int, left_out: dict[str, int]) 
             "split": script.dataset_train_split,
             "max_prompt_length": args.prompt_limit,
         },
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": installed_versions(),
         "command": redact_command([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }

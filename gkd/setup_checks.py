@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from peft import PeftModel, PromptLearningConfig
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -21,18 +16,21 @@ from gkd.absent_teacher import find_teacher
 from gkd.adapters import with_adapter
 from gkd.config import GKDConfig
 from gkd.distributed import zero_stage
-from gkd.loading import load_teacher, load_tokenizer, model_name, safe_weights
+from gkd.launch_checks import check_not_split
+from gkd.loading import check_causal, load_teacher, load_tokenizer, model_name, safe_weights
 from gkd.placement import check_placement
+from gkd.quantized import with_quantization
 from gkd.vocab import compare_chat_templates, compare_stop_ids
 
 logger = logging.getLogger(__name__)
 
 
-def resolve_config(args: Any, model: Any) -> GKDConfig:
-    """`args`, or the defaults when it is None.
+def resolve_config(args: Any, model: Any, quantization_config: Any = None) -> GKDConfig:
+    """`args`, or the defaults when it is None, with what a student that is given by name is loaded with.
 
     Raises:
         TypeError: some other kind of arguments, which would lack the distillation fields.
+        ValueError: a quantization that would have no effect, or is given twice.
     """
     if args is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or (
@@ -44,23 +42,19 @@ def resolve_config(args: Any, model: Any) -> GKDConfig:
         raise TypeError(f"args is {type(args).__name__}, {kind}: pass a gkd.GKDConfig")
     if isinstance(model, str):
         assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
-        args.model_init_kwargs = safe_weights(model, args.model_init_kwargs, "model_init_kwargs")
+        kwargs = safe_weights(model, args.model_init_kwargs, "model_init_kwargs")
+        if quantization_config is not None:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError("quantization_config is given twice: leave it out of model_init_kwargs")
+            asked = {"quantization_config": quantization_config}
+            kwargs |= with_quantization(asked, torch.float32, "quantization_config")
+        args.model_init_kwargs = {"device_map": None, **kwargs}  # TRL's "auto" would spread it over all GPUs
+    elif quantization_config is not None:
+        raise ValueError(
+            "quantization_config has no effect: the student is already a model; load it with quantization_config, or "
+            "pass the student by name"
+        )
     return args
-
-
-@contextmanager
-def student_named(model: Any) -> Iterator[None]:
-    """Say which model it is that cannot be loaded.
-
-    Raises:
-        ValueError: a student, given by name, without weights, or with broken ones.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not isinstance(model, str) or (isinstance(error, OSError) and error.errno is not None):
-            raise  # of something else: the file system, say, and it names the file
-        raise ValueError(f"model_name_or_path={model!r} cannot be loaded: {error}") from error
 
 
 def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -84,46 +78,6 @@ def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_launch(args: GKDConfig) -> None:
-    """Refuse launchers that this trainer cannot work under.
-
-    Raises:
-        ValueError: FSDP.
-    """
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError(
-            "FSDP is not supported: the output heads and the rollouts need whole weights; use DDP "
-            "(deepspeed_configs/ddp.yaml) or, for models that do not fit, ZeRO-3 (deepspeed_configs/zero3.yaml)"
-        )
-
-
-def check_wiring(accelerator: Accelerator) -> None:
-    """Refuse launches that came out as something else than was asked for, which would train all the same.
-
-    Raises:
-        ValueError: processes that do not know of each other, DeepSpeed left out, ZeRO-3 that cannot save a model.
-    """
-    started = os.environ.get("WORLD_SIZE", "1")
-    if int(started) != accelerator.num_processes:
-        raise ValueError(
-            f"the launcher started WORLD_SIZE={started} processes, but accelerate joined {accelerator.num_processes}: "
-            "each would train alone. On CPUs pass --use_cpu; otherwise see that every process sees its accelerator"
-        )
-    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if wanted and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise ValueError(
-            f"the launcher asks for DeepSpeed, but accelerate runs {accelerator.distributed_type.value}: take "
-            f"ACCELERATE_USE_CPU={os.environ.get('ACCELERATE_USE_CPU')} out of the environment, pass --use_cpu instead"
-        )
-    if zero_stage(accelerator) == 3:
-        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        if not zero.get("stage3_gather_16bit_weights_on_model_save"):
-            raise ValueError(
-                "ZeRO-3 without stage3_gather_16bit_weights_on_model_save saves no weights: set it to true in the "
-                "DeepSpeed config (zero3_save_16bit_model: true in an accelerate config file)"
-            )
-
-
 def check_not_quantized(model: Any, role: str, accelerator: Accelerator) -> None:
     """Refuse quantized weights under ZeRO-3, which would split up packed bytes.
 
@@ -136,19 +90,24 @@ def check_not_quantized(model: Any, role: str, accelerator: Accelerator) -> None
         )
 
 
-def check_student(model: nn.Module) -> None:
-    """Refuse adapters whose training this trainer cannot honour.
+def check_steps(args: GKDConfig, rows: Any, split_batches: bool) -> None:
+    """Refuse a data set of which no batch is left.
+
+    Args:
+        rows: the prepared train rows. split_batches: a batch is shared out over the ranks.
 
     Raises:
-        ValueError: a prompt-learning adapter.
+        ValueError: fewer rows than one batch, with dataloader_drop_last.
     """
-    if isinstance(model, PeftModel):
-        for name, config in model.peft_config.items():
-            if isinstance(config, PromptLearningConfig):
-                raise ValueError(
-                    f"adapter {name!r} is {config.peft_type}: prompt-learning adapters add virtual tokens that have "
-                    "no label and no teacher score; use LoRA"
-                )
+    if rows is None or not args.dataloader_drop_last:
+        return
+    batch, ranks = args.per_device_train_batch_size, 1 if split_batches else args.world_size
+    if len(rows) < batch * ranks:
+        each = f"{batch} x {ranks} processes" if ranks > 1 else f"{batch}"
+        raise ValueError(
+            f"dataloader_drop_last=True with {len(rows)} usable rows and per_device_train_batch_size={each}: no batch "
+            "is full, so no step would be made. Set dataloader_drop_last=False, or a smaller batch"
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -180,7 +139,7 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
     if args.share_base_model:
         _check_same_base(student, teacher, args)
         return None
-    if student is teacher:
+    if student is teacher and not isinstance(student, str):  # one name is loaded twice
         raise ValueError(
             "model and teacher_model are the same object: freezing the teacher would freeze the student; "
             "pass a copy (copy.deepcopy) or the teacher's name"
@@ -206,6 +165,8 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
         if args.teacher_adapter_name_or_path is not None:
             return with_adapter(load(), args.teacher_adapter_name_or_path, ours=True)
         return find_teacher(args, teacher, load) or load()
+    check_causal(teacher, "teacher")
+    check_not_split(teacher, "teacher")
     if kwargs is not None:
         raise ValueError(
             f"teacher_model_init_kwargs={kwargs} has no effect: teacher_model is already a model; "

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from gkd import setup_checks as checks
+from gkd import student_setup
 from gkd.batch import collate, cut, per_target, select_targets, target_mask, target_weights, unpad
 from gkd.checkpoint import CheckpointMixin
 from gkd.config import GKDConfig
@@ -31,6 +32,7 @@ from gkd.faults import FaultGuard, nan_unless_finite
 from gkd.fused import FusedOutput, fused_cross_entropy, fused_divergence
 from gkd.hidden import instead_of_logits
 from gkd.hub import HubMixin
+from gkd.launch_checks import check_launch, check_wiring
 from gkd.lengths import check_lengths
 from gkd.metrics import Ledger, Meter
 from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
@@ -70,6 +72,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             trained on, so it has no prompt: with `lmbda=0` only).
         teacher_processing_class: the teacher's tokenizer, to compare token maps with; None loads it by the teacher's
             name where it has one.
+        quantization_config: a `BitsAndBytesConfig` with which to load a student that is given by name.
 
     Raises:
         ValueError: a combination that cannot be honoured; the message names the field, the values and the remedy.
@@ -96,11 +99,13 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         peft_config: Any = None,
         formatting_func: Callable[..., Any] | None = None,
         teacher_processing_class: Any = None,
+        quantization_config: Any = None,
     ) -> None:
         if model is None:
             raise ValueError("model is missing: pass the student, a model or a name")
-        args = checks.resolve_config(args, model)
-        checks.check_launch(args)
+        args = checks.resolve_config(args, model, quantization_config)
+        check_launch(args)
+        use_cache = student_setup.use_cache_of(student_setup.check_named(model, args))
         teacher = checks.resolve_teacher(model, teacher_model, args)
         tokenizer = apply_options(checks.resolve_tokenizer(processing_class, model, args), args)
         self._formatting_func = formatting_func
@@ -109,7 +114,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         )
         args.remove_unused_columns = False  # the collator needs prompt_length and row
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        with template_already_taken(args), checks.student_named(model):
+        with template_already_taken(args), student_setup.student_named(model):
             super().__init__(
                 model,
                 args=args,
@@ -123,8 +128,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 peft_config=peft_config,
             )
-        checks.check_wiring(self.accelerator)
-        checks.check_student(self.model)
+        check_wiring(self.accelerator)
+        student_setup.check_student(self.model)
+        checks.check_steps(args, train_dataset, self.accelerator.split_batches)
+        student_setup.keep_use_cache(self.model, args, use_cache)
         for role, quantizable in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):
             checks.check_not_quantized(quantizable, role, self.accelerator)
         self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
@@ -144,6 +151,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
     def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
         args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
         student = self.accelerator.unwrap_model(self.model)
+        student_setup.align_pad_token(student, tokenizer)
         place_student(keep_layout(student), accelerator)
         self._head = head_of(student)
         self._head_module = output_layer(student)
@@ -229,6 +237,11 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         collated = [collate(rows, pad_id, args.pad_to_multiple_of) for rows in micro_batches]
         return collated, trained.clamp(min=1).to(device)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; warns of weights whose updates would be rounded away."""
+        student_setup.warn_of_half_precision(self.model, zero_stage(self.accelerator))
+        return super().create_optimizer(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
         meter = self._meters["train"]
@@ -278,10 +291,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         if mode == "train" and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
-            # a mean per micro-batch, which DDP averages over ranks: average it over the window, as SFTTrainer does
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-            self._metrics[mode]["aux_loss"].append(outputs.aux_loss.item())
+            loss = self._with_aux_loss(loss, outputs, mode, num_items_in_batch is not None)
         if mode == "train":
             loss = nan_unless_finite(loss)
         if return_outputs:  # compute_metrics wants logits, which the loss never builds
@@ -289,6 +299,24 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
                 outputs = model(**model_inputs, use_cache=False)
             return loss, outputs
         return loss
+
+    def _with_aux_loss(self, loss: Tensor, outputs: Any, mode: str, of_window: bool) -> Tensor:
+        """The loss with a mixture of experts' load balancing added, where the model gives one."""
+        balance = getattr(outputs, "aux_loss", None)
+        if balance is None:  # Llama 4 has routers, and a dense Doge a coefficient, but no such loss
+            logger.warning(
+                "router_aux_loss_coef=%s has no effect: %s gives no auxiliary loss; set it to 0",
+                self.router_aux_loss_coef,
+                type(self.accelerator.unwrap_model(self.model)).__name__,
+            )
+            self.aux_loss_enabled = False
+            return loss
+        # A mean per micro-batch, which DDP averages over ranks: average it over the window, as SFTTrainer does. The
+        # number is the Trainer's, which knows it once it trains.
+        own = self.args.gradient_accumulation_steps
+        steps = getattr(self, "current_gradient_accumulation_steps", own) if of_window else 1
+        self._metrics[mode]["aux_loss"].append(balance.item())
+        return loss + self.router_aux_loss_coef * balance / steps
 
     def _divergence(
         self, hidden: Tensor, signal: Any, inputs: dict[str, Tensor], num_items: Tensor | int | None

@@ -54,6 +54,8 @@ LEVELS = {
         "hidden",
         "loading",
         "setup_checks",
+        "launch_checks",
+        "student_setup",
         "window",
         "preparation",
         "memory",

@@ -1,0 +1,130 @@
+"""The student as it comes: by name or as a model, in any precision, frozen or of another kind; and as it is saved."""
+
+import json
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from training import config, logged, losses, trainer_of
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from gkd import GKDTrainer
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("student"), seed=1)
+
+
+def test_one_name_may_be_student_and_teacher(student, tmp_path):
+    trainer = GKDTrainer(student, student, config(tmp_path, lmbda=0.0), train_dataset=Dataset.from_list(tiny_rows(4)))
+    trainer.train()
+    assert losses(trainer) == [0.0]  # one model twice
+    assert trainer.teacher_model is not trainer.model
+    same = tiny_model()
+    with pytest.raises(ValueError, match=r"the same object.*copy\.deepcopy"):
+        trainer_of(tmp_path, student=same, teacher=same)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_saved_config_says_about_the_cache_what_the_students_did(use_cache, tmp_path):
+    name = save_tiny(tmp_path / "student", seed=1, use_cache=use_cache)
+    for model in (name, AutoModelForCausalLM.from_pretrained(name)):
+        trainer = trainer_of(tmp_path, student=model, gradient_checkpointing=True)
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["use_cache"] is use_cache
+
+
+def test_a_frozen_student_is_refused(student, tmp_path):
+    frozen = tiny_model(seed=1).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no parameter requires a gradient.*peft_config"):
+        trainer_of(tmp_path, student=frozen)
+    get_peft_model(tiny_model(seed=1), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        trainer_of(tmp_path, student=loaded)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_other_kinds_of_models_are_refused(role, by_name, tmp_path):
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=259, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    )
+    if by_name:
+        model.save_pretrained(tmp_path / "t5")
+        tiny_tokenizer().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=rf"the {role} is an encoder-decoder \((t5|T5For\w+)\)"):
+        trainer_of(tmp_path, **{role: str(tmp_path / "t5") if by_name else model})
+
+
+def test_a_model_that_fills_in_masks_is_refused(tmp_path):
+    values = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertForMaskedLM(BertConfig(vocab_size=259, **values))
+    with pytest.raises(ValueError, match=r"the student \(BertForMaskedLM\) cannot generate"):
+        trainer_of(tmp_path, student=bert)
+
+
+def test_the_pad_token_is_the_tokenizers_from_construction_on(tmp_path):
+    student = tiny_model(seed=1, pad_token_id=None)
+    trainer_of(tmp_path, student=student)
+    assert student.config.pad_token_id == student.generation_config.pad_token_id == 256
+
+
+def test_full_fine_tuning_in_16_bits_warns(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    for peft_config in (lora, None):
+        trainer_of(tmp_path, student=tiny_model(seed=1).bfloat16(), peft_config=peft_config, lmbda=0.0).train()
+        found = [r for r in caplog.records if "weights in bfloat16" in r.message]
+        assert len(found) == (peft_config is None)
+
+
+def test_a_quantized_student_by_name(student, tmp_path):
+    rows, lora = Dataset.from_list(tiny_rows(4)), LoraConfig(r=2, target_modules=["q_proj"])
+    bits = BitsAndBytesConfig(load_in_4bit=True)
+    common = {"teacher_model": tiny_model(seed=2), "train_dataset": rows, "processing_class": tiny_tokenizer()}
+    trainer = GKDTrainer(student, args=config(tmp_path), peft_config=lora, quantization_config=bits, **common)
+    assert trainer.model.get_base_model().is_loaded_in_4bit
+    trainer.train()
+    with pytest.raises(ValueError, match="no effect: the student is already a model"):
+        GKDTrainer(tiny_model(), args=config(tmp_path), quantization_config=bits, **common)
+    twice = config(tmp_path, model_init_kwargs={"quantization_config": bits})
+    with pytest.raises(ValueError, match="given twice"):
+        GKDTrainer(student, args=twice, quantization_config=bits, **common)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": []}
+
+
+def test_a_mixture_of_experts_has_a_loss_before_it_trains(tmp_path):
+    trainer = trainer_of(tmp_path, student=tiny_model("qwen3_moe", seed=1, **MOE), router_aux_loss_coef=0.1)
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    number = torch.tensor(8)
+    with_it = trainer.compute_loss(trainer.model, batch, num_items_in_batch=number).item()
+    balance = trainer._metrics["train"]["aux_loss"][-1]
+    trainer.router_aux_loss_coef = 0.0
+    without = trainer.compute_loss(trainer.model, batch, num_items_in_batch=number).item()
+    assert with_it - without == pytest.approx(0.1 * balance, rel=1e-4)
+
+
+def test_routers_without_an_auxiliary_loss_train_with_one_warning(tmp_path, caplog):
+    values = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 32, "head_dim": 16}
+    student = tiny_model("llama4_text", seed=1, **values)
+    trainer = trainer_of(tmp_path, student=student, max_steps=2, router_aux_loss_coef=0.01, lmbda=0.0)
+    trainer.train()
+    assert len([r for r in caplog.records if "gives no auxiliary loss" in r.message]) == 1
+    assert len(losses(trainer)) == 2
+    assert not logged(trainer, "aux_loss")
