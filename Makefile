@@ -26,7 +26,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VLLM_VENV := $(CURDIR)/.venv-vllm
 VLLM_PY   := $(VLLM_VENV)/bin/python
 
-.PHONY: help install demo fetch test test-fast test-distributed test-vllm lint types format bench clean
+.PHONY: help install demo fetch test test-fast test-distributed test-architectures test-vllm lint types format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-fast: $(STAMP)  ## the tests that start no second process
 
 test-distributed: $(STAMP)  ## the tests that start two processes: DDP, DeepSpeed ZeRO, accelerate launch (part of test)
 	$(TEST_ENV) $(PY) -m pytest -m distributed $(PYTEST_ARGS)
+
+test-architectures: $(STAMP)  ## every architecture through the trainer, into docs/models.md (half an hour; goes on where stopped)
+	$(TEST_ENV) $(PY) tests/architectures/matrix.py --results $(GKD_CACHE)/architectures.jsonl --page docs/models.md
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## rollouts and scores against a real vLLM server on CPU (builds .venv-vllm, 3 GB)
 	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/test_vllm_server.py tests/test_teacher_contract.py $(PYTEST_ARGS)
