@@ -12,14 +12,16 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow")
+from gkd.files import DATA_ENDINGS
+
+_NO_REPO = (*DATA_ENDINGS, ".txt", ".arrow")
 
 
 def is_repo_id(name: str) -> bool:
     """Whether `name` can be a Hub repository: a valid id, and no path that exists on this machine."""
     if os.path.exists(name) or PurePath(name).is_absolute() or name.startswith((".", "~")):
         return False
-    if name.endswith(_DATA_SUFFIXES):
+    if name.lower().endswith(_NO_REPO):
         return False
     try:
         validate_repo_id(name)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, Json
 
-_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+from gkd.rows import LEADING
+
+DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # of all that names local files
+_AT_ONCE = 1000  # rows compared at a time
+# What a damaged Parquet file ends in: its pages, its schema, or the description of a data set in its metadata.
+_DAMAGE = (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def read_rows(path: str | Path) -> Dataset:
@@ -29,8 +35,8 @@ def read_rows(path: str | Path) -> Dataset:
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise ValueError(f"the data file {path} {what}")
     ending = path.suffix.lower()
-    if ending not in _ENDINGS:
-        raise ValueError(f"the data file {path} should end with one of {', '.join(_ENDINGS)}")
+    if ending not in DATA_ENDINGS:
+        raise ValueError(f"the data file {path} should end with one of {', '.join(DATA_ENDINGS)}")
     if ending == ".parquet":
         return _nonempty(_read_parquet(path), path)
     try:
@@ -52,28 +58,74 @@ def _nonempty(dataset: Dataset, path: Path) -> Dataset:
 
 def _read_parquet(path: Path) -> Dataset:
     try:
-        return Dataset(pyarrow.parquet.read_table(path))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"the data file {path} is not a readable Parquet file: {error}") from error
+        table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).read()
+        table.validate(full=True)  # offsets and UTF-8, which reading alone does not look at
+        return Dataset(table)
+    except _DAMAGE as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"the data file {path} is not a readable Parquet file: {said or type(error).__name__}"
+        ) from error
 
 
 def _dataset(rows: list[dict[str, Any]], path: Path) -> Dataset:
     """A data set with the columns of all rows, not only of the first; a row without a column has None there."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    table = {}
-    for column in columns:
-        values = [row.get(column) for row in rows]
+    return Dataset(
+        pyarrow.table({column: _array([row.get(column) for row in rows], column, path) for column in columns})
+    )
+
+
+def _array(values: list[Any], column: str, path: Path) -> pyarrow.Array:
+    """A column as one Arrow type where that keeps every value as it is, else as JSON: Arrow has one type for a column,
+    and gives each object the keys of all the others."""
+    try:
         try:
-            table[column] = pyarrow.array(values)
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-            number = next(n for n, value in enumerate(values) if not _is_unicode(value))
-            text = f"{path}, row {number}: column '{column}' is not valid Unicode: {error.reason}"
-            raise ValueError(text) from error
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise ValueError(
-                f"the data file {path} holds values of different types in column '{column}': {error}"
-            ) from error
-    return Dataset(pyarrow.table(table))
+            array = pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+            return _json_array(values)
+        return array if _kept(values, array) else _json_array(values)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        number = next(n for n, value in enumerate(values) if not _is_unicode(value))
+        text = f"{path}, row {number}: column '{column}' is not valid Unicode: {error.reason}"
+        raise ValueError(text) from error
+
+
+def _kept(values: list[Any], array: pyarrow.Array) -> bool:
+    """Whether an Arrow array gives the values back as they were: their keys, in their order."""
+    if not any(isinstance(value, (dict, list)) for value in values) or _are_plain_chats(values):
+        return True
+    parts = (slice(start, start + _AT_ONCE) for start in range(0, len(values), _AT_ONCE))
+    return all(json.dumps(array[part].to_pylist()) == json.dumps(values[part]) for part in parts)
+
+
+def _are_plain_chats(values: list[Any]) -> bool:
+    """Lists of objects with the same keys and text in each: the many files for which nothing needs to be compared."""
+    keys = None
+    for value in values:
+        for turn in value if isinstance(value, list) else (None,):
+            if not isinstance(turn, dict) or (keys is not None and tuple(turn) != keys):
+                return False
+            keys = tuple(turn)
+            if not all(type(item) is str for item in turn.values()):
+                return False
+    return True
+
+
+def _json_array(values: list[Any]) -> pyarrow.Array:
+    """A column of JSON values; or, where decoding those loses digits of a number, of texts: JSON but for texts."""
+    texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    if all(text is None or _decoded(text) == json.dumps(value) for value, text in zip(values, texts, strict=True)):
+        return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts, pyarrow.string()))
+    as_text = [value if isinstance(value, str) else text for value, text in zip(values, texts, strict=True)]
+    return pyarrow.array(as_text, pyarrow.string())
+
+
+def _decoded(text: str) -> str | None:
+    try:
+        return json.dumps(Json().decode_example(text))
+    except (ValueError, OverflowError):  # an integer beyond 64 bits
+        return None
 
 
 def _is_unicode(value: Any) -> bool:
@@ -86,15 +138,16 @@ def _is_unicode(value: Any) -> bool:
 
 def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
     try:
-        value = json.loads(text)
+        value = _parsed(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("{") and error.msg == "Extra data":
             return _json_lines(text, path)
         raise ValueError(f"{path}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken JSON: {error}") from error
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
-        is_row = {"messages", "conversations", "prompt"} & value.keys()
-        value = lists[0] if len(lists) == 1 and not is_row else [value]
+        value = lists[0] if len(lists) == 1 and not set(LEADING) & value.keys() else [value]
     if not isinstance(value, list):
         raise ValueError(f"{path}: should hold a list of objects, holds a {type(value).__name__}")
     for number, row in enumerate(value):
@@ -104,25 +157,46 @@ def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     # Not splitlines(): JSON text may hold line separators such as U+2028 unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: broken JSON: {error.msg} (column {error.colno})") from error
+            hint = "; a list of objects over several lines is .json" if not rows and line.lstrip()[0] in "[{" else ""
+            raise ValueError(
+                f"{path}, line {number}: broken JSON: {error.msg} (column {error.colno}){hint}"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: broken JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: should be an object with columns, is a {type(row).__name__}")
         rows.append(row)
     return rows
 
 
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a key that stands twice in it would hide its first value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
 def _csv_rows(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a cell may hold a whole document
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or []).items() if count > 1]:
+            raise ValueError(f"{path}, line 1: the column {twice[0]!r} stands twice in the header")
         for row in reader:
             if None in row or None in row.values():
                 cells = f"{len(reader.fieldnames or [])} columns in the header"
@@ -131,4 +205,6 @@ def _csv_rows(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
     except csv.Error as error:
         line = min(reader.line_num + 1, len(text.splitlines()))
         raise ValueError(f"{path}, line {line}: broken CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     return rows

@@ -11,20 +11,20 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import PartialState
-from datasets import load_dataset
+from datasets import load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from gkd.config import GKDConfig
 from gkd.data import check_kind
-from gkd.files import read_rows
+from gkd.files import DATA_ENDINGS, read_rows
 from gkd.public_tasks import check_installed
 from gkd.set_aside import flag_values, set_aside
-
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass
@@ -170,19 +170,25 @@ def _call_defaults(parser: TrlParser, argv: list[str], given: dict[str, Any]) ->
 
 
 def load_rows(name: str, config: str | None = None, split: str | None = None) -> Any:
-    """A data set by name, or a local .json, .jsonl, .csv or .parquet file.
+    """A data set by name, a local file (`gkd.files.DATA_ENDINGS`), or a folder that `save_to_disk` wrote.
 
     Raises:
         ValueError: a local file that is missing or broken (with its line number), or a name that cannot be loaded.
     """
-    if name.endswith(DATA_SUFFIXES):
-        rows = read_rows(name)
+    path = Path(name).expanduser()
+    if name.lower().endswith(DATA_ENDINGS) or path.is_file():
+        rows = read_rows(path)
         return rows if split else {"train": rows}
     try:
-        return load_dataset(name, name=config, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            saved = load_from_disk(str(path))
+            splits = saved if isinstance(saved, dict) else {"train": saved}
+            return splits[split] if split else splits
+        return load_dataset(str(path) if path.is_dir() else name, name=config, split=split)
+    except (FileNotFoundError, ConnectionError, DatasetsError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
-            f"dataset_name={name!r} is neither a local file nor a data set that can be loaded: {error}"
+            f"dataset_name={name!r} is neither a local file nor a data set that can be loaded: {why}"
         ) from error
 
 
