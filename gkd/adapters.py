@@ -14,15 +14,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gkd.random_state import preserved_random_state
+from gkd.rounding import generator_for, stochastically_rounded
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +101,56 @@ def with_adapter(model: Any, name: str | None, *, ours: bool) -> Any:
 def merged(model: PeftModel) -> nn.Module:
     """The adapter's product added to the weights (Hu et al., arXiv 2106.09685, section 4.1), where that can be done.
 
-    The sum is taken in the adapter's fp32 and rounded once to the weights' dtype: exact up to that rounding. Weights
-    that are quantized or split over ranks, and adapters other than LoRA, are left as they are.
+    The sum is taken in fp32 and brought to the weights' dtype by stochastic rounding (`gkd.rounding`): the nearest
+    bf16 number is the old weight wherever the update is small. The random numbers are the same in every run, so the
+    teacher is. A weight that several modules share gets a copy for the module with the adapter. Weights that are
+    quantized or split over ranks, adapters other than LoRA, and layers that PEFT cannot merge are left as they are.
     """
     split = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     if split or getattr(model, "is_quantized", False) or model.active_peft_config.peft_type != "LORA":
         return model
-    whole: nn.Module = model.merge_and_unload(safe_merge=True)
+    uses = parameter_uses(model)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    done = [_merge_layer(layer, uses) for layer in layers]  # every one that can be
+    if not all(done):
+        return model
+    whole: Any = model.unload()
+    head, embeddings = whole.get_output_embeddings(), whole.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight:
+        whole.config.get_text_config().tie_word_embeddings = False
     whole.requires_grad_(False)
     return whole.eval()
+
+
+def _merge_layer(layer: Any, uses: dict[int, int]) -> bool:
+    """Whether it could be done."""
+    base = layer.get_base_layer()
+    for name, parameter in list(base.named_parameters(recurse=False)):
+        if uses.get(id(parameter), 1) > 1:
+            setattr(base, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    for parameter in layer.parameters():  # PEFT computes in the dtype that it finds
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    try:
+        layer.merge(safe_merge=True)
+    except NotImplementedError:  # a convolution in groups, an adapter that acts on some tokens only
+        done = False
+    else:
+        done = True
+    for name, parameter in base.named_parameters():  # what was not changed stands on its grid, and stays
+        generator = generator_for(0, 0, parameter.device)
+        parameter.data = stochastically_rounded(parameter.data, dtypes[name], generator)
+    return done
+
+
+def parameter_uses(model: nn.Module) -> dict[int, int]:
+    """In how many modules each parameter (by its id) stands: more than once where weights are tied."""
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    return uses
 
 
 def _folder(name: str, field: str) -> Path:

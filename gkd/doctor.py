@@ -223,6 +223,7 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
         batch_size=trainer.args.per_device_eval_batch_size,
         num_samples=ROLLOUTS,
         accelerator=trainer.accelerator,
+        fold_adapter=trainer.args.fold_adapter,
     )
 
 

@@ -76,6 +76,7 @@ class Evaluator:
         batch_size: sequences per forward pass.
         num_samples: prompts whose completions are kept as text.
         accelerator: for its autocast; None runs in the models' own dtype.
+        fold_adapter: as in the training: whether an adapter is folded into a copy of the weights to generate.
 
     Raises:
         ValueError: no prompts, an empty prompt, a held-out text without a target.
@@ -95,6 +96,7 @@ class Evaluator:
     batch_size: int = 8
     num_samples: int = 3
     accelerator: Accelerator | None = None
+    fold_adapter: bool = True
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -218,6 +220,7 @@ class Evaluator:
             seed=self.seed,
             source="evaluation",
             batch_size=self.batch_size,
+            merge_adapter=self.fold_adapter,
         )
         return rollout.generate(self.prompts, step=0)
 

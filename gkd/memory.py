@@ -192,7 +192,7 @@ def estimate(setup: Setup) -> Estimate:
 
     Stage 1 splits the optimizer states over the GPUs, stage 2 the gradients too, stage 3 the weights of student and
     teacher too. A rollout needs the whole student: under stage 3 it is gathered once per optimizer step, and a LoRA
-    adapter is folded into a copy of the linear layers' weights.
+    adapter is folded into a copy of the linear layers' weights, in the dtype of the products.
     """
     split = [setup.gpus if setup.zero_stage >= stage else 1 for stage in range(4)]
     trained, student, teacher = setup.trained, setup.student, setup.teacher
@@ -215,7 +215,7 @@ def estimate(setup: Setup) -> Estimate:
         "loss": loss_buffers(setup),
         "KV cache": kv_cache(setup),
         "gathered for the rollout": _gathered(setup),
-        "folded adapter": student.linear * setup.weight_bytes if _folds(setup) else 0,
+        "folded adapter": student.linear * min(setup.weight_bytes, setup.activation_bytes) if _folds(setup) else 0,
         "overhead": OVERHEAD[setup.device],
     }
     standing = ["student weights", "gradient buckets", "optimizer", "teacher weights", "overhead"]

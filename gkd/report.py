@@ -90,6 +90,7 @@ def evaluator_of(trainer: GKDTrainer, data: dict[str, Any], recipe: Recipe) -> E
         held_out_starts=starts,
         batch_size=args.per_device_eval_batch_size,
         accelerator=trainer.accelerator,
+        fold_adapter=args.fold_adapter,
     )
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gkd"
 
 LEVELS = {
-    0: {"_version", "errors", "source", "batch", "divergence", "integrand", "dense_loss"},
+    0: {"_version", "errors", "source", "batch", "divergence", "integrand", "dense_loss", "rounding"},
     1: {
         "signals",
         "fused",

@@ -10,6 +10,7 @@ B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from gkd.lengths import positions
-from gkd.rollouts.adapter import foldable, folded
+from gkd.rollouts.adapter import castable, foldable, folded
 from gkd.rollouts.base import SamplingSettings, row_uniforms
 from gkd.rollouts.cache import keep_rows, places_to_keep, use_growing_layers
 from gkd.rollouts.modes import generation_mode
@@ -83,7 +84,7 @@ class HFRollout:
         completions: list[list[int]] = [[] for _ in prompts]
         with (
             generation_mode(self.get_model(), self.accelerator) as model,
-            folded(self._layers_to_fold(model, prompts)),
+            self._folded(model, prompts, step),
         ):
             self._check_lengths(model, prompts, rows)
             for chunk in self._chunks(prompts):
@@ -91,6 +92,10 @@ class HFRollout:
                 for i, completion in zip(chunk, sampled, strict=True):
                     completions[i] = completion
         return completions
+
+    def _folded(self, model: PreTrainedModel, prompts: list[list[int]], step: int) -> AbstractContextManager[None]:
+        layers = self._layers_to_fold(model, prompts)
+        return folded(layers, self.seed, step, castable(model) if layers else [])
 
     def _layers_to_fold(self, model: PreTrainedModel, prompts: list[list[int]]) -> list[Any]:
         # On CPU (135M parameters, 16 rows, r=16) PEFT's merging took as long as the adapter costs in 3 to 4 steps.
