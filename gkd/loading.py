@@ -83,7 +83,11 @@ def load_tokenizer(
         ValueError: there is none under that name; with the remedy.
     """
     with load_errors_named(f"the tokenizer of {name!r}", f"save it beside the model, or {_IS_A_MODEL}"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+        if tokenizer.get_vocab().keys() <= {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+            # transformers makes an empty one of the model's config, which knows special tokens and no text
+            raise ValueError("there are no tokenizer files (tokenizer.json, tokenizer_config.json)")
+        return tokenizer
 
 
 def load_config(name: str, *, field: str = "model_name_or_path", **options: Any) -> Any:

@@ -36,7 +36,7 @@ from gkd.servers import connect
 from gkd.settings import set_loading_arguments, student_name
 from gkd.teacher_scores import evaluation_sets
 from gkd.teacher_setup import make_teacher
-from gkd.vocab import shared_vocabulary, stop_token_ids
+from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids
 from gkd.window import Hygiene
 
 logger = logging.getLogger(__name__)
@@ -137,15 +137,17 @@ def prepare(recipe: Recipe) -> Work:
     own = size = vocabulary_rows(student, **source)
     if server is None:
         size = int(teacher.config.get_text_config().vocab_size)
-    shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
+    shared = shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
     stop_ids = {
         "student": stop_token_ids(tokenizer, None),
         "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
     }
+    check_ids_in_use({"train": rows}, stop_ids["student"], tokenizer, {"student": own, "teacher": size}, shared)
     scorer: Any = None if server is not None else make_teacher(args, teacher, None, accelerator, None)
     rollout: Any = None
     if args.seq_kd:
-        foreign, pad_id = range(min(own, size), size), int(tokenizer.pad_token_id)
+        foreign = range(0) if shared is None else range(shared, size)
+        pad_id = readable_pad_id(tokenizer, min(own, size))
         common = (accelerator, stop_ids["teacher"], pad_id, foreign, server, own, teacher)
         rollout = make_rollout(args, "teacher", lambda: scorer.model, *common)
         if not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.trainer_logging import LoggingMixin
 from gkd.trainer_window import WindowMixin
-from gkd.vocab import shared_vocabulary, stop_token_ids
+from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids
 from gkd.window import count, measure, write_completions
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         servers = connect(args, tokenizer)
         heads = {"student": _vocabulary_rows(student), "teacher": _vocabulary_rows(teacher_model or student)}
         shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
+        self._pad_id = readable_pad_id(tokenizer, min(heads.values()))
+        if isinstance(self.data_collator, PaddingCollator):
+            self.data_collator = replace(self.data_collator, pad_id=self._pad_id)
         self.teacher = make_teacher(args, teacher_model, student, accelerator, servers["teacher"])
         self.loss_settings = loss_settings(args, shared)
         self.stop_ids = {
@@ -174,6 +178,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
                 teacher_tokenizer or tokenizer, getattr(teacher_model, "generation_config", None)
             ),
         }
+        asked = [self.train_dataset, *evaluation_sets(self.eval_dataset)]
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        sets = {**evaluated, "train": self.train_dataset}
+        check_ids_in_use(sets, self.stop_ids["student"], tokenizer, heads, shared)
         models = {"student": [lambda: self.model_wrapped], "teacher": frozen_models(self.teacher)}
         self.rollouts = {
             source: routed(
@@ -183,8 +191,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
                     model,
                     accelerator,
                     self.stop_ids[source],
-                    tokenizer.pad_token_id,
-                    range(min(heads.values()), heads[source]),
+                    self._pad_id,
+                    range(0) if shared is None else range(shared, heads[source]),
                     servers[source],
                     heads["student"],
                     teacher_model,
@@ -194,7 +202,6 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             for source, of_source in models.items()
         }
         self.hygiene = hygiene(args, self.stop_ids)
-        asked = [self.train_dataset, *evaluation_sets(self.eval_dataset)]
         load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
         checks.warn_of_differences(self.stop_ids, tokenizer, teacher_tokenizer)
         logger.info("rollouts: %s", self.rollouts["student"].settings)
@@ -233,8 +240,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         micro_batches = cut(sequences + window.fillers, window.sizes)
         if self.completions is not None:
             self.completions.open(micro_batches)
-        pad_id = self.processing_class.pad_token_id
-        collated = [collate(rows, pad_id, args.pad_to_multiple_of) for rows in micro_batches]
+        collated = [collate(rows, self._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
         return collated, trained.clamp(min=1).to(device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -267,7 +273,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         mode = "train" if self.model.training else "eval"
         if mode == "eval" and not isinstance(self.data_collator, PaddingCollator):
             # a foreign collator may pad on the left; our forward pass wants the padding on the right
-            batch = collate(unpad(inputs), self.processing_class.pad_token_id)
+            batch = collate(unpad(inputs), self._pad_id)
             inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
         with self._meters[mode].phase("teacher"):
             signal = None if mode == "train" and self.args.trains_on_nll_alone else self.teacher.score(inputs)

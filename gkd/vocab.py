@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import pyarrow.compute as pc
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,11 @@ def shared_vocabulary(
 ) -> int | None:
     """The number of leading ids on which student and teacher are compared.
 
+    Ids that a tokenizer names and no text holds do not keep two models apart: Gemma-3-1B's tokenizer has a token for
+    images behind the last row of its head, and many a student has got a [PAD] of its own. Ids that a head has no row
+    for, and a pad token at the end of the vocabulary which the other side knows as something else, are left out here;
+    `check_ids_in_use` then sees to it that no row holds one.
+
     Args:
         teacher_tokenizer: None says that the teacher uses the student's.
         student_rows, teacher_rows: rows of the two output heads, padding rows included.
@@ -40,33 +46,56 @@ def shared_vocabulary(
         distributions are then restricted to these ids and renormalised, which one log line tells.
 
     Raises:
-        ValueError: a head has fewer rows than its tokenizer has ids; an id stands for different tokens; the student's
-            tokenizer has ids that the teacher cannot read.
+        ValueError: an id stands for different tokens.
     """
     student_ids = student_tokenizer.get_vocab()
     teacher_ids = student_ids if teacher_tokenizer is None else teacher_tokenizer.get_vocab()
-    for who, ids, rows in (("student", student_ids, student_rows), ("teacher", teacher_ids, teacher_rows)):
-        if max(ids.values()) >= rows:
-            raise ValueError(
-                f"the {who}'s output head has {rows:,} rows but its tokenizer has ids up to {max(ids.values()):,}. "
-                f"Call resize_token_embeddings on that model, or use the tokenizer that it was trained with"
-            )
-    if max(student_ids.values()) >= teacher_rows:
-        raise ValueError(
-            f"the student's tokenizer has ids up to {max(student_ids.values()):,}, of which the teacher's head of "
-            f"{teacher_rows:,} rows knows nothing. Remove the tokens that were added to the student's tokenizer"
-        )
-    if teacher_ids is not student_ids:
-        _check_same_tokens(student_ids, teacher_ids)
-    if student_rows == teacher_rows:
-        return None
     shared = min(student_rows, teacher_rows)
+    if teacher_tokenizer is not None:
+        pads = {_mere_pad(student_tokenizer), _mere_pad(teacher_tokenizer)} - {None}
+        shared = min(shared, _first_foreign_pad(student_ids, teacher_ids, pads) or shared)
+    if teacher_ids is not student_ids:
+        _check_same_tokens({token: i for token, i in student_ids.items() if i < shared}, teacher_ids)
+    left_out = sorted((token for token, i in student_ids.items() if i >= shared), key=student_ids.__getitem__)
+    if left_out:
+        logger.info(
+            "The student's tokenizer names %s (%s) that not both heads have a row for (student %s rows, teacher "
+            "%s) or that only pads rows: left out of the comparison, and refused in rows.",
+            f"{len(left_out):,} ids" if len(left_out) > 1 else "an id",
+            ", ".join(f"{student_ids[token]:,} {token!r}" for token in left_out[:3]),
+            f"{student_rows:,}",
+            f"{teacher_rows:,}",
+        )
+    if student_rows == teacher_rows == shared:
+        return None
     logger.warning(
         "The heads differ in size (student %s rows, teacher %s) and the tokenizers agree: both distributions are "
         "restricted to the first %s ids and renormalised.",
         *(f"{rows:,}" for rows in (student_rows, teacher_rows, shared)),
     )
     return shared
+
+
+def readable_pad_id(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
+    """The pad token's id, or any other where a head of that many rows has none for it: padding is masked."""
+    pad = int(tokenizer.pad_token_id)
+    return pad if pad < rows else 0
+
+
+def _mere_pad(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of a pad token that is nothing else, so that text does not hold it; None when it has another role."""
+    roles = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    pad: int | None = tokenizer.pad_token_id
+    return None if pad in roles else pad
+
+
+def _first_foreign_pad(student_ids: dict[str, int], teacher_ids: dict[str, int], pads: set[Any]) -> int | None:
+    """The first pad id that stands for something else on the other side, where no common token follows it."""
+    student_tokens = {i: token for token, i in student_ids.items()}
+    teacher_tokens = {i: token for token, i in teacher_ids.items()}
+    common = [i for i, token in student_tokens.items() if teacher_tokens.get(i) == token]
+    foreign = [i for i in pads if i > max(common, default=-1) and i in student_tokens]
+    return min(foreign, default=None)
 
 
 def _check_same_tokens(student_ids: dict[str, int], teacher_ids: dict[str, int]) -> None:
@@ -87,6 +116,61 @@ def _check_same_tokens(student_ids: dict[str, int], teacher_ids: dict[str, int])
     for who, extra in (("student", len(student_ids) - len(common)), ("teacher", len(teacher_ids) - len(common))):
         if extra:
             logger.info("%s; only the %s's tokenizer names %d of the ids.", sizes, who, extra)
+
+
+def check_ids_in_use(
+    datasets: dict[str, Any],
+    stop_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    heads: dict[str, int],
+    shared: int | None,
+) -> None:
+    """Refuse rows, and stop tokens, with ids that student and teacher are not compared on.
+
+    Args:
+        datasets: prepared rows by name; what has no `input_ids` is passed over.
+        stop_ids: the student's. tokenizer: its tokenizer.
+        heads: rows of the output heads of "student" and "teacher". shared: what `shared_vocabulary` gave.
+
+    Raises:
+        ValueError: naming the row, the token and the side that does not know it.
+    """
+    limit = min(heads.values()) if shared is None else shared
+    if max(tokenizer.get_vocab().values()) < limit:
+        return
+    used = [(f"the student's stop token is {{}} (of {sorted(stop_ids)})", i) for i in stop_ids if i >= limit]
+    found = used[0] if used else _first_id_beyond(datasets, limit)
+    if found is None:
+        return
+    place, unknown = found
+    token = f"id {unknown:,} ({tokenizer.convert_ids_to_tokens(unknown)!r})"
+    if unknown >= heads["student"]:
+        why = f"the student's output head has {heads['student']:,} rows, so it can neither read nor write that"
+        remedy = "call resize_token_embeddings on the student, or use the tokenizer that it was trained with"
+    elif unknown >= heads["teacher"]:
+        why = f"the teacher's output head has {heads['teacher']:,} rows, so it knows nothing of that"
+        remedy = "use the student's tokenizer without the tokens that were added to it"
+    else:
+        why, remedy = "to student and teacher it is not the same token", "take it out of the rows"
+    raise ValueError(f"{place.format(token)}, and {why}: {remedy}")
+
+
+def _first_id_beyond(datasets: dict[str, Any], limit: int) -> tuple[str, int] | None:
+    for name, rows in datasets.items():
+        known = getattr(rows, "column_names", None) or ()
+        names = [column for column in ("input_ids", "prompt_ids") if column in known]
+        if not names:
+            continue
+        start = 0
+        for batch in rows.select_columns(names).with_format("arrow").iter(batch_size=4096):
+            for ids in (batch[column] for column in names):
+                largest = pc.max(pc.list_flatten(ids)).as_py()
+                if largest is not None and largest >= limit:
+                    lists = enumerate(ids.to_pylist(), start)
+                    row, unknown = next((r, i) for r, row_ids in lists for i in row_ids if i >= limit)
+                    return f"row {row} of the prepared {name} data set holds {{}}", unknown
+            start += len(batch)
+    return None
 
 
 _MARKER = "MarkOfTheAnswer"

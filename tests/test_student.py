@@ -2,13 +2,14 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-from training import config, logged, losses, trainer_of
+from training import config, dense_loss, logged, losses, trainer_of
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from gkd import GKDTrainer
+from gkd.batch import unpad
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +130,58 @@ def test_routers_without_an_auxiliary_loss_train_with_one_warning(tmp_path, capl
     assert len([r for r in caplog.records if "gives no auxiliary loss" in r.message]) == 1
     assert len(losses(trainer)) == 2
     assert not logged(trainer, "aux_loss")
+
+
+def test_ids_that_no_text_holds_keep_no_student_from_its_teacher(tmp_path):
+    """The divergence, by its definition, over the ids that both know; padding with an id that only one can read."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    student, teacher = tiny_model(seed=1, vocab=260), tiny_model(hidden=48, layers=3, seed=2)
+    rows = Dataset.from_list(tiny_rows(4))
+    trainer = GKDTrainer(
+        student,
+        teacher,
+        config(tmp_path, lmbda=0.5, seq_kd=True, learning_rate=0.0),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    seen = []
+    write = trainer.get_batch_samples
+    trainer.get_batch_samples = lambda *a: seen.append(write(*a)) or seen[-1]
+    trainer.train()
+    batches, _ = seen[0]
+    sequences = [sequence for batch in batches for sequence in unpad(batch)]
+    assert max(int(batch["input_ids"].max()) for batch in batches) < 259
+
+    def logits(model):
+        return lambda input_ids: SimpleNamespace(logits=model(input_ids=input_ids).logits[..., :259])
+
+    with torch.no_grad():
+        expected = dense_loss(logits(student), logits(teacher), sequences).item()
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_tokenizer_with_one_more_id_than_both_heads_trains(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    common = {"teacher_model": tiny_model(seed=2), "processing_class": tokenizer}
+    rows = tiny_rows(4)
+    trainer = GKDTrainer(tiny_model(seed=1), args=config(tmp_path), train_dataset=Dataset.from_list(rows), **common)
+    trainer.train()
+    rows[2]["messages"][-1]["content"] = "<image> of a cat"
+    with pytest.raises(
+        ValueError, match=r"row 2 .* holds id 259 \('<image>'\), and the student's output head has 259"
+    ):
+        GKDTrainer(tiny_model(seed=1), args=config(tmp_path), train_dataset=Dataset.from_list(rows), **common)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "gpt_neox", "llama"])
+def test_a_folder_without_tokenizer_files(kind, tmp_path, caplog):
+    """transformers makes a tokenizer without text, or none, of the model's config."""
+    tiny_model(kind, seed=2).save_pretrained(tmp_path / "bare")
+    rows = Dataset.from_list([{"prompt": "a question:", "completion": " an answer"}] * 4)
+    with pytest.raises(ValueError, match=r"the tokenizer of '.*bare' cannot be loaded: .*save it beside the model"):
+        GKDTrainer(str(tmp_path / "bare"), tiny_model(), config(tmp_path), train_dataset=rows)
+    trainer = trainer_of(tmp_path, teacher=str(tmp_path / "bare"), lmbda=0.0)
+    assert len([r for r in caplog.records if "token map cannot be compared" in r.message]) == 1
+    trainer.train()

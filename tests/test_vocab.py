@@ -3,11 +3,19 @@
 import logging
 
 import pytest
+from datasets import Dataset
 from tiny import CHATML, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from gkd.vocab import compare_chat_templates, compare_stop_ids, end_of_turn, shared_vocabulary, stop_token_ids
+from gkd.vocab import (
+    check_ids_in_use,
+    compare_chat_templates,
+    compare_stop_ids,
+    end_of_turn,
+    shared_vocabulary,
+    stop_token_ids,
+)
 
 
 def word_tokenizer(vocab):
@@ -81,16 +89,56 @@ def test_added_tokens_count():
         shared_vocabulary(student, teacher, 300, 300)
 
 
-def test_heads_with_fewer_rows_than_ids_are_refused():
-    for rows, who in [((3, 8), "student"), ((8, 3), "teacher")]:
-        with pytest.raises(ValueError, match=f"the {who}'s output head has 3 rows .* ids up to 3.*resize_token_embed"):
-            shared_vocabulary(word_tokenizer(WORDS), word_tokenizer(WORDS), *rows)
+@pytest.mark.parametrize(("rows", "shared"), [((3, 3), None), ((4, 3), 3), ((3, 4), 3)])
+@pytest.mark.parametrize("teacher", [None, word_tokenizer(WORDS)])
+def test_ids_that_a_head_has_no_row_for_are_left_out(rows, shared, teacher, caplog):
+    """As in Gemma-3-1B (both heads end before the token for images), or with a [PAD] that one side has got."""
+    caplog.set_level(logging.INFO)
+    assert shared_vocabulary(word_tokenizer(WORDS), teacher, *rows) == shared
+    assert "names an id (3 'c')" in caplog.text
 
 
-def test_student_ids_that_the_teacher_cannot_read_are_refused():
-    student = word_tokenizer({**WORDS, "new": 4})
-    with pytest.raises(ValueError, match="ids up to 4, of which the teacher's head of 4 rows knows nothing"):
-        shared_vocabulary(student, word_tokenizer(WORDS), 8, 4)
+def padded(token, **special):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": token, **special})
+    return tokenizer
+
+
+def test_a_pad_token_at_the_end_may_be_another_on_the_other_side():
+    """[PAD] and <pad> of one family, each added behind the same 259 tokens."""
+    assert shared_vocabulary(padded("[PAD]"), padded("<pad>"), 264, 264) == 259
+    teacher = tiny_tokenizer()
+    teacher.add_tokens(["<think>", "</think>"])
+    assert shared_vocabulary(padded("[PAD]"), teacher, 264, 264) == 259
+    for same_but_in_use in ({"eos_token": "[PAD]"}, {"unk_token": "[PAD]"}):
+        with pytest.raises(ValueError, match="first id that differs is 259: '\\[PAD\\]'"):
+            shared_vocabulary(padded("[PAD]", **same_but_in_use), teacher, 264, 264)
+
+
+@pytest.mark.parametrize("column", ["input_ids", "prompt_ids"])
+@pytest.mark.parametrize(
+    ("heads", "shared", "why"),
+    [
+        ({"student": 259, "teacher": 259}, None, "student's output head has 259 rows.*resize_token_embeddings"),
+        ({"student": 260, "teacher": 259}, 259, "teacher's output head has 259 rows.*without the tokens that were"),
+        ({"student": 264, "teacher": 264}, 259, "not the same token"),
+    ],
+)
+def test_a_row_with_such_an_id_is_refused(column, heads, shared, why):
+    tokenizer = padded("[PAD]")
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3], [4]], "prompt_ids": [[1, 2], [3], []]})
+    check_ids_in_use({"train": rows, "eval": None}, (258,), tokenizer, heads, shared)
+    bad = Dataset.from_list([*rows, {**rows[0], column: [4, 259]}])
+    with pytest.raises(ValueError, match=rf"row 3 of the prepared eval data set holds id 259 \('\[PAD\]'\), .*{why}"):
+        check_ids_in_use({"train": rows, "eval": bad}, (258,), tokenizer, heads, shared)
+    check_ids_in_use({"train": bad}, (258,), tokenizer, {"student": 260, "teacher": 260}, None)
+
+
+def test_a_stop_token_that_a_side_does_not_know_is_refused():
+    with pytest.raises(
+        ValueError, match=r"the student's stop token is id 259 .*the teacher's output head has 259 rows"
+    ):
+        check_ids_in_use({}, (258, 259), padded("[PAD]"), {"student": 260, "teacher": 259}, 259)
 
 
 # -------------------------------------------------------------------------------------------------------- stop ids
