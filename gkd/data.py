@@ -42,7 +42,16 @@ NOTES = {
     "prompt_repeated": "note: the completion repeats the prompt, which was left out of it",
     "prompt_twice": "note: the completion begins with the prompt, which stands in the row twice",
     "flag_not_honoured": "note: flagged as to be trained on, but not trained on: a turn of a user, or in `prompt`",
-    "eos_appended": "note: the chat template does not end answers with a stop token; eos was appended",
+    "eos_appended": "note: the chat template does not end answers with a stop token; one was appended",
+    "tools_left_out": "note: the chat template leaves out: tools",
+    "calls_left_out": "note: the chat template leaves out: tool_calls",
+    "thought_left_out": "note: the chat template leaves out: the answer's reasoning_content or thinking",
+    "content_left_out": "note: the chat template leaves out: the content of a turn",
+    "options_left_out": "note: the chat template does not know: something in chat_template_kwargs",
+    "answer_shortened": "note: the chat template leaves out a part of the answer, which is not trained on (a thought? "
+    "Give it as reasoning_content, or take another template with chat_template_path)",
+    "empty_thought": "note: the chat template puts an empty thought before the answer, which is trained on (give "
+    "chat_template_kwargs {{'enable_thinking': false}} if it knows that)",
 }
 # What tokenizers and chat templates raise over a single row; our own ValueErrors name it already.
 _STUMBLES = (
@@ -130,6 +139,8 @@ def prepare_dataset(
     num_proc: int | None = None,
     formatting_func: Callable[[dict[str, Any]], str | Mapping[str, Any]] | None = None,
     teachers: Collection[str] = (),
+    stop_ids: Collection[int] = (),
+    today: str | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Tokenizes a data set once, before training.
 
@@ -149,6 +160,8 @@ def prepare_dataset(
         num_proc: processes of `datasets.map`.
         formatting_func: row -> another row of a known format, as a dict, or -> running text, as in `SFTTrainer`.
         teachers: names that the column `teacher` may hold, when there are several teachers.
+        stop_ids: at which the model stops beside the tokenizer's eos (`gkd.vocab.configured_stop_ids`).
+        today: what a chat template writes as today's date, as YYYY-MM-DD; None = the clock's day.
 
     Returns:
         The data set with `input_ids`, `labels` (-100 off target; all of them -100 for a prompt-only row),
@@ -178,6 +191,8 @@ def prepare_dataset(
             "prompts_needed": prompts_needed,
             "formatting_func": formatting_func,
             "teachers": list(teachers),
+            "stop_ids": sorted(stop_ids),
+            "today": today,
             "version": __version__,
         },
     )
@@ -226,9 +241,11 @@ def _encode_batch(
     prompts_needed: bool,
     formatting_func: Callable[[dict[str, Any]], Any] | None,
     teachers: list[str],
+    stop_ids: list[int],
+    today: str | None,
     version: str,  # only there for the key of the cache of datasets.map: another version may tokenize otherwise
 ) -> dict[str, list[Any]]:
-    encoder = RowEncoder(tokenizer, assistant_turns)
+    encoder = RowEncoder(tokenizer, assistant_turns, stop_ids, today)
     rows, teacher_numbers = [], []
     for i, number in enumerate(numbers):
         place = Place(name, number)

@@ -8,17 +8,21 @@ end-of-turn token, which is trained; what a template writes after it is cut off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from gkd.batch import IGNORE
+from gkd.left_out import has_empty_thought, left_out
 from gkd.markdown import printable
 from gkd.rows import ChatRow, Message, Place, Row, TextRow, TokenRow
-from gkd.vocab import end_of_turn, stop_token_ids
+from gkd.templates import STUMBLES, ChatTemplate, common_prefix
+from gkd.turn_spans import TurnFinder
+from gkd.vocab import end_of_turn
 
 
 @dataclass(frozen=True)
@@ -109,16 +113,27 @@ class RowEncoder:
     Args:
         tokenizer: its padding and truncation settings do not matter.
         assistant_turns: "last" trains on the final assistant turn, "all" on every one.
+        stop_ids: at which the model stops beside the tokenizer's eos and the template's end of turn; see
+            `gkd.vocab.configured_stop_ids`.
+        today: what the chat template writes as today's date, as YYYY-MM-DD; None = the clock's day.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_turns: str = "last") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        assistant_turns: str = "last",
+        stop_ids: Collection[int] = (),
+        today: str | None = None,
+    ) -> None:
         if assistant_turns not in ("last", "all"):
             raise ValueError(f"assistant_turns={assistant_turns!r} is unknown: use 'last' or 'all'")
         self.tokenizer = tokenizer
         self.all_turns = assistant_turns == "all"
-        self.turn = end_of_turn(tokenizer)
-        self.stop_ids = stop_token_ids(tokenizer, None)
-        self.stop_texts = [str(tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
+        self.template = ChatTemplate(tokenizer, today) if tokenizer.chat_template else None
+        self.turn = turn = end_of_turn(tokenizer, stop_ids)
+        known = (*stop_ids, tokenizer.eos_token_id, turn.token_id if turn else None)
+        self.stop_ids = {int(i) for i in known if i is not None}
+        self.stop_texts = tuple(sorted(str(tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids))
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and [bos] == tokenizer("a")["input_ids"][:1] != self._raw("a")[:1]
 
@@ -142,27 +157,36 @@ class RowEncoder:
             del ids[0]
         return ids
 
-    def _segments(self, text: str, cuts: list[int], bos: bool = False) -> tuple[list[int], list[int], bool]:
-        """Ids of `text`, and for each cut (ascending, the last the end of the text) the number of ids before it.
+    def _joined(self, prompt: str, text: str, bos: bool = False) -> tuple[list[int], list[int], int]:
+        """Ids of `prompt`, ids of `text`, and where in these its answer begins.
 
-        The third value is False if ids before a cut had to be given up, because no tokenization breaks there.
+        Where `text` goes on from `prompt`, so do the ids, unless no tokenization breaks there.
         """
-        ids: list[int] = []
-        counts: list[int] = []
-        exact, before = True, 0
-        for cut in cuts:
-            whole = self._ids(text[:cut], bos)
-            kept = common_prefix(ids, whole)
-            if kept < len(ids):
-                joined = ids + self._raw(text[before:cut])
-                if self._decode(joined) == self._decode(whole):
-                    whole = joined
-                else:
-                    exact = False
-                    counts = [min(count, kept) for count in counts]
-            ids, before = whole, cut
-            counts.append(len(ids))
-        return ids, counts, exact
+        served, whole = self._ids(prompt, bos), self._ids(text, bos)
+        start = common_prefix(served, whole)
+        if start < len(served) and text.startswith(prompt):
+            joined = served + self._raw(text[len(prompt) :])
+            if self._decode(joined) == self._decode(whole):
+                return served, joined, len(served)
+        return served, whole, start
+
+    def _counts(self, text: str, ids: list[int], cuts: list[int]) -> dict[int, tuple[int, int]]:
+        """For each cut in `text` (ascending), how many of its `ids` end before it, and which is the first behind it.
+
+        The two differ where a token reaches over the cut. Every letter is tokenized a few times, however many cuts
+        there are.
+        """
+        pieces = [self._ids(text[: cuts[0]]), *(self._raw(text[a:b]) for a, b in pairwise([*cuts, len(text)]))]
+        if list(chain.from_iterable(pieces)) == ids:
+            ends = list(accumulate(map(len, pieces)))
+            return {cut: (end, end) for cut, end in zip(cuts, ends, strict=False)}
+        if not self.tokenizer.is_fast:
+            starts = {cut: common_prefix(self._ids(text[:cut]), ids) for cut in cuts}
+            return {cut: (start, start) for cut, start in starts.items()}
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        places = found["offset_mapping"][len(found["input_ids"]) - len(ids) :]  # without a second BOS
+        firsts, lasts = [first for first, _ in places], [last for _, last in places]
+        return {cut: (bisect_right(lasts, cut), bisect_left(firsts, cut)) for cut in cuts}
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -177,88 +201,92 @@ class RowEncoder:
         return text[:end]
 
     def _with_stop(self, encoded: Encoded, note: str | None) -> Encoded:
-        """Appends eos, as a target, to an answer that no stop token ends."""
-        eos = self.tokenizer.eos_token_id
-        if eos is None or encoded.labels[-1] in self.stop_ids:
+        """Appends a stop token, as a target, to an answer that none ends: the one that ends an earlier turn where the
+        model stops at it, else eos."""
+        stop = self.tokenizer.eos_token_id
+        if note and self.turn and self.turn.next_token_id in self.stop_ids:
+            stop = self.turn.next_token_id
+        if stop is None or encoded.labels[-1] in self.stop_ids:
             return encoded
-        ids, labels = [*encoded.input_ids, eos], [*encoded.labels, eos]
+        ids, labels = [*encoded.input_ids, stop], [*encoded.labels, stop]
         encoded = replace(encoded, input_ids=ids, labels=labels)
         return encoded.noted(note) if note else encoded
 
     # ---------------------------------------------------------------------------------------------------- chats
 
     def _chat(self, row: ChatRow, place: Place) -> Encoded:
-        if not self.tokenizer.chat_template:
+        if self.template is None:
             raise ValueError(
                 f"{place.dataset} data set, row {place.number} is a chat, but the tokenizer has no chat template: use "
                 f"an instruction-tuned model's tokenizer, set chat_template_path, or give plain text prompts"
             )
         messages = row.messages
         if row.answer is None:
-            ids = self._ids(self._render(row, messages, place, generate=True))
-            return Encoded(ids, [IGNORE] * len(ids), len(ids))
-        prompt = self._render(row, messages[: row.answer], place, generate=True)
-        text = self._closed(self._render(row, messages, place))
-        spans, lost = self._earlier_turns(row, text, place) if self.all_turns else ([], False)
-        prefix, untrained = text.startswith(prompt), row.answer in row.untrained
-        if prefix and not untrained:
-            spans.append((len(prompt), len(text)))
-        cuts = sorted({cut for span in spans for cut in span} | {len(prompt) if prefix else len(text), len(text)})
-        ids, counts, exact = self._segments(text, cuts)
-        at = dict(zip(cuts, counts, strict=True))
-        served = self._ids(prompt)
-        start = at[len(prompt)] if prefix else common_prefix(served, ids)
+            text = self._render(self.template, row, messages, place, generate=True)
+            ids = self._ids(text)
+            return Encoded(ids, [IGNORE] * len(ids), len(ids), tuple(left_out(self.template, row, text)))
+        prompt = self._render(self.template, row, messages[: row.answer], place, generate=True)
+        whole = self._render(self.template, row, messages, place)
+        text = self._closed(whole)
+        served, ids, start = self._joined(prompt, text)
         if start == 0:
             place.bad("messages", "the chat template renders the prompt and the whole chat with different beginnings")
+        untrained = row.answer in row.untrained
         labels = [IGNORE] * len(ids) if untrained else [IGNORE] * start + ids[start:]
-        for first, last in spans:
-            labels[at[first] : at[last]] = ids[at[first] : at[last]]
         encoded = Encoded(ids, labels, start).starting_from(served)
-        if encoded.prompt_ids or not exact:
+        if encoded.prompt_ids:
             encoded = encoded.noted("prompt_not_prefix")
-        if lost:
-            encoded = encoded.noted("turn_not_found")
+        if self.all_turns:
+            prefix = text.startswith(prompt) and not encoded.prompt_ids
+            encoded = self._with_earlier_turns(encoded, row, whole, *((prompt, served) if prefix else (text, ids)))
+        for note in left_out(self.template, row, whole):
+            encoded = encoded.noted(note)
         if untrained:
-            return encoded if spans else encoded.noted("untrained")
-        if _is_empty(messages[row.answer]) or (prefix and self._is_bare(text[len(prompt) :])):
+            return encoded.noted("untrained") if encoded.prompt_only else encoded
+        answer = self._decode(ids[start:])
+        if has_empty_thought(answer) and "</think>" not in messages[row.answer]["content"]:
+            encoded = encoded.noted("empty_thought")
+        if _is_empty(messages[row.answer]) or self._is_bare(answer):
             encoded = encoded.noted("empty_answer")
         return self._with_stop(encoded, "eos_appended")
 
-    def _render(self, row: ChatRow, messages: list[Message], place: Place, generate: bool = False) -> str:
+    def _render(
+        self, template: ChatTemplate, row: ChatRow, messages: list[Message], place: Place, generate: bool = False
+    ) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=row.tools, add_generation_prompt=generate, tokenize=False, **row.template_kwargs
-            )
-        except (jinja2.TemplateError, TypeError) as error:
+            return template.render(messages, generate, row.tools, row.template_kwargs)
+        except STUMBLES as error:
             raise ValueError(
                 f"{place.dataset} data set, row {place.number}: the chat template cannot render the roles "
-                f"{printable(', '.join(message['role'] for message in messages))}: {printable(str(error))}"
+                f"{printable(', '.join(message['role'] for message in messages))}: {printable(str(error))}. Take a "
+                f"template that can (chat_template_path), or merge or leave out turns in a formatting_func"
             ) from error
-        return str(text)
 
-    def _earlier_turns(self, row: ChatRow, text: str, place: Place) -> tuple[list[tuple[int, int]], bool]:
-        """Where the assistant turns before the last stand in `text`, as (start, end); whether one was not found.
+    def _with_earlier_turns(self, encoded: Encoded, row: ChatRow, whole: str, head: str, ids: list[int]) -> Encoded:
+        """Trained on the assistant turns before the last, too.
 
-        A turn starts where the rendering of what precedes it, with the generation prompt, ends. It ends where the
-        rendering up to it does; or, in templates that write an earlier turn otherwise than a last one (without its
-        thoughts, say), at the first stop token before the next assistant turn.
+        Args:
+            whole: the rendered chat.
+            head: the beginning of it that holds these turns, of which `ids` are the row's first ids.
         """
+        assert self.template is not None
         numbers = [i for i, message in enumerate(row.messages) if i > 0 and message["role"] == "assistant"]
-        numbers = [i for i in numbers if i == row.answer or i not in row.untrained]
-        prompts = [self._render(row, row.messages[:i], place, generate=True) for i in numbers]
-        starts = [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
-        spans: list[tuple[int, int]] = []
-        for i, start, limit in zip(numbers, starts, starts[1:], strict=False):
-            if start is None:
-                continue
-            closed = self._closed(self._render(row, row.messages[: i + 1], place))
-            if text.startswith(closed):
-                spans.append((start, len(closed)))
-                continue
-            ends = [text.index(stop, start) + len(stop) for stop in self.stop_texts if stop in text[start:limit]]
-            if limit is not None and ends:
-                spans.append((start, min(ends)))
-        return [span for span in spans if not self._is_bare(text[slice(*span)])], len(spans) < len(numbers) - 1
+        numbers = [i for i in numbers if i != row.answer and i not in row.untrained]
+        next_id = self.turn.next_token_id if self.turn else None
+        stops = {*self.stop_texts, *([] if next_id is None else [str(self.tokenizer.convert_ids_to_tokens(next_id))])}
+        finder = TurnFinder(self.template, self.turn, tuple(sorted(stops)), self._raw, self._decode, self._closed)
+        found = finder.find(row, whole, numbers) if numbers else {}
+        if len(found) < len(numbers):
+            encoded = encoded.noted("turn_not_found")
+        spans = [span for span in found.values() if not self._is_bare(whole[slice(*span)])]
+        if not spans:
+            return encoded
+        labels = list(encoded.labels)
+        counts = self._counts(head, ids, [cut for span in spans for cut in span])
+        for first, last in spans:
+            begin, end = counts[first][1], counts[last][0]
+            labels[begin:end] = ids[begin:end]
+        return replace(encoded, labels=labels)
 
     def _is_bare(self, text: str) -> bool:
         """Whether a turn's text is a stop token and nothing else."""
@@ -274,10 +302,8 @@ class RowEncoder:
             return Encoded(ids, [IGNORE] * len(ids), len(ids))
         completion = self._closed(row.completion) if any(stop in row.completion for stop in self.stop_texts) else None
         text = row.prompt + (row.completion if completion is None else completion)
-        cuts = [len(row.prompt), len(text)]
-        ids, counts, _ = self._segments(text, cuts, bos=True)
-        encoded = Encoded(ids, [IGNORE] * counts[0] + ids[counts[0] :], counts[0])
-        encoded = encoded.starting_from(self._ids(row.prompt, bos=True))
+        served, ids, start = self._joined(row.prompt, text, bos=True)
+        encoded = Encoded(ids, [IGNORE] * start + ids[start:], start).starting_from(served)
         if encoded.prompt_ids:
             encoded = encoded.noted("prompt_not_prefix")
         if not row.completion.strip():
@@ -289,11 +315,6 @@ class RowEncoder:
         if wrong := [i for i in row.input_ids if not 0 <= i <= known]:
             place.bad("input_ids", f"holds the id {wrong[0]}, but the tokenizer's ids end at {known}")
         return Encoded(row.input_ids, row.labels, row.prompt_length)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _is_empty(message: Message) -> bool:

@@ -8,13 +8,14 @@ different tokenizers may well have heads of equal size. So the token -> id maps 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import pyarrow.compute as pc
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from gkd.templates import STUMBLES, ChatTemplate, common_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -181,34 +182,76 @@ _CONVERSATION = [{"role": "user", "content": "Question"}, {"role": "assistant", 
 class EndOfTurn:
     """What a chat template writes after an assistant's content.
 
-    `closing` is all of it ("<|im_end|>\\n"), `kept` the part that ends with the end-of-turn token ("<|im_end|>"),
-    `token_id` that token's id. Without a special token there, `kept` is "" and `token_id` None.
+    `closing` is all of it at the end of a chat ("<|im_end|>\\n"), `kept` the part of it that ends with the end-of-turn
+    token ("<|im_end|>"), `token_id` that token's id. Without a special token there, `kept` is "" and `token_id` None.
+
+    `next_closing`, `next_kept` and `next_token_id` are the same of a turn that a user's follows, up to that one's
+    content: some templates end the last turn otherwise, or not at all. "" and None where that cannot be rendered.
     """
 
     closing: str
     kept: str
     token_id: int | None
+    next_closing: str = ""
+    next_kept: str = ""
+    next_token_id: int | None = None
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
-    """Reads the end of an assistant's turn off the chat template, by rendering a two-turn conversation.
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int] = ()) -> EndOfTurn | None:
+    """Reads the end of an assistant's turn off the chat template, by rendering short conversations.
 
-    None: there is no template, or it cannot render a plain question and answer.
+    The end is the first token there at which the model stops, else the first token if it is special.
+
+    Args:
+        tokenizer: with a chat template or without.
+        stop_ids: at which the model stops beside the tokenizer's eos (its generation config's).
+
+    Returns:
+        None: there is no template, or it cannot render a plain question and answer.
     """
     if not tokenizer.chat_template:
         return None
+    template = ChatTemplate(tokenizer)
+    closing = _behind_the_answer(template, _CONVERSATION)
+    if closing is None:
+        return None
+    following = _behind_the_answer(template, [*_CONVERSATION, {"role": "user", "content": _MARKER}]) or ""
+    known = [tokenizer.eos_token_id, *stop_ids]
+    stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in known if i is not None]
+    shared = closing[: common_prefix(closing, following)] if following else closing
+    # What ends a chat as a whole (a second token behind the first, in some templates) is not what ends a turn.
+    kept = _to_first_stop(shared, stops) or _to_special_token(tokenizer, closing)
+    next_kept = _to_first_stop(following, stops) or _to_special_token(tokenizer, following)
+    return EndOfTurn(closing, kept, _last_id(tokenizer, kept), following, next_kept, _last_id(tokenizer, next_kept))
+
+
+def _behind_the_answer(template: ChatTemplate, conversation: list[dict[str, str]]) -> str | None:
+    """What stands behind the answer's content, up to the next content or the end; None: that cannot be told."""
     try:
-        text = str(tokenizer.apply_chat_template(_CONVERSATION, tokenize=False))
-    except (jinja2.TemplateError, TypeError):
+        pieces = template.render(conversation).split(_MARKER)
+    except STUMBLES:
         return None
-    _, found, closing = text.rpartition(_MARKER)
-    if not found:
-        return None
-    ids: list[int] = tokenizer(closing.lstrip(), add_special_tokens=False)["input_ids"]
+    return pieces[1] if len(pieces) == sum(turn["content"] == _MARKER for turn in conversation) + 1 else None
+
+
+def _to_first_stop(text: str, stops: list[str]) -> str:
+    """The beginning of `text` that ends with the first stop token in it; "" when there is none."""
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else ""
+
+
+def _to_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The special token that `text` begins with, with the spaces before it; "" when it begins otherwise."""
+    ids: list[int] = tokenizer(text.lstrip(), add_special_tokens=False)["input_ids"]
     if not ids or not _is_special(tokenizer, ids[0]):
-        return EndOfTurn(closing, "", None)
+        return ""
     token = str(tokenizer.convert_ids_to_tokens(ids[0]))
-    return EndOfTurn(closing, closing[: closing.index(token) + len(token)], ids[0])
+    return text[: text.index(token) + len(token)] if token in text else ""
+
+
+def _last_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return ids[-1] if ids else None
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
@@ -219,11 +262,17 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> tuple[int, ...]:
     """The ids that end an answer, sorted: those of the generation config, the tokenizer's eos, the template's end of
     turn. All three, because a base model's eos (Qwen2.5: 151,643) is not its chat template's end of turn (151,645)."""
-    configured = getattr(generation_config, "eos_token_id", None)
-    ids = set(configured if isinstance(configured, (list, tuple)) else [configured])
-    turn = end_of_turn(tokenizer)
-    ids |= {tokenizer.eos_token_id, turn.token_id if turn else None}
+    configured = configured_stop_ids(generation_config)
+    turn = end_of_turn(tokenizer, configured)
+    ids = {*configured, tokenizer.eos_token_id, turn.token_id if turn else None}
     return tuple(sorted(int(i) for i in ids if i is not None))
+
+
+def configured_stop_ids(generation_config: GenerationConfig | None) -> tuple[int, ...]:
+    """The ids at which a model's generation config stops, sorted; () without one."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    return tuple(sorted({int(i) for i in ids if i is not None}))
 
 
 def compare_stop_ids(student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -255,10 +304,9 @@ def compare_chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrained
         if not tokenizer.chat_template:
             return None
         try:
-            text = tokenizer.apply_chat_template(_CONVERSATION[:1], tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError):
+            texts.append(ChatTemplate(tokenizer, "2024-01-01").render(_CONVERSATION[:1], generate=True))
+        except STUMBLES:
             return None
-        texts.append(str(text))
     if texts[0] == texts[1]:
         return None
     return (
