@@ -156,6 +156,9 @@ class GKDConfig(SFTConfig):
     rollout_server_timeout: float = _field(
         SERVER_TIMEOUT, "Seconds that one request to a server may take in all, repetitions included."
     )
+    server_proxy: str | None = _field(
+        None, "An HTTP proxy to the servers, http://host:port. None = direct; the environment's is never used."
+    )
     rollout_staleness: int = _field(
         0, "0: every rollout is from the present weights. 1: a server writes the next step's while this one trains."
     )

@@ -55,6 +55,10 @@ def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
             f"rollout_server_timeout={timeout} has no effect without a server: leave it out",
         ),
         (
+            not any_server and config.server_proxy is not None,
+            "server_proxy has no effect without a server: leave it out",
+        ),
+        (
             config.rollout_batch_size is not None and not in_process,
             f"rollout_batch_size={config.rollout_batch_size} has no effect where servers do all sampling",
         ),

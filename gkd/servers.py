@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.config import GKDConfig
 from gkd.rollouts import ROLLOUTS, SamplingSettings, VLLMRollout
-from gkd.vllm_checks import ServedModel, check_length, check_tokenizer, served_model
+from gkd.vllm_answers import ServedModel
+from gkd.vllm_checks import check_length, check_tokenizer, served_model
 from gkd.vllm_client import VLLMClient
 
 
@@ -46,7 +47,7 @@ def connect(
     for who, name in fields.items():
         urls = getattr(args, name)
         if urls is not None and who in whose:
-            client = VLLMClient(urls, field=name, timeout=args.rollout_server_timeout)
+            client = VLLMClient(urls, field=name, timeout=args.rollout_server_timeout, proxy=args.server_proxy)
             server = Server(client, served_model(client))
             check_tokenizer(client, server.served, tokenizer)
             check_length(client, server.served, needed[who])

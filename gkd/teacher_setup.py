@@ -33,7 +33,8 @@ def make_teacher(
         server: the teacher's, or None.
     """
     if server is not None:
-        return TEACHERS["server"](server.client, server.served, args.teacher_top_k)
+        vocabulary = int(student.config.get_text_config().vocab_size)
+        return TEACHERS["server"](server.client, server.served, args.teacher_top_k, vocabulary)
 
     if args.teacher_names:
         return RoutedTeacher(_several(args, teacher_model, accelerator))

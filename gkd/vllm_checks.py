@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from gkd.vllm_answers import ServedModel, served_model_of, tokens_of
 from gkd.vllm_client import RefusedError, ServerError, VLLMClient
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0  # most time for a check: a wrong address should not take the whole timeout to show
 _SAMPLE = "The 3 quick foxes\n\tcan't jump: naïve Ωmega, 東京 ☂ = 12345.67; "
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """The base model of the servers: the name to ask for, where it was loaded from, and its longest sequence."""
-
-    name: str
-    root: str
-    max_model_len: int | None
 
 
 def served_model(client: VLLMClient) -> ServedModel:
@@ -42,18 +33,17 @@ def served_model(client: VLLMClient) -> ServedModel:
 
 def _served_by(client: VLLMClient, url: str) -> ServedModel:
     try:
-        cards = client.get("/v1/models", url, min(client.timeout, START_SECONDS))["data"]
+        body = client.get("/v1/models", url, min(client.timeout, START_SECONDS))
     except ServerError as error:
         raise ValueError(
             f"{client.field}={url!r} cannot be used: {error}. Start `vllm serve` there, or look at its log"
         ) from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{client.field}={url!r} does not answer /v1/models as a vLLM server does") from error
-    bases = [card for card in cards if not card.get("parent")]
-    if not bases:
-        raise ValueError(f"{client.field}={url!r} serves no base model (/v1/models: {cards})")
-    card = bases[0]  # a model served under several names has several entries
-    return ServedModel(card["id"], card.get("root") or card["id"], card.get("max_model_len"))
+    try:
+        return served_model_of(body)
+    except ServerError as error:
+        raise ValueError(
+            f"{client.field}={url!r} does not answer /v1/models as a vLLM server does: {error}"
+        ) from error
 
 
 def check_tokenizer(client: VLLMClient, model: ServedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -69,10 +59,12 @@ def check_tokenizer(client: VLLMClient, model: ServedModel, tokenizer: PreTraine
     payload = {"model": model.name, "prompt": text, "add_special_tokens": False}
     for url in client.urls:
         try:
-            theirs = client.post("/tokenize", payload, url=url, timeout=min(client.timeout, START_SECONDS))["tokens"]
+            theirs = tokens_of(client.post("/tokenize", payload, url=url, timeout=min(client.timeout, START_SECONDS)))
         except RefusedError as error:
             logger.info("the tokenizer of %s cannot be compared: %s", url, error)
             continue
+        except ServerError as error:
+            raise ValueError(f"{client.field}={url!r} cannot be used, it does not tokenize: {error}") from error
         if theirs != ours:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
             raise ValueError(

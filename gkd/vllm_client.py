@@ -7,6 +7,8 @@ an error that names the address and the cause. A request that the server underst
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import os
 import threading
@@ -14,10 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
+
+from gkd.bounded_http import BoundedAdapter, TooLargeError, bounded_request
+from gkd.redact import REDACTED, harmless, redact_value
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,8 @@ CONNECT_SECONDS = 10.0  # a host that does not answer the connection attempt wit
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between attempts, doubled each time
 _AGAIN = frozenset({408, 425, 429, 502, 503, 504})  # HTTP statuses of a server that may answer later
 _ATTEMPTS_AT_500 = 7  # about 6 s: longer than a dying engine takes to close its port, shorter than a fault's patience
+ANSWER_BYTES = 16 << 20  # of an answer whose size the caller does not know
+_REASON_BYTES = 1 << 16  # of a refusal, which is read for its reason
 _IN_FLIGHT = 256  # requests at a time and server; what a server cannot take at once it queues
 
 
@@ -50,28 +56,49 @@ class VLLMClient:
 
     Args:
         urls: base addresses, comma separated, such as `http://host:8000`; with several, request i goes to number
-            i modulo their count, and to the next one when it fails.
+            i modulo their count, and to the next one when it fails. What stands before an @ goes into a header and
+            nowhere else: `http://user:password@host` (basic), `http://token@host` (bearer).
         field: the configuration field they come from, for messages.
         timeout: seconds that one request may take in all, repetitions included.
         api_key: sent as a bearer token; None takes the environment variable VLLM_API_KEY, where there is one.
+        proxy: an HTTP proxy to reach them through. The environment's (http_proxy, ~/.netrc) is never used: it would
+            be handed prompts and keys without being named.
 
     Raises:
-        ValueError: no address, or one that is not http(s)://host[:port]; a timeout that is not positive.
+        ValueError: no address, or one that is not http(s)://host[:port]; a timeout that is not positive; a key that
+            no header can hold.
     """
 
-    def __init__(self, urls: str, *, field: str, timeout: float = 600.0, api_key: str | None = None) -> None:
-        self.urls = [_checked(url, field) for url in urls.split(",") if url.strip()]
+    def __init__(
+        self,
+        urls: str,
+        *,
+        field: str,
+        timeout: float = 600.0,
+        api_key: str | None = None,
+        proxy: str | None = None,
+    ) -> None:
+        addresses = [_address(url, field) for url in urls.split(",") if url.strip()]
+        self.urls = [url for url, _ in addresses]
         if not self.urls:
-            raise ValueError(f"{field}={urls!r} holds no address: use http://host:port")
+            raise ValueError(f"{field}={redact_value(urls)!r} holds no address: use http://host:port")
         if not timeout > 0:
             raise ValueError(f"rollout_server_timeout={timeout} must be above 0 seconds")
         self.field, self.timeout = field, timeout
         self._session = requests.Session()
-        self._session.mount("http://", HTTPAdapter(pool_maxsize=_IN_FLIGHT))
-        self._session.mount("https://", HTTPAdapter(pool_maxsize=_IN_FLIGHT))
-        key = api_key or os.environ.get("VLLM_API_KEY")
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        self._session.trust_env = False
+        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        self._session.headers["Accept-Encoding"] = "gzip"
+        if proxy is not None:
+            _address(proxy, "server_proxy")
+            self._session.proxies = {"http": proxy, "https": proxy}
+        self._session.mount("http://", BoundedAdapter(pool_maxsize=_IN_FLIGHT))
+        self._session.mount("https://", BoundedAdapter(pool_maxsize=_IN_FLIGHT))
+        key = (api_key or os.environ.get("VLLM_API_KEY") or "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("VLLM_API_KEY holds characters that no HTTP header can: set it to the server's --api-key")
+        own = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers = {url: {"Authorization": given} if given else own for url, given in addresses}
         self._last_warning = float("-inf")
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -86,8 +113,10 @@ class VLLMClient:
         timeout: float | None = None,
         again: Callable[[Any], str | None] = lambda _: None,
         stop: threading.Event | None = None,
+        most: int = ANSWER_BYTES,
     ) -> Any:
-        """The answer to one request, parsed when it is JSON, else as text.
+        """The answer to one request, parsed when it is JSON, else as text. It may be anything: `gkd.vllm_answers`
+        looks at it.
 
         Args:
             first: number of the server to ask first.
@@ -95,18 +124,19 @@ class VLLMClient:
             timeout: seconds in all, instead of the client's.
             again: a reason to ask again in spite of HTTP 200 (an aborted generation), or None.
             stop: set by another thread to give up between two attempts.
+            most: bytes that the answer may have; a longer one is an error.
 
         Raises:
             RefusedError: the request was understood and refused.
             ServerError: no good answer in time.
         """
         return self._request(
-            "POST", path, payload, first, url, timeout or self.timeout, again, stop or threading.Event()
+            "POST", path, payload, first, url, timeout or self.timeout, again, stop or threading.Event(), most
         )
 
     def get(self, path: str, url: str, timeout: float) -> Any:
         """The same for GET, from one server."""
-        return self._request("GET", path, None, 0, url, timeout, lambda _: None, threading.Event())
+        return self._request("GET", path, None, 0, url, timeout, lambda _: None, threading.Event(), ANSWER_BYTES)
 
     def run_all(
         self, calls: Sequence[Callable[[threading.Event], Any]], stop: threading.Event | None = None
@@ -140,6 +170,7 @@ class VLLMClient:
         timeout: float,
         again: Callable[[Any], str | None],
         stop: threading.Event,
+        most: int,
     ) -> Any:
         urls = [only] if only else self.urls
         start, pause, attempt, faults = time.monotonic(), FIRST_PAUSE, 0, 0
@@ -148,7 +179,12 @@ class VLLMClient:
             url = urls[(first + attempt) % len(urls)]
             left = max(timeout - (time.monotonic() - start), 0.001)
             try:
-                answer, cause = self._once(method, url, path, payload, left)
+                answer, cause = self._once(method, url, path, payload, left, most)
+            except TooLargeError:
+                raise ServerError(
+                    f"{url}{path} answers more than the {most / 1e6:.1f} MB that such an answer can have "
+                    f"({self.field}): is a vLLM server there?"
+                ) from None
             except requests.RequestException as error:
                 answer, cause = None, _plain(error)
             if isinstance(cause, RefusedError):
@@ -171,21 +207,26 @@ class VLLMClient:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _once(
-        self, method: str, url: str, path: str, payload: dict[str, Any] | None, left: float
+        self, method: str, url: str, path: str, payload: dict[str, Any] | None, left: float, most: int
     ) -> tuple[Any, str | RefusedError | None]:
         """One attempt: the answer, or why there is none."""
-        response = self._session.request(
-            method, url + path, json=payload, timeout=(min(CONNECT_SECONDS, left), left), allow_redirects=False
-        )
-        if response.status_code in _AGAIN:
-            return None, f"HTTP {response.status_code}: {_reason(response)}"
-        if response.status_code != 200:
-            return None, RefusedError(url, path, response.status_code, _reason(response))
-        if not response.headers.get("content-type", "").startswith("application/json"):
-            return response.text, None
+        options = {"json": payload, "headers": self._headers[url]}
         try:
-            return response.json(), None
-        except requests.JSONDecodeError:
+            response, body = bounded_request(
+                self._session, method, url + path, seconds=left, connect=CONNECT_SECONDS, size=most, **options
+            )
+        except ValueError as error:
+            return None, f"the answer cannot be read: {harmless(error)}"
+        status = response.status_code
+        if status in _AGAIN:
+            return None, f"HTTP {status}: {_reason(response, body)}"
+        if status != 200:
+            return None, RefusedError(url, path, status, _reason(response, body))
+        if not response.headers.get("content-type", "").startswith("application/json"):
+            return body.decode("utf-8", errors="replace"), None
+        try:
+            return json.loads(body), None
+        except (ValueError, RecursionError):  # a number of 5,000 digits, and lists in lists in lists, are JSON, too
             return None, "the answer is not valid JSON"
 
     def _warn(self, url: str, cause: object, pause: float) -> None:
@@ -196,26 +237,49 @@ class VLLMClient:
             logger.warning("no answer from %s (%s): asking again, for up to %.0f s in all", url, cause, self.timeout)
 
 
-def _checked(url: str, field: str) -> str:
+def _address(url: str, field: str) -> tuple[str, str | None]:
+    """The base address without credentials, and the header that they become, or None.
+
+    Raises:
+        ValueError: it is no address; the message shows no credentials.
+    """
     url = url.strip().rstrip("/").removesuffix("/v1")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"{field}: {url!r} is not an address: use http://host:port")
-    return url
-
-
-def _reason(response: requests.Response) -> str:
-    """What the server says about its refusal: vLLM's, FastAPI's or any proxy's way of putting it."""
+    plain = True
     try:
-        body = response.json()
-    except requests.JSONDecodeError:
-        return response.text[:500].strip() or response.reason
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        plain, parts, port = False, urlsplit(""), None
+    plain = plain and parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()
+    if not plain or parts.query or parts.fragment or "@" in parts.path:
+        shown = redact_value(url if "@" not in url else f"{REDACTED}@{url.rsplit('@', 1)[1]}")
+        raise ValueError(
+            f"{field}: {shown!r} is not an address: use http://host:port (a key belongs into the environment variable "
+            "VLLM_API_KEY; of a user's name or password, write /, : and @ as %2F, %3A and %40)"
+        )
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    clean = f"{parts.scheme}://{host}{'' if port is None else f':{port}'}{parts.path}"
+    if "@" not in parts.netloc:
+        return clean, None
+    user, password = unquote(parts.username or ""), parts.password
+    if password is None:
+        return clean, f"Bearer {user}"
+    return clean, "Basic " + base64.b64encode(f"{user}:{unquote(password)}".encode()).decode()
+
+
+def _reason(response: requests.Response, content: bytes) -> str:
+    """What the server says about its refusal: vLLM's, FastAPI's or any proxy's way of putting it."""
+    text = content[:_REASON_BYTES].decode("utf-8", errors="replace")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return harmless(text[:500].strip() or response.reason)
     if isinstance(body, dict):
         error = body.get("error")
         body = (error.get("message") if isinstance(error, dict) else error) or body.get("message") or body
         if isinstance(body, dict):
             body = body.get("detail") or body
-    return str(body)[:500]
+    return harmless(body if isinstance(body, str) else text[:500])[:500]
 
 
 def _plain(error: BaseException) -> str:
@@ -226,5 +290,5 @@ def _plain(error: BaseException) -> str:
     while True:
         deeper = getattr(inner, "reason", None) or next((a for a in inner.args if isinstance(a, BaseException)), None)
         if not isinstance(deeper, BaseException):
-            return f"{type(inner).__name__}: {inner}"
+            return harmless(f"{type(inner).__name__}: {inner}")
         inner = deeper

@@ -68,6 +68,8 @@ LEVELS = {
     }
     | {
         "lengths",
+        "bounded_http",
+        "vllm_answers",
         "vllm_client",
         "vllm_checks",
         "servers",

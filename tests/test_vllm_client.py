@@ -3,6 +3,7 @@
 import copy
 import os
 import threading
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -22,7 +23,8 @@ from gkd.fused import LossSettings, fused_divergence
 from gkd.rollouts import HFRollout, SamplingSettings, VLLMRollout
 from gkd.signals import Head, head_of
 from gkd.teachers import LocalTeacher, ServerTeacher
-from gkd.vllm_checks import ServedModel, check_length, check_tokenizer, served_model
+from gkd.vllm_answers import ServedModel
+from gkd.vllm_checks import check_length, check_tokenizer, served_model
 from gkd.vllm_client import RefusedError, ServerError, VLLMClient
 
 STOP = 258
@@ -135,6 +137,140 @@ def test_a_key_is_sent_as_bearer_token(server, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- start-up checks
+
+
+@pytest.mark.parametrize(
+    ("url", "header"),
+    [
+        ("http://{}", None),
+        ("http://tok%40en@{}", "Bearer tok@en"),
+        ("http://user:pass%2Fword@{}/v1", "Basic dXNlcjpwYXNzL3dvcmQ="),
+        ("http://:secret@{}", "Basic OnNlY3JldA=="),
+    ],
+)
+def test_what_stands_before_the_host_becomes_a_header_and_nothing_else(server, url, header, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password netrc-secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    client = VLLMClient(url.format(server.url.removeprefix("http://")), field="x", timeout=5)
+    assert client.urls == [server.url]
+    client.get(PATH, server.url, 5)
+    assert server.authorization == header
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "user:s3cr3t@host:8000",
+        "user:s3cr3t@host",
+        "ftp://user:s3cr3t@host",
+        "http://user:a/s3cr3t@host",
+        "http://user:1/s3cr3t@host",
+        "http://host?token=s3cr3t",
+        "http://host/?sig=s3cr3t",
+        "http://s3cr3t@host:x",
+    ],
+)
+def test_an_address_that_is_refused_is_shown_without_its_secrets(url):
+    with pytest.raises(ValueError, match="is not an address") as error:
+        VLLMClient(url, field="rollout_server_url")
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "s3cr3t\u2026x")
+    with pytest.raises(ValueError, match="VLLM_API_KEY") as error:
+        VLLMClient("http://host", field="x")
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_a_proxy_is_used_where_it_is_named(server):
+    """The stand-in for a proxy answers for a host that does not exist; it is asked with the whole address."""
+    client = VLLMClient("http://no-such-host.invalid", field="x", timeout=5, proxy=server.url)
+    with pytest.raises(RefusedError, match="Not Found"):
+        client.get(PATH, "http://no-such-host.invalid", 5)
+    assert server.seen[-1][0] == "http://no-such-host.invalid/v1/models"
+
+
+@pytest.mark.parametrize("fault", ["drip", "drip_head", "slow"])
+def test_a_server_that_never_finishes_is_given_up_after_the_total_time(server, fault):
+    """It would go on for ever, or for three seconds an attempt: that the test ends is the assertion."""
+    server.slow = 3.0
+    server.faults["/tokenize"] = [fault] * 50
+    client = VLLMClient(server.url, field="rollout_server_url", timeout=0.4)
+    with pytest.raises(ServerError, match=r"gave no answer: it timed out.*rollout_server_url"):
+        client.post("/tokenize", {"prompt": "a", "add_special_tokens": False})
+
+
+@pytest.mark.parametrize("fault", ["bomb", "endless"])
+def test_an_answer_is_read_no_further_than_it_may_be_long(server, fault):
+    server.faults["/tokenize"] = [fault]
+    client = VLLMClient(server.url, field="rollout_server_url", timeout=20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ServerError, match=r"/tokenize answers more than the 2.0 MB.*rollout_server_url"):
+            client.post("/tokenize", {"prompt": "a", "add_special_tokens": False}, most=2_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert client.get(PATH, server.url, 5)["data"]
+
+
+def test_a_packed_answer_is_unpacked(server):
+    server.faults[PATH] = ["packed"]
+    client = VLLMClient(server.url, field="x", timeout=5)
+    assert client.get(PATH, server.url, 5) == client.get(PATH, server.url, 5)
+
+
+BAD_JSON = {
+    "deep": b"[" * 100_000,
+    "digits": b"[" + b"1" * 5000 + b"]",
+    "bytes": b"\xff\xfe",
+    "none": b"",
+    "x": b'{"a":}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON)
+def test_what_is_no_json_is_asked_for_again_and_then_told(server, body):
+    server.faults[PATH] = [lambda _: body] * 50
+    with pytest.raises(ServerError, match="the answer is not valid JSON"):
+        VLLMClient(server.url, field="x").get(PATH, server.url, 0.1)
+
+
+def test_the_reason_of_a_refusal_is_shown_without_escapes_and_secrets(server):
+    server.faults[PATH] = [lambda _: "<html>\x1b[2J\x9b31m Authorization: Bearer s3cr3t-s3cr3t-12"]
+    server.status = 403
+    with pytest.raises(RefusedError) as error:
+        VLLMClient(server.url, field="x", timeout=5).get(PATH, server.url, 5)
+    assert r"<html>\x1b[2J" in str(error.value)
+    assert not {"\x1b", "\x9b"} & set(str(error.value))
+    assert "s3cr3t" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        None, [], "x", {"data": None}, {"data": []}, {"data": [None]}, {"data": [{"root": "x"}]},
+        {"data": [{"id": 3}]}, {"data": [{"id": "a", "root": ["x"]}]}, {"data": [{"id": "a", "max_model_len": "9"}]},
+        {"data": [{"id": "a", "max_model_len": True}]}, {"data": [{"id": "a", "max_model_len": -1}]},
+        {"data": [{"id": "a", "parent": "b"}]}, {"models": []},
+    ],
+)  # fmt: skip
+def test_models_of_another_shape_are_told(server, models):
+    server.faults[PATH] = [lambda _: models]
+    with pytest.raises(ValueError, match=r"x='http.*does not answer /v1/models as a vLLM server does"):
+        served_model(VLLMClient(server.url, field="x", timeout=5))
+
+
+@pytest.mark.parametrize(
+    "tokens", [None, [], {}, {"tokens": None}, {"tokens": [1.0]}, {"tokens": ["a"]}, {"tokens": 3}, "x"]
+)
+def test_tokens_of_another_shape_are_told(server, tokens):
+    client = VLLMClient(server.url, field="x", timeout=5)
+    server.faults["/tokenize"] = [lambda _: tokens]
+    with pytest.raises(ValueError, match=r"x='http.*does not tokenize"):
+        check_tokenizer(client, served_model(client), tiny_tokenizer())
 
 
 def test_what_a_server_serves(server):
@@ -325,6 +461,27 @@ def _choice(**values):
         (_choice(token_ids=[1] * 13), "13 tokens, where max_new_tokens=12"),
         (_choice(token_ids=[STOP, 1]), "tokens behind a stop token"),
         (_choice(token_ids=[1, 2]), "an end without a stop token"),
+        (_choice(token_ids=[-1, STOP]), "holds -1, which is no token id"),
+        (_choice(token_ids=[65.7, STOP]), "holds 65.7, which is no token id"),
+        (_choice(token_ids=[True, STOP]), "holds True, which is no token id"),
+        (_choice(token_ids=["1", STOP]), "holds '1', which is no token id"),
+        (_choice(token_ids=[None, STOP]), "holds None, which is no token id"),
+        (_choice(token_ids=[10**30, STOP]), "which is no token id"),
+        (_choice(token_ids="12"), "no list"),
+        (_choice(prompt_token_ids=None), "no token_ids and prompt_token_ids"),
+        (_choice(prompt_token_ids=[[1]]), "no token id"),
+        (_choice(index=1), "index 1, where one was asked for"),
+        (_choice(finish_reason=None), "finish_reason=None"),
+        (lambda answer: answer | {"choices": None}, "no list"),
+        (lambda answer: answer | {"choices": []}, "0 choices"),
+        (lambda answer: answer | {"choices": "x"}, "no list"),
+        (lambda answer: answer | {"choices": {"0": 1}}, "no list"),
+        (lambda answer: answer | {"choices": [None]}, "stands where an object"),
+        (lambda answer: answer | {"choices": answer["choices"] * 2}, "2 choices"),
+        (lambda answer: None, "stands where an object"),
+        (lambda answer: [answer], "stands where an object"),
+        (lambda answer: "<html>", "stands where an object"),
+        ("html", "stands where an object"),
     ],
 )
 def test_an_answer_that_cannot_be_right_is_an_error(server, tmp_path, fault, message):
@@ -423,7 +580,7 @@ def accelerator():
 
 def teacher_of(server, top_k=20):
     client = VLLMClient(server.url, field="teacher_server_url", timeout=20)
-    return ServerTeacher(client, served_model(client), top_k)
+    return ServerTeacher(client, served_model(client), top_k, vocabulary=259)
 
 
 @pytest.fixture
@@ -484,7 +641,17 @@ def _scores(change_it):
         (lambda scores: scores.insert(1, scores.pop()), "is missing from its scores"),
         (lambda scores: scores.__setitem__(3, None), "is missing from its scores"),
         (lambda scores: [scores[2].pop(key) for key in [*scores[2]][1:4]], "scores, not teacher_top_k=20"),
-        (lambda scores: scores[4][[*scores[4]][2]].update(logprob=float("nan")), "is not the mass"),
+        (lambda scores: scores[4][[*scores[4]][2]].update(logprob=float("nan")), "nan is no log-probability"),
+        (lambda scores: scores[4][[*scores[4]][2]].update(logprob=float("-inf")), "-inf is no log-probability"),
+        (lambda scores: scores[4][[*scores[4]][2]].update(logprob=None), "None is no log-probability"),
+        (lambda scores: scores[4][[*scores[4]][2]].update(logprob=True), "True is no log-probability"),
+        (lambda scores: scores[4][[*scores[4]][2]].update(logprob="-1"), "'-1' is no log-probability"),
+        (lambda scores: scores[4].update({"-3": {"logprob": -1e-3}}), "'-3' is no token id"),
+        (lambda scores: scores[4].update({"1.5": {"logprob": -1e-3}}), "'1.5' is no token id"),
+        (lambda scores: scores[4].update({"07": {"logprob": -1e-3}}), "'07' is no token id"),
+        (lambda scores: scores[4].update({"7": -1e-3}), "stands where an object"),
+        (lambda scores: scores[4].update({"900": {"logprob": -3.0}}), "token 900, where the vocabulary has 259"),
+        (lambda scores: scores.__setitem__(3, [1]), "is missing from its scores"),
         (lambda scores: scores[4][[*scores[4]][2]].update(logprob=0.0), "is not the mass"),
         (lambda scores: scores[4][[*scores[4]][2]].pop("logprob"), "logprob"),
     ],

@@ -24,13 +24,14 @@ from torch import nn
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.modes import generation_mode
 from gkd.rollouts.upload import AdapterUpload, agree, version_of
-from gkd.vllm_checks import ServedModel
+from gkd.vllm_answers import Completion, ServedModel, completion_of, is_unfinished
 from gkd.vllm_client import RefusedError, ServerError, VLLMClient
 
 # Mean difference, in nats, of the log-probability of the most likely next token between server and trainer, above
 # which they do not hold the same weights. bf16 against fp32 gives about 0.05.
 WEIGHTS_TOLERANCE = 0.3
 _COMPARED_PROMPTS = 8
+_BYTES_PER_TOKEN = 400  # of JSON: an id, its text in an error or log-probability, rounded up generously
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,7 @@ class VLLMRollout:
 
     def _call(self, model: str, prompt: list[int], step: int, row: int) -> Callable[[threading.Event], list[int]]:
         def call(stop: threading.Event) -> list[int]:
-            choice = self._post(self._payload(model, prompt, step, row), row, stop)
-            return self._completion(choice, prompt, row)
+            return self._checked(self._post(self._payload(model, prompt, step, row), row, stop), row)
 
         return call
 
@@ -194,48 +194,47 @@ class VLLMRollout:
             "stream": False,
         }
 
-    def _post(self, payload: dict[str, Any], row: int, stop: threading.Event | None = None) -> dict[str, Any]:
-        """The one choice of the answer, which must come from the model that was asked for."""
-        path = "/v1/completions"
+    def _post(
+        self, payload: dict[str, Any], row: int, stop: threading.Event | None = None, log_probs: bool = False
+    ) -> Completion:
+        """The one completion, which must come from the model that was asked for.
+
+        Raises:
+            ServerError: it does not, or is no such answer.
+        """
+        path, most = "/v1/completions", 1_000_000 + _BYTES_PER_TOKEN * (len(payload["prompt"]) + payload["max_tokens"])
+        options: dict[str, Any] = {"again": is_unfinished, "stop": stop, "most": most}
         try:
-            body = self.client.post(path, payload, first=row, again=_aborted, stop=stop)
+            body = self.client.post(path, payload, first=row, **options)
         except RefusedError as error:
             if error.status != 404 or self.upload is None:
                 raise
             self.upload.restore(error.url, payload["model"])
-            body = self.client.post(path, payload, url=error.url, again=_aborted, stop=stop)
-        if body.get("model") != payload["model"]:
-            raise ServerError(
-                f"{self.client.field}: asked for {payload['model']!r}, the answer is from {body.get('model')!r}; is "
-                "there a proxy in between?"
-            )
-        choice: dict[str, Any] = body["choices"][0]
-        return choice
+            body = self.client.post(path, payload, url=error.url, **options)
+        try:
+            return completion_of(body, payload["model"], payload["prompt"], log_probs=log_probs)
+        except ServerError as error:
+            raise ServerError(f"{self.client.field}: for row {row} the server gives {error}") from error
 
-    def _completion(self, choice: dict[str, Any], prompt: list[int], row: int) -> list[int]:
+    def _checked(self, completion: Completion, row: int) -> list[int]:
         """The sampled ids, after a look at what must hold for them.
 
         Raises:
             ServerError: it does not.
         """
-        ids: Any = choice.get("token_ids")
-        settings = self.settings
+        ids, settings = completion.ids, self.settings
         wrong = None
-        if not isinstance(ids, list):
-            wrong = "no token_ids: it needs vLLM 0.10.2 or newer"
-        elif choice.get("prompt_token_ids") not in (None, prompt):
-            wrong = "a completion of another prompt"
-        elif not 1 <= len(ids) <= settings.max_new_tokens:
+        if not 1 <= len(ids) <= settings.max_new_tokens:
             wrong = f"{len(ids)} tokens, where max_new_tokens={settings.max_new_tokens}"
         elif self.vocabulary is not None and max(ids) >= self.vocabulary:
             wrong = f"token {max(ids)}, where the vocabulary has {self.vocabulary}"
         elif set(ids[:-1]) & set(settings.stop_ids):
             wrong = "tokens behind a stop token"
         elif len(ids) < settings.max_new_tokens and ids[-1] not in settings.stop_ids:
-            wrong = f"an end without a stop token (finish_reason={choice.get('finish_reason')!r})"
+            wrong = f"an end without a stop token (finish_reason={completion.finish_reason!r})"
         if wrong:
             raise ServerError(f"{self.client.field}: for row {row} the server gives {wrong}")
-        return [int(token) for token in ids]
+        return ids
 
     # ------------------------------------------------------------------------------------------------- checks
 
@@ -262,9 +261,11 @@ class VLLMRollout:
                 payload = self._payload(model, prompt, 0, row)
                 payload |= {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "repetition_penalty": 1.0}
                 payload |= {"min_tokens": 0, "logit_bias": {}}
-                choice = self._post(payload, row)
-                theirs = choice["logprobs"]["token_logprobs"][0]
-                gaps.append(abs(float(ours[choice["token_ids"][0]]) - theirs))
+                answer = self._post(payload, row, log_probs=True)
+                if len(answer.ids) != 1 or answer.ids[0] >= len(ours):
+                    raise ServerError(f"{self.client.field}: asked for one token, the server gives {answer.ids[:8]}")
+                assert answer.log_probs is not None
+                gaps.append(abs(float(ours[answer.ids[0]]) - answer.log_probs[0]))
         if gaps and not sum(gaps) / len(gaps) < WEIGHTS_TOLERANCE:
             raise ValueError(
                 f"{self.client.field}: the server does not hold the student's weights: log-probabilities of the next "
@@ -276,11 +277,3 @@ class VLLMRollout:
 def row_seed(seed: int, step: int, row: int, source: str) -> int:
     """The server's seed for one completion: 62 bits of a hash of the key, so neighbouring keys are unrelated."""
     return random.Random(f"gkd rollout {source} {seed} {step} {row}").getrandbits(62)
-
-
-def _aborted(body: Any) -> str | None:
-    """A server that shuts down answers what it has."""
-    if not isinstance(body, dict) or not body.get("choices"):
-        return f"an answer without choices ({str(body)[:200]})"
-    reason = body["choices"][0].get("finish_reason")
-    return None if reason in ("stop", "length") else f"finish_reason={reason!r}"

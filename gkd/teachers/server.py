@@ -14,7 +14,6 @@ Shapes: B rows, T tokens, N targets, K top-k.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -23,15 +22,16 @@ import torch
 from torch import Tensor
 
 from gkd.signals import TeacherSignal, TopKSignal
-from gkd.vllm_checks import START_SECONDS, ServedModel
+from gkd.vllm_answers import Entry, ServedModel, own_score, prompt_scores_of, top_scores
+from gkd.vllm_checks import START_SECONDS
 from gkd.vllm_client import RefusedError, ServerError, VLLMClient
 
 _TOKENS_ONLY = "/inference/v1/generate"  # about half the cost: no text is made of the K tokens; not always open
 _COMPLETIONS = "/v1/completions"
-_MOST_ABOVE_ONE = 1e-3  # by how much rounding may lift the sum of K probabilities above 1
+_BYTES_PER_SCORE = 400  # of JSON, text of a token and its rank included; about 70 in fact
 
 T = TypeVar("T")
-Entries = list[dict[str, Any] | None]  # vLLM's prompt_logprobs: a dictionary for each token but the first
+Entries = list[Entry]  # vLLM's prompt_logprobs, one for each token
 Scores = tuple[list[list[int]], list[list[float]]]  # one row's targets: ids and log-probabilities, K each
 
 
@@ -42,6 +42,7 @@ class ServerTeacher:
         client: the servers.
         served: the base model they serve, which is the teacher.
         top_k: K; the server's --max-logprobs must allow it.
+        vocabulary: ids from here on are an error, since the student has no such token; None allows all.
 
     Raises:
         ValueError: the server does not score, or not that many tokens.
@@ -49,8 +50,8 @@ class ServerTeacher:
 
     model: Any = None
 
-    def __init__(self, client: VLLMClient, served: ServedModel, top_k: int) -> None:
-        self.client, self.served, self.top_k = client, served, top_k
+    def __init__(self, client: VLLMClient, served: ServedModel, top_k: int, vocabulary: int | None = None) -> None:
+        self.client, self.served, self.top_k, self.vocabulary = client, served, top_k, vocabulary
         self._path = self._find_path()
 
     def head_parameters(self) -> Iterable[Tensor | None]:
@@ -88,7 +89,7 @@ class ServerTeacher:
         """
 
         def own(ids: list[int], start: int) -> Callable[[Entries], list[float]]:
-            return lambda scores: [_own_log_prob(scores, ids, t) for t in range(start, len(ids))]
+            return lambda scores: [own_score(scores[t], t, ids[t]) for t in range(start, len(ids))]
 
         calls = [self._call(ids, row, own(ids, start)) for row, (ids, start) in enumerate(sequences)]
         return self.client.run_all(calls)
@@ -96,7 +97,7 @@ class ServerTeacher:
     # ------------------------------------------------------------------------------------------------ a request
 
     def _scores_of(self, ids: list[int], positions: list[int], row: int) -> Callable[[threading.Event], Scores]:
-        return self._call(ids, row, lambda scores: self._read(scores, ids, positions))
+        return self._call(ids, row, lambda scores: self._read(scores, positions))
 
     def _call(self, ids: list[int], row: int, read: Callable[[Entries], T]) -> Callable[[threading.Event], T]:
         room = self.served.max_model_len
@@ -108,10 +109,11 @@ class ServerTeacher:
             )
 
         def call(stop: threading.Event) -> T:
-            body = self.client.post(self._path, self._payload(self._path, ids), first=row, stop=stop)
+            most = 1_000_000 + _BYTES_PER_SCORE * len(ids) * (self.top_k + 2)
+            body = self.client.post(self._path, self._payload(self._path, ids), first=row, stop=stop, most=most)
             try:
-                return read(_prompt_logprobs(body))
-            except (KeyError, TypeError, IndexError, ValueError) as error:
+                return read(prompt_scores_of(body, self.served.name, ids))
+            except ServerError as error:
                 raise ServerError(
                     f"{self.client.field}: the scores of row {row} ({len(ids)} tokens) cannot be used: {error}"
                 ) from error
@@ -125,26 +127,9 @@ class ServerTeacher:
             return {"model": self.served.name, "token_ids": ids, "sampling_params": sampling}
         return {"model": self.served.name, "prompt": ids, **sampling}
 
-    def _read(self, scores: Entries, ids: list[int], positions: list[int]) -> Scores:
-        """The K most likely tokens of each target. An entry holds K tokens, and the sequence's own when it is not
-        among them: so that token shows that entry and position belong together.
-
-        Raises:
-            ValueError: a position or token is missing, or a log-probability is not one.
-        """
-        top_ids, top_log_probs = [], []
-        for t in positions:
-            entry = _entry(scores, ids, t)
-            ranked = sorted(((value["logprob"], int(token)) for token, value in entry.items()), reverse=True)
-            ranked = ranked[: self.top_k]
-            if len(ranked) < self.top_k:
-                raise ValueError(f"position {t} has {len(ranked)} scores, not teacher_top_k={self.top_k}")
-            mass = math.fsum(math.exp(value) for value, _ in ranked)  # NaN fails the comparison
-            if not mass <= 1 + _MOST_ABOVE_ONE or not math.isfinite(ranked[-1][0]):
-                raise ValueError(f"position {t}: {mass} is not the mass of {self.top_k} probabilities")
-            top_ids.append([token for _, token in ranked])
-            top_log_probs.append([value for value, _ in ranked])
-        return top_ids, top_log_probs
+    def _read(self, scores: Entries, positions: list[int]) -> Scores:
+        tops = [top_scores(scores[t], t, self.top_k, self.vocabulary) for t in positions]
+        return [ids for ids, _ in tops], [log_probs for _, log_probs in tops]
 
     def _find_path(self) -> str:
         """Score two tokens: shows which way in is open, and whether the server allows K."""
@@ -154,43 +139,13 @@ class ServerTeacher:
                 timeout = min(self.client.timeout, START_SECONDS)
                 for url in self.client.urls:
                     body = self.client.post(path, self._payload(path, [0, 0]), url=url, timeout=timeout)
-                    self._read(_prompt_logprobs(body), [0, 0], [1])
+                    self._read(prompt_scores_of(body, self.served.name, [0, 0]), [1])
                 return path
             except RefusedError as error:
                 refusals.append(str(error))
-            except (ServerError, KeyError, TypeError, ValueError) as error:
+            except ServerError as error:
                 raise ValueError(f"{self.client.field}: the teacher's server does not score: {error}") from error
         raise ValueError(
             f"{self.client.field}: the server refuses to score {self.top_k} tokens a position ({'; '.join(refusals)})."
             f" Start it with --max-logprobs {self.top_k} (vLLM's default is 20), or lower teacher_top_k"
         )
-
-
-def _entry(scores: Entries, ids: list[int], t: int) -> dict[str, Any]:
-    """What the server says of the token at position t.
-
-    Raises:
-        ValueError: it has other positions, or says nothing of this token.
-    """
-    if len(scores) != len(ids):
-        raise ValueError(f"{len(scores)} positions for {len(ids)} tokens")
-    entry = scores[t] or {}
-    if str(ids[t]) not in entry:
-        raise ValueError(f"token {ids[t]} at position {t} is missing from its scores")
-    return entry
-
-
-def _own_log_prob(scores: Entries, ids: list[int], t: int) -> float:
-    value = float(_entry(scores, ids, t)[str(ids[t])]["logprob"])
-    if not value <= _MOST_ABOVE_ONE:  # NaN fails the comparison
-        raise ValueError(f"position {t}: {value} is no log-probability")
-    return value
-
-
-def _prompt_logprobs(body: dict[str, Any]) -> Entries:
-    scores = body.get("prompt_logprobs")
-    if scores is None:
-        scores = body["choices"][0].get("prompt_logprobs")
-    if not isinstance(scores, list):
-        raise ValueError("the answer holds no prompt_logprobs")
-    return scores

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import gzip
 import json
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -34,8 +37,10 @@ class FakeServer:
 
     Attributes:
         faults: path -> what to do with its next requests, in order: an HTTP status, "close" (no answer), "cut" (half
-            an answer), "garbage" (not JSON), "slow" (wait `slow` seconds first), None (nothing), or a function that
-            changes the answer.
+            an answer), "garbage" (not JSON), "slow" (wait `slow` seconds first), "drip" and "drip_head" (a byte now
+            and then, without end), "endless" (chunks without end), "bomb" (200 MB of zeros, packed), "packed" (gzip,
+            as a proxy may), "html" (a proxy's page), None (nothing), or a function that changes the answer: bytes
+            are sent as they are, text as text, all else as JSON.
         seen: requests so far, (path, body). authorization: that header of the last one.
         adapters: name -> model, what is loaded now.
     """
@@ -51,6 +56,7 @@ class FakeServer:
         } | options
         self.faults: dict[str, list[Any]] = {}
         self.slow = 0.5
+        self.status: int | None = None  # of the answers, instead of their own
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.authorization: str | None = None
         self.connections: list[socket.socket] = []
@@ -184,6 +190,12 @@ class FakeServer:
         return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
 
 
+@functools.cache
+def _bomb() -> bytes:
+    packer = zlib.compressobj(1, wbits=31)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(200)) + packer.flush()
+
+
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # keep-alive
@@ -213,18 +225,40 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             try:
                 if isinstance(fault, int):
                     raise Answer(fault, f"fault {fault}")
-                status, answer = 200, server.answer(self.path, body)
+                status, answer = server.status or 200, server.answer(self.path, body)
             except Answer as refusal:
                 status, answer = refusal.status, refusal.body
             if callable(fault):
                 answer = fault(answer)
-            self._send(status, answer, fault)
+            if fault in ("drip", "drip_head", "endless"):
+                self._go_on_for_ever(fault)
+            else:
+                self._send(status, answer, fault)
+
+        def _go_on_for_ever(self, fault: str) -> None:
+            self.close_connection = True
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            head += b"Transfer-Encoding: chunked\r\n\r\n" if fault == "endless" else b"Content-Length: 9999\r\n\r\n"
+            rest = {"drip": b" ", "endless": b"10000\r\n" + b" " * 0x10000 + b"\r\n", "drip_head": b"X"}[fault]
+            with contextlib.suppress(OSError):  # until the client has had enough
+                self.wfile.write(head[:-2] if fault == "drip_head" else head)
+                while True:
+                    self.wfile.write(rest)
+                    if fault != "endless":
+                        time.sleep(0.02)
 
         def _send(self, status: int, answer: Any, fault: Any) -> None:
-            text = answer if isinstance(answer, str) else json.dumps(answer)
-            data = b"{" if fault == "garbage" else text.encode()
+            if isinstance(answer, bytes):
+                data = answer
+            else:
+                data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            data = {"garbage": b"{", "html": b"<html>\x1b[2J"}.get(str(fault), data)
+            text = isinstance(answer, str) or fault == "html"
             self.send_response(status)
-            self.send_header("Content-Type", "text/plain" if isinstance(answer, str) else "application/json")
+            self.send_header("Content-Type", "text/plain" if text else "application/json")
+            if fault in ("bomb", "packed"):
+                data = _bomb() if fault == "bomb" else gzip.compress(data)
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
