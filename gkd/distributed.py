@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from gkd.metrics import sum_dtype
 from gkd.quantized import keep_layout
 
 
@@ -106,10 +107,15 @@ def place_student(model: nn.Module, accelerator: Accelerator) -> None:
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Elementwise sum over ranks, on the accelerator's device. A collective."""
-    return accelerator.reduce(values.to(accelerator.device), reduction="sum")
+    return accelerator.reduce(_on(accelerator.device, values), reduction="sum")
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """There, in float32 where float64 values meet a device without float64."""
+    return values.to(device, sum_dtype(device) if values.dtype == torch.float64 else values.dtype)
 
 
 def max_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Elementwise maximum over ranks, on the accelerator's device. A collective."""
-    gathered_values = accelerator.gather(values.to(accelerator.device)[None])
+    gathered_values = accelerator.gather(_on(accelerator.device, values)[None])
     return torch.amax(gathered_values, dim=0)

@@ -265,7 +265,7 @@ class Evaluator:
         kl = output.forward_kl
         if kl is None:
             kl = fused_divergence(hidden, head, signal, targets, no_loss, self._plain_kl).divergence
-        return torch.stack([value.double() for value in (output.divergence, kl, output.agreement)], dim=1).cpu()
+        return torch.stack([value.cpu().double() for value in (output.divergence, kl, output.agreement)], dim=1)
 
     @contextmanager
     def _asked(self) -> Iterator[Callable[[dict[str, Tensor]], TeacherSignal]]:
@@ -297,7 +297,7 @@ class Evaluator:
             for rows in batches([len(context) + len(text) for context, text in parts], self.batch_size):
                 batch = collated([parts[row] for row in rows], bare.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
-                nll = token_nll(hidden_of_targets(bare, batch), head, targets).double().cpu()
+                nll = token_nll(hidden_of_targets(bare, batch), head, targets).cpu().double()
                 for row, values in zip(rows, nll.split([len(parts[row][1]) for row in rows]), strict=True):
                     found[row] = values.tolist()
         return found

@@ -54,6 +54,7 @@ class Setup:
         accumulates: whether gradients add up over several micro-batches.
         generates: which of "student", "teacher" write completions in this process.
         zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
+        teacher_follows: the teacher is loaded in the student's dtype when that is not float32.
         teacher_here: False when it is scored on a server.
         shares_base: the teacher's weights are the student's base.
         placement: `teacher_placement`. teacher_packed: bytes of a quantized weight in its linear layers, or None.
@@ -78,6 +79,7 @@ class Setup:
     checkpointing: bool = True
     zero_stage: int = 0
     offload: bool = False
+    teacher_follows: bool = False
     teacher_here: bool = True
     shares_base: bool = False
     placement: str = "same"
@@ -254,8 +256,13 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
         found.append((note, smaller))
     if _folds(setup):
         found.append(("--fold_adapter false", replace(setup, fold=False)))
-    if setup.weight_bytes > 2:
-        found.append(("--dtype bfloat16", replace(setup, weight_bytes=2)))
+    # Without fp32 weights beside them, an optimizer's small updates of 16-bit weights are rounded away.
+    keeps_updates = setup.lora_r is not None or setup.zero_stage >= 1
+    if setup.weight_bytes > 2 and keeps_updates:
+        of_teacher = min(setup.teacher_bytes, 2) if setup.teacher_follows else setup.teacher_bytes
+        found.append(
+            ("--dtype bfloat16", replace(setup, weight_bytes=2, activation_bytes=2, teacher_bytes=of_teacher))
+        )
     if setup.gpus > 1:
         for stage, name in ((2, "zero2"), (3, "zero3")):
             if setup.zero_stage < stage:
@@ -276,17 +283,48 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
 
 
 def smallest_change(setup: Setup, budget: int) -> list[str]:
-    """What to set so that the peak fits into `budget` bytes: one change if one is enough, else changes one after the
-    other, each the one that saves most; empty when nothing helps."""
-    for text, changed in changes(setup):
-        if estimate(changed).peak <= budget:
-            return [text]
+    """What to set so that the peak fits into `budget` bytes: as few changes as are enough, the least intrusive first;
+    empty when nothing helps.
+
+    One, two or three are looked for in all combinations. Beyond that they come one after the other, each the one that
+    saves most, and those that turn out not to be needed are left out again.
+    """
+    for number in (1, 2, 3):
+        found = _fitting(setup, budget, number)
+        if found is not None:
+            return found
     steps: list[str] = []
-    while estimate(setup).peak > budget:
-        options = [(estimate(changed).peak, text, changed) for text, changed in changes(setup)]
-        options = [option for option in options if option[0] < estimate(setup).peak]
+    smaller = setup
+    while estimate(smaller).peak > budget:
+        options = [(estimate(changed).peak, text, changed) for text, changed in changes(smaller)]
+        options = [option for option in options if option[0] < estimate(smaller).peak]
         if not options:
             return []
-        _, text, setup = min(options, key=lambda option: option[0])
+        _, text, smaller = min(options, key=lambda option: option[0])
         steps.append(text)
+    for text in list(steps):
+        rest = [step for step in steps if step != text]
+        if _fits(setup, rest, budget):
+            steps = rest
     return steps
+
+
+def _fitting(setup: Setup, budget: int, number: int) -> list[str] | None:
+    """So many changes, one after the other, after which the run fits."""
+    for text, changed in changes(setup):
+        if number == 1:
+            if estimate(changed).peak <= budget:
+                return [text]
+        elif (rest := _fitting(changed, budget, number - 1)) is not None:
+            return [text, *rest]
+    return None
+
+
+def _fits(setup: Setup, steps: list[str], budget: int) -> bool:
+    """Whether the run fits after these changes; not when one of them is no longer there to be made."""
+    for step in steps:
+        changed = dict(changes(setup)).get(step)
+        if changed is None:
+            return False
+        setup = changed
+    return estimate(setup).peak <= budget

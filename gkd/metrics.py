@@ -32,6 +32,8 @@ TEACHER_METRICS = (("divergence", "divergence"), ("agreement", "agreement"))
 PHASES = ("rollout", "teacher", "student")
 _ROLLOUT = ("sequences", "length", "ended", "truncated", "repetitive", "empty")
 
+NO_FLOAT64 = {"mps"}
+
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -56,6 +58,19 @@ class Ledger:
         self.targets.update(state["targets"])
 
 
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """The widest dtype for sums on a device: float64, or float32 where there is none (Apple's GPUs, some of Intel's).
+
+    In float32 counts are exact up to 2^24 tokens a period, and sums to about 1e-6.
+    """
+    device = torch.device(device)
+    if device.type in NO_FLOAT64:
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
 class Meter:
     """Collects one logging period's metrics on this rank; `flush` reduces them over all ranks and starts anew.
 
@@ -66,15 +81,16 @@ class Meter:
 
     def __init__(self, device: torch.device | str = "cpu", teachers: Iterable[str] = ()) -> None:
         self.device = torch.device(device)
+        self._dtype = sum_dtype(self.device)
         self.teachers = tuple(teachers)
         self._reset()
 
     def _reset(self) -> None:
-        self._token_sums = [torch.zeros(len(SOURCES), dtype=torch.float64, device=self.device) for _ in TOKEN_METRICS]
+        self._token_sums = [torch.zeros(len(SOURCES), dtype=self._dtype, device=self.device) for _ in TOKEN_METRICS]
         self._token_counts = [torch.zeros_like(sums) for sums in self._token_sums]
         # [metric, teacher]; the last row counts targets
         self._by_teacher = torch.zeros(
-            len(TEACHER_METRICS) + 1, len(self.teachers), dtype=torch.float64, device=self.device
+            len(TEACHER_METRICS) + 1, len(self.teachers), dtype=self._dtype, device=self.device
         )
         self._rollouts = torch.zeros(len(_ROLLOUT), len(SOURCES), dtype=torch.float64)
         self._longest = torch.zeros(len(SOURCES), dtype=torch.float64)
@@ -83,16 +99,16 @@ class Meter:
     def add_targets(self, output: Any, sources: Tensor, teachers: Tensor | None = None) -> None:
         """Add per-target values of a `FusedOutput`; `sources` [N] holds indices into SOURCES, `teachers` [N] the
         numbers of the teachers where there are several."""
-        membership = torch.nn.functional.one_hot(sources, len(SOURCES)).double()  # [N, 3]
+        membership = torch.nn.functional.one_hot(sources, len(SOURCES)).to(self._dtype)  # [N, 3]
         for i, (_, attribute) in enumerate(TOKEN_METRICS):
             values = getattr(output, attribute)
             if values is not None:  # stays on the device: no synchronisation per micro-batch
-                self._token_sums[i] = self._token_sums[i] + values.double() @ membership
+                self._token_sums[i] = self._token_sums[i] + values.to(self._dtype) @ membership
                 self._token_counts[i] = self._token_counts[i] + membership.sum(dim=0)
         if self.teachers and output.divergence is not None:
             assert teachers is not None
-            values = [getattr(output, attribute).double() for _, attribute in TEACHER_METRICS]
-            whose = torch.nn.functional.one_hot(teachers, len(self.teachers)).double()  # [N, teachers]
+            values = [getattr(output, attribute).to(self._dtype) for _, attribute in TEACHER_METRICS]
+            whose = torch.nn.functional.one_hot(teachers, len(self.teachers)).to(self._dtype)  # [N, teachers]
             self._by_teacher = self._by_teacher + torch.stack([*values, torch.ones_like(values[0])]) @ whose
 
     def add_sequence(self, sequence: Sequence, ended: bool, repetitive: bool = False, empty: bool = False) -> None:
@@ -126,18 +142,18 @@ class Meter:
         """Reduce over ranks (every rank calls this), return the means by log name, and start a new period.
 
         Args:
-            sum_over_ranks: elementwise sum of a float64 tensor over ranks.
+            sum_over_ranks: elementwise sum of a tensor over ranks.
             max_over_ranks: elementwise maximum.
 
         Returns:
             `name` over all sources, `name/source` for each source and `teacher/<name>/...` for each of several
             teachers that occurred; seconds are the slowest rank's.
         """
-        rollout_sums = self._rollouts.flatten().to(self.device)
+        rollout_sums = self._rollouts.flatten().to(self.device, self._dtype)
         sums = torch.cat([*self._token_sums, *self._token_counts, rollout_sums, self._by_teacher.flatten()])
-        sums = sum_over_ranks(sums).cpu()
+        sums = sum_over_ranks(sums).cpu().double()
         peaks = torch.cat([self._longest, torch.tensor([self._seconds[p] for p in PHASES], dtype=torch.float64)])
-        peaks = max_over_ranks(peaks.to(self.device)).cpu()
+        peaks = max_over_ranks(peaks.to(self.device, self._dtype)).cpu()
         self._reset()
         n = len(TOKEN_METRICS) * len(SOURCES)
         token_sums, token_counts, rollouts = (

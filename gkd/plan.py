@@ -105,6 +105,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         checkpointing=args.gradient_checkpointing,
         zero_stage=zero_stage,
         offload=offload,
+        teacher_follows=not (isinstance(own, dict) and "dtype" in own) and not args.share_base_model,
         teacher_here=args.teacher_server_url is None,
         shares_base=args.share_base_model,
         placement=args.teacher_placement,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd.metrics import Reduce
+from gkd.metrics import Reduce, sum_dtype
 from gkd.source import SOURCES
 
 # First position of each bucket, counted from 1; the last bucket is open.
@@ -26,7 +26,9 @@ class PositionProfile:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._shape = (2, THIRDS, len(SOURCES), len(STARTS))  # sums and counts
         self._totals = torch.zeros(self._shape, dtype=torch.float64)  # over all ranks
-        self._own = torch.zeros(self._shape, dtype=torch.float64, device=device)  # of this rank, since the last flush
+        self._own = torch.zeros(
+            self._shape, dtype=sum_dtype(device), device=device
+        )  # of this rank, since the last flush
         self._starts = torch.tensor(STARTS, device=device)
 
     def add(self, divergence: Tensor, sources: Tensor, positions: Tensor, step: int, max_steps: int) -> None:
@@ -42,11 +44,11 @@ class PositionProfile:
         buckets = torch.bucketize(positions, self._starts, right=True) - 1
         places = sources * len(STARTS) + buckets
         for own, values in zip(self._own[:, third], (divergence, torch.ones_like(divergence)), strict=True):
-            own.view(-1).index_add_(0, places, values.detach().double())
+            own.view(-1).index_add_(0, places, values.detach().to(own.dtype))
 
     def flush(self, sum_over_ranks: Reduce) -> None:
         """Reduce over ranks (every rank calls this)."""
-        self._totals += sum_over_ranks(self._own.flatten()).cpu().view(self._shape)
+        self._totals += sum_over_ranks(self._own.flatten()).cpu().double().view(self._shape)
         self._own.zero_()
 
     def as_dict(self) -> dict[str, Any]:

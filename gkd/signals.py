@@ -60,6 +60,7 @@ TeacherSignal = DenseSignal | TopKSignal
 _SCALES = (("logit_scale", 1), ("output_multiplier", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)  # the others that have `logits_scaling` divide by it
+_SCALE_BEFORE_THE_HEAD = ("minicpm3",)  # their hidden states are scaled already where the head sees them
 
 
 def head_of(model: nn.Module) -> Head:
@@ -114,7 +115,13 @@ def _output_layer(base: Any) -> Any:
         if getattr(layer, "disable_adapters", False) or active not in layer.modules_to_save:
             return layer.original_module
         return layer.modules_to_save[active]
-    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+    if hasattr(layer, "token_adapter"):
+        raise ValueError(
+            "trainable_token_indices with tied embeddings changes rows of the output head, which the loss would not "
+            "see: take trainable_token_indices out, train both whole (modules_to_save=['embed_tokens'], "
+            "ensure_weight_tying=True), or take a model whose head is its own"
+        )
+    if hasattr(layer, "base_layer"):
         raise ValueError(
             "an adapter sits on the output head (lm_head), which the loss would not see: take 'lm_head' out of the "
             "LoRA target_modules, or train the whole head with modules_to_save=['lm_head']"
@@ -136,6 +143,8 @@ def _number(config: Any, name: str) -> float | None:
 
 
 def _logit_scale(config: Any) -> float:
+    if str(getattr(config, "model_type", "")).startswith(_SCALE_BEFORE_THE_HEAD):
+        return 1.0
     for name, power in _SCALES:
         value = _number(config, name)
         if value is not None:

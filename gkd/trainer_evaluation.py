@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gkd.batch import target_mask
 from gkd.fused import FusedOutput
+from gkd.metrics import sum_dtype
 from gkd.preparation import prepare_rows
 from gkd.random_state import preserved_random_state
 
@@ -29,13 +30,14 @@ class EvaluationMixin:
         """Add this batch's sums, without the rows that accelerate repeats to make the ranks' last batches even."""
         labels = inputs["labels"]
         mask = target_mask(labels)
-        per_row = torch.zeros(labels.shape[0], 2, dtype=torch.float64, device=labels.device)
+        dtype = sum_dtype(labels.device)
+        per_row = torch.zeros(labels.shape[0], 2, dtype=dtype, device=labels.device)
         rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(mask)[mask]
-        per_row[:, 0].index_add_(0, rows, output.divergence.double())
+        per_row[:, 0].index_add_(0, rows, output.divergence.to(dtype))
         per_row[:, 1] = mask.sum(dim=1)
         if self.args.loss_reduction == "sequence":
-            per_row = torch.stack([per_row[:, 0] / per_row[:, 1].clamp(min=1), (per_row[:, 1] > 0).double()], dim=1)
-        self._eval_sums += self.accelerator.gather_for_metrics(per_row).sum(dim=0).cpu()
+            per_row = torch.stack([per_row[:, 0] / per_row[:, 1].clamp(min=1), (per_row[:, 1] > 0).to(dtype)], dim=1)
+        self._eval_sums += self.accelerator.gather_for_metrics(per_row).cpu().double().sum(dim=0)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Data source only, nothing generated, the same normalisation as in training, no random stream moved."""

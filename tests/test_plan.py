@@ -147,6 +147,44 @@ def test_every_change_saves_memory_and_the_remedy_fits():
     assert smallest_change(setup, floor // 2) == []
 
 
+def fewest(setup, budget, most=3):
+    """How many changes are enough, by trying all of them, in every order."""
+    reached = [setup]
+    for number in range(1, most + 1):
+        reached = [changed for one in reached for _, changed in changes(one)]
+        if any(estimate(one).peak <= budget for one in reached):
+            return number
+    return None
+
+
+@pytest.mark.parametrize("lora_r", [None, 4])
+@pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.3])
+def test_the_smallest_change_is_the_smallest(share, lora_r):
+    setup = setup_for(
+        tiny_model("llama", hidden=64), lora_r=lora_r, checkpointing=False, rollout_batch=16, batch=4, tokens=200,
+        teacher_bytes=4, weight_bytes=4, teacher_follows=True,
+    )  # fmt: skip
+    floor = estimate(setup).parts["overhead"]
+    budget = floor + int((estimate(setup).peak - floor) * share)
+    found = smallest_change(setup, budget)
+    assert len(found) == fewest(setup, budget)
+    for step in found:
+        setup = dict(changes(setup))[step]
+    assert estimate(setup).peak <= budget
+
+
+def test_weights_of_16_bits_are_proposed_only_where_updates_survive():
+    setup = setup_for(tiny_model("llama"), lora_r=None, gpus=2, teacher_bytes=4, teacher_follows=True)
+    proposed = {
+        (lora_r, stage): dict(changes(replace(setup, lora_r=lora_r, zero_stage=stage))).get("--dtype bfloat16")
+        for lora_r in (None, 4)
+        for stage in (0, 2)
+    }
+    assert [key for key, changed in proposed.items() if changed is None] == [(None, 0)]
+    for changed in filter(None, proposed.values()):
+        assert (changed.weight_bytes, changed.teacher_bytes, changed.activation_bytes) == (2, 2, 2)
+
+
 def test_the_error_that_is_printed_was_measured():
     folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
     for device, printed in MEASURED_ERROR.items():
@@ -201,3 +239,24 @@ def test_where_the_teacher_stands(writes):
     assert rollouts["zero3_offload"] == -whole + come
     packed = {bits: estimate(replace(plain, teacher_packed=bits)).parts["teacher weights"] for bits in (1.0, 0.5625)}
     assert packed == {1.0: 2_000_000 + 9_000_000, 0.5625: 2_000_000 + 5_062_500}
+
+
+@pytest.mark.parametrize("teacher_flag", [[], ["--teacher_model_init_kwargs", '{"dtype": "float32"}']])
+def test_what_is_proposed_fits_when_it_is_done(teacher_flag, tmp_path, capsys):
+    """`--dtype` reaches the teacher, too, unless its own loading arguments name one."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from gkd.run import run\nrun(defaults={'use_peft': True, 'lora_r': 4})\n")
+    student, teacher = save_tiny(tmp_path / "s"), save_tiny(tmp_path / "t", hidden=256)
+    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--output_dir", str(tmp_path)]
+    flags += ["--json", "--per_device_train_batch_size", "1", "--rollout_batch_size", "1", *teacher_flag]
+
+    def plan(*more):
+        code = main(["plan", str(recipe), *flags, *more])
+        return code, json.loads(capsys.readouterr().out)
+
+    _, found = plan("--gpu_memory", "80GB")
+    _, half = plan("--gpu_memory", "80GB", "--dtype", "bfloat16")
+    assert half["parts"]["teacher weights"] * (1 if teacher_flag else 2) == found["parts"]["teacher weights"]
+    code, found = plan("--gpu_memory", str(half["peak"]))
+    assert (code, found["remedy"]) == (1, ["--dtype bfloat16"])
+    assert plan("--gpu_memory", str(half["peak"]), *found["remedy"][0].split())[0] == 0

@@ -137,6 +137,13 @@ def test_a_quantised_head_is_refused():
         head_of(model)
 
 
+def test_minicpm3_scales_before_its_head():
+    values = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    model = tiny_model("minicpm3", hidden=64, dim_model_base=16, num_key_value_heads=2, **values)
+    assert model.config.logits_scaling == 4
+    check_head(model, head_of(model))
+
+
 def test_hyperclovax_multiplies_where_granite_divides():
     assert head_of(tiny_model("granite", logits_scaling=4.0)).logit_scale == 0.25
     model = tiny_model("granite", logits_scaling=4.0)

@@ -185,3 +185,15 @@ def test_a_folder_without_tokenizer_files(kind, tmp_path, caplog):
     trainer = trainer_of(tmp_path, teacher=str(tmp_path / "bare"), lmbda=0.0)
     assert len([r for r in caplog.records if "token map cannot be compared" in r.message]) == 1
     trainer.train()
+
+
+def test_new_tokens_trained_beside_lora_with_tied_embeddings(tmp_path):
+    """Refused by the name of the option, whose remedies train."""
+    lora = {"target_modules": ["q_proj"], "r": 2}
+    peft_config = LoraConfig(**lora, trainable_token_indices=[257, 258])
+    with pytest.raises(ValueError, match=r"^trainable_token_indices with tied embeddings.*ensure_weight_tying=True"):
+        trainer_of(tmp_path, student=tiny_model(seed=1, tie_word_embeddings=True), peft_config=peft_config)
+    whole = LoraConfig(**lora, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    for tied, remedy in ((True, whole), (False, peft_config)):
+        student = tiny_model(seed=1, tie_word_embeddings=tied)
+        trainer_of(tmp_path, student=student, peft_config=remedy, lmbda=0.0).train()

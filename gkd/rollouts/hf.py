@@ -20,6 +20,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from gkd.lengths import positions
+from gkd.metrics import sum_dtype
 from gkd.rollouts.adapter import castable, foldable, folded
 from gkd.rollouts.base import SamplingSettings, row_uniforms
 from gkd.rollouts.cache import keep_rows, places_to_keep, use_growing_layers
@@ -134,9 +135,8 @@ class HFRollout:
             # transformers' own setting is bound to the rows it starts with, and rows leave.
             processors.insert(0, RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
         numbers = [row_uniforms(self.seed, step, row, self.source, settings.max_new_tokens) for row in rows]
-        # Apple's GPUs know no float64; there the cumulative sums are a little coarser.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        decoding = _Decoding(settings, torch.tensor(numbers, dtype=wide, device=device))
+        # Without float64 the cumulative sums are a little coarser.
+        decoding = _Decoding(settings, torch.tensor(numbers, dtype=sum_dtype(device), device=device))
         model.generate(
             inputs=input_ids,
             attention_mask=mask,
