@@ -19,6 +19,7 @@ from gkd.config_servers import SERVER_TIMEOUT, check_servers
 from gkd.config_teacher import check_teacher
 from gkd.config_values import check_counts, check_dicts, check_values
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
+from gkd.field_types import check_types
 from gkd.redact import redact_settings, redact_value, without_secrets
 
 
@@ -184,6 +185,7 @@ class GKDConfig(SFTConfig):
     assistant_turns: str = _field("last", "Train on the last assistant turn, or on all of them (data rows).")
 
     def __post_init__(self) -> None:
+        check_types(self, own=vars(GKDConfig)["__annotations__"])
         self._choose_for_cpu()
         if getattr(self, "data_seed", None) is None:
             # Otherwise the order of the rows comes from torch's global stream, and ranks whose streams differ (say,
@@ -258,9 +260,24 @@ class GKDConfig(SFTConfig):
         return self.rollout_adapter_dir or os.path.join(str(self.output_dir), "_rollout_adapters")
 
     @property
+    def student_writes(self) -> bool:
+        """Whether the student writes completions to train on."""
+        return self.lmbda > 0
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher writes completions to train on: those that the student leaves."""
+        return self.seq_kd and self.lmbda < 1
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether answers of the data are trained on."""
+        return not self.seq_kd and self.lmbda < 1
+
+    @property
     def trains_on_nll_alone(self) -> bool:
         """Whether no token has a divergence, so that training needs the teacher's text but not its scores."""
-        return self.seq_kd and self.lmbda == 0 and self.seq_kd_loss == "nll"
+        return self.teacher_writes and not self.student_writes and self.seq_kd_loss == "nll"
 
     @property
     def teacher_cache_folder(self) -> str | None:
@@ -270,18 +287,18 @@ class GKDConfig(SFTConfig):
         """
         if self.teacher_cache_dir is None:
             return os.path.join(str(self.output_dir), "_teacher_sequences")
-        off = str(self.teacher_cache_dir).lower() in ("", "off", "false")  # YAML reads a bare `off` as False
-        return None if off else str(self.teacher_cache_dir)
+        off = self.teacher_cache_dir.lower() in ("", "off", "false")
+        return None if off else self.teacher_cache_dir
 
     @property
     def prompt_limit(self) -> int | None:
         """Most tokens of a prompt: `max_prompt_length`, else what `max_length` leaves for it."""
         if self.max_prompt_length is not None or self.max_length is None:
             return self.max_prompt_length
-        room = self.max_length - (self.max_new_tokens if self.lmbda > 0 or self.seq_kd else 1)
+        room = self.max_length - (self.max_new_tokens if self.student_writes or self.teacher_writes else 1)
         if room < 1:
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for a prompt beside max_new_tokens="
-                f"{self.max_new_tokens}: raise max_length, or set max_prompt_length"
+                f"{self.max_new_tokens}: raise max_length, lower max_new_tokens, or set max_prompt_length"
             )
         return room

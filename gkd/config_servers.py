@@ -23,15 +23,14 @@ def check_servers(config: Any) -> None:
 def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
     on_server = config.rollout_backend == "vllm"
     any_server = on_server or config.teacher_server_url is not None
-    teacher_here = config.seq_kd and config.teacher_server_url is None
-    in_process = not on_server or teacher_here
-    writes_here = (config.lmbda > 0 and not on_server) or (config.lmbda < 1 and teacher_here)
+    teacher_here = config.teacher_writes and config.teacher_server_url is None
+    writes_here = (config.student_writes and not on_server) or teacher_here
     timeout = config.rollout_server_timeout
     no_effect = "has no effect without rollout_backend='vllm': set that, or leave it out"
     return [
         (on_server and not config.rollout_server_url, "rollout_backend='vllm' needs rollout_server_url, its address"),
         (
-            on_server and config.lmbda == 0,
+            on_server and not config.student_writes,
             "rollout_backend='vllm' has no effect with lmbda=0, where the student writes nothing: leave it out",
         ),
         (not on_server and config.rollout_server_url is not None, f"rollout_server_url {no_effect}"),
@@ -59,8 +58,9 @@ def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
             "server_proxy has no effect without a server: leave it out",
         ),
         (
-            config.rollout_batch_size is not None and not in_process,
-            f"rollout_batch_size={config.rollout_batch_size} has no effect where servers do all sampling",
+            config.rollout_batch_size is not None and not writes_here,
+            f"rollout_batch_size={config.rollout_batch_size} has no effect where nothing is generated in this process "
+            "(servers do all sampling, or lmbda=0 without seq_kd): leave it out",
         ),
     ]
 

@@ -48,12 +48,12 @@ def _of_scores(config: Any) -> list[tuple[bool, str]]:
             f"{given} does not go with teacher_server_url, which gives no hidden states: leave one of them out",
         ),
         (
-            config.lmbda == 1 and not evaluates,
+            not (config.teacher_writes or config.reads_answers) and not evaluates,
             f"{given} has no effect with lmbda=1, where the student writes every sequence and none comes again: lower "
             "lmbda, or leave it out",
         ),
         (
-            config.seq_kd and config.teacher_cache_folder is None and not evaluates,
+            config.teacher_writes and config.teacher_cache_folder is None and not evaluates,
             f"{given} has no effect with seq_kd=True and teacher_cache_dir={config.teacher_cache_dir!r}, where the "
             "teacher writes every sequence anew and none comes again: keep its sequences, too, or leave it out",
         ),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from typing import Any
 
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
+
 from gkd.config_servers import ROLLOUT_BACKENDS
+from gkd.field_types import shown
 from gkd.redact import redact_value
 from gkd.source import MIXINGS
 
@@ -33,7 +38,16 @@ _INEFFECTIVE = (
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _FORM = """'{"name": "value"}'"""
-_DICTS = ("teacher_model_init_kwargs", "model_init_kwargs", "generation_kwargs", "teacher_adapters")
+_DICTS = (
+    "teacher_model_init_kwargs",
+    "model_init_kwargs",
+    "generation_kwargs",
+    "teacher_adapters",
+    "lr_scheduler_kwargs",
+    "dataset_kwargs",
+)
+# What the Trainer itself passes to a schedule.
+_OF_THE_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 
 def check_dicts(config: Any) -> None:
@@ -47,12 +61,16 @@ def check_dicts(config: Any) -> None:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{name}={redact_value(repr(value))} is no JSON ({error}): write for example {_FORM}"
                 ) from error
         if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{name}={redact_value(repr(value))} is no dictionary: write for example {_FORM}")
+            raise ValueError(f"{name}={shown(value)} is no dictionary: write for example {_FORM}")
+        if value is not None and not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{name}={shown(value)}: its keys should be texts, for example {_FORM}")
+        if isinstance(getattr(config, name, None), str):
+            setattr(config, name, None if value is None else json.dumps(value))  # without spaces around it
 
 
 def check_counts(config: Any) -> None:
@@ -78,6 +96,7 @@ def check_values(config: Any) -> None:
     _check_ranges(config)
     _check_choices(config)
     _check_ineffective(config)
+    _check_schedule(config)
 
 
 def _check_ranges(config: Any) -> None:
@@ -135,11 +154,33 @@ def _check_ineffective(config: Any) -> None:
             f"dataset_kwargs: {', '.join(others)} has no effect in GKDTrainer, which prepares all rows itself: "
             "leave it out, and change the rows before they are passed, or in a formatting_func"
         )
+    if config.teacher_top_k is None and config.top_k_tail != "bucket":
+        raise ValueError(
+            f"top_k_tail={config.top_k_tail!r} has no effect without teacher_top_k: set that, or leave it out"
+        )
+    if config.ce_weight == 0 and config.ce_on_student_tokens:
+        raise ValueError("ce_on_student_tokens=True has no effect with ce_weight=0: raise ce_weight, or leave it out")
     for name, fine in (("teacher_temperature", None), ("seq_kd_loss", "divergence")):
         if not config.seq_kd and getattr(config, name) != fine:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} has no effect with seq_kd=False, where the teacher writes no "
                 f"sequences: set seq_kd=True, or leave it out"
+            )
+
+
+def _check_schedule(config: Any) -> None:
+    """Arguments that the chosen schedule does not take; the Trainer would stop at them, or never look at them."""
+    given = config.lr_scheduler_kwargs or {}
+    name = SchedulerType(config.lr_scheduler_type)
+    takes = set(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters) - set(_OF_THE_TRAINER)
+    if name in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        takes = set()  # the Trainer passes nothing on
+    for argument in given:
+        if argument not in takes:
+            known = f"it takes {', '.join(sorted(takes))}" if takes else "it takes none"
+            raise ValueError(
+                f"lr_scheduler_kwargs={shown(given)}: {argument!r} has no effect with "
+                f"lr_scheduler_type={name.value!r}: {known}"
             )
 
 

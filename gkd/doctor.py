@@ -26,8 +26,7 @@ from gkd.loading import load_tokenizer, vocabulary_rows
 from gkd.measures import Measures
 from gkd.recipe import CODE_ERRORS, Recipe, mistake
 from gkd.settings import Settings, recipe_data, student_name
-from gkd.setup_checks import check_tokenizer
-from gkd.tokenizer_options import apply_options
+from gkd.setup_checks import resolve_tokenizer
 from gkd.trainer import GKDTrainer
 from gkd.vllm_client import ServerError
 from gkd.vocab import compare_chat_templates, compare_stop_ids, shared_vocabulary
@@ -49,6 +48,8 @@ def examine(recipe: Recipe) -> Diagnosis:
     """
     out, settings = Diagnosis(), recipe.settings
     _machine(out)
+    if settings.remarks:
+        out.add("Settings", "ok", "; ".join(settings.remarks))
     tokenizers = _attempt(out, "Tokenizers", lambda: _tokenizers(out, settings))
     if tokenizers is not None:
         _attempt(out, "Token maps", lambda: _token_maps(out, settings, tokenizers))
@@ -91,10 +92,7 @@ def _machine(out: Diagnosis) -> None:
 def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
     """The student's, and the teacher's where it has one of its own."""
     args, model = settings.training, settings.model
-    student = check_tokenizer(
-        load_tokenizer(student_name(settings), trust_remote_code=args.trust_remote_code, revision=model.model_revision)
-    )
-    apply_options(student, args)
+    student = resolve_tokenizer(None, student_name(settings), args, model.model_revision)
     named = args.teacher_model_name_or_path
     if args.teacher_server_url is not None:
         out.add(

@@ -34,8 +34,8 @@ def examine_rows(out: Diagnosis, train: Dataset, tokenizer: PreTrainedTokenizerB
         overlong_prompt=args.overlong_prompt,
         overlong_row=args.overlong_row,
         assistant_turns=args.assistant_turns,
-        prompt_only_ok=args.lmbda == 1 or args.seq_kd,
-        prompts_needed=args.lmbda > 0 or args.seq_kd,
+        prompt_only_ok=not args.reads_answers,
+        prompts_needed=args.student_writes or args.teacher_writes,
         num_proc=args.dataset_num_proc,
     )
     stops = stop_token_ids(tokenizer, None)

@@ -47,10 +47,9 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
     """
     rooms = {who: positions(model.config) for who, model in models.items() if getattr(model, "config", None)}
     known = {who: (room, binds) for who, (room, binds) in rooms.items() if room is not None}
-    generates = args.lmbda > 0 or args.seq_kd
-    reads_rows = args.lmbda < 1 and not args.seq_kd
+    generates = args.student_writes or args.teacher_writes
     with_rollout = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
-    allowed = [with_rollout if generates else 0, args.max_length if reads_rows else 0]
+    allowed = [with_rollout if generates else 0, args.max_length if args.reads_answers else 0]
     smallest = min((room for room, _ in known.values()), default=None)
     if smallest is None or all(size is not None and size <= smallest for size in allowed):
         return
@@ -64,7 +63,7 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
                 f"{prompt + args.max_new_tokens}, and the {who} has {room} positions (max_position_embeddings)"
             )
             _tell(text, "lower max_new_tokens or max_prompt_length, or take a model for longer texts", binds)
-        if reads_rows and row > room:
+        if args.reads_answers and row > room:
             text = (
                 f"max_length={args.max_length}: the longest row has {row} tokens, and the {who} has {room} positions "
                 "(max_position_embeddings)"

@@ -176,9 +176,10 @@ def _answer(kind: Row) -> str | None:
 
 
 def render(name: str, data: str, split: str, student: str, teacher: str, look: Look, path: Path) -> str:
-    """The recipe's text."""
+    """The recipe's text. Local files and folders are written with their whole path: it is run from anywhere."""
     short = [Path(part).name.replace('"', "'") for part in (student, teacher, data)]
     title = f"GKD of {short[0]} from {short[1]} on {short[2]} ({look.rows:,} rows)."
+    student, teacher, data = (str(Path(n).resolve()) if Path(n).exists() else n for n in (student, teacher, data))
     fields: list[tuple[str, Any, str]] = [
         ("model_name_or_path", student, ""),
         ("teacher_model_name_or_path", teacher, ""),

@@ -82,7 +82,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         saved = getattr(teacher_config, "dtype", None) or "float32"
         dtype = str(saved) if str(settings.model.dtype) == "float32" else str(settings.model.dtype)
     generates = tuple(
-        who for who, on in (("student", args.lmbda > 0), ("teacher", args.seq_kd and args.lmbda < 1)) if on
+        who for who, writes in (("student", args.student_writes), ("teacher", args.teacher_writes)) if writes
     )
     tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
     return Setup(
@@ -98,7 +98,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         fold=args.fold_adapter,
         batch=args.per_device_train_batch_size,
         tokens=tokens,
-        targets=args.per_device_train_batch_size * (args.max_new_tokens if args.lmbda == 1 else tokens),
+        targets=args.per_device_train_batch_size * (tokens if args.reads_answers else args.max_new_tokens),
         accumulates=args.gradient_accumulation_steps > 1,
         rollout_batch=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
         generates=generates if args.rollout_backend == "hf" else (),

@@ -27,13 +27,13 @@ from gkd.batch import IGNORE, prompt_of
 from gkd.card_info import Repo
 from gkd.dataset_folder import check_folder, push_folder, write_folder
 from gkd.environment import installed_versions
-from gkd.loading import load_tokenizer, vocabulary_rows
+from gkd.loading import vocabulary_rows
 from gkd.preparation import hygiene, keep_completions, make_rollout, prepare_rows
 from gkd.recipe import Recipe
 from gkd.redact import redact_command
 from gkd.rollouts.cached import CachedRollout
 from gkd.servers import connect
-from gkd.settings import set_loading_arguments, student_name
+from gkd.settings import recipe_data, set_loading_arguments, student_name
 from gkd.teacher_scores import evaluation_sets
 from gkd.teacher_setup import make_teacher
 from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids
@@ -123,8 +123,8 @@ def prepare(recipe: Recipe) -> Work:
         )
     set_loading_arguments(settings)
     source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "revision": settings.model.model_revision}
-    tokenizer = checks.check_tokenizer(load_tokenizer(student, **source))
-    data = recipe.load_data(settings)
+    tokenizer = checks.resolve_tokenizer(None, student, args, settings.model.model_revision)
+    data = recipe_data(recipe.load_data, settings)
     asked = data.get("eval") if args.eval_strategy != "no" else None
     rows, asked, _ = prepare_rows(data["train"], asked, tokenizer, args, None, None)
     assert rows is not None

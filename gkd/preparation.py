@@ -45,7 +45,7 @@ def prepare_rows(
                 "leave one of them out"
             )
         return train_dataset, eval_dataset, data_collator
-    generates = args.lmbda > 0 or args.seq_kd
+    generates = args.student_writes or args.teacher_writes
     common: dict[str, Any] = {
         "max_length": args.max_length,
         "max_prompt_length": args.prompt_limit,
@@ -57,12 +57,11 @@ def prepare_rows(
         "teachers": args.teacher_names,
     }
     if train_dataset is not None:
-        needs_no_data = args.lmbda == 1 or args.seq_kd
         with args.main_process_first(desc="preparing the train data set"):  # the others read its cache
             train_dataset, _ = prepare_dataset(
                 train_dataset,
                 tokenizer,
-                prompt_only_ok=needs_no_data,
+                prompt_only_ok=not args.reads_answers,
                 prompts_needed=generates,
                 name="train",
                 **common,
@@ -143,7 +142,7 @@ def make_rollout(
             "merge_adapter": args.fold_adapter,
         }
         rollout = ROLLOUTS["hf"](get_model, accelerator, settings, **options)
-    if source != "teacher" or args.teacher_cache_folder is None or not args.seq_kd or args.lmbda == 1:
+    if source != "teacher" or args.teacher_cache_folder is None or not args.teacher_writes:
         return rollout
     absent = frozen if isinstance(frozen, AbsentTeacher) else None
     return keep_completions(rollout, args, server or absent or get_model(), accelerator)

@@ -6,22 +6,20 @@ field. Precedence: command-line flag, then `--config` YAML, then the recipe's de
 
 from __future__ import annotations
 
-import difflib
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from datasets import load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_quantization_config
 
+from gkd.command_line import Parser, arguments, read_config, refuse_unknown
 from gkd.config import GKDConfig
 from gkd.data import check_kind
+from gkd.field_types import check_types
 from gkd.files import DATA_ENDINGS, read_rows
 from gkd.public_tasks import check_installed
 from gkd.set_aside import flag_values, set_aside
@@ -44,6 +42,7 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.num_eval_prompts < 1:
             raise ValueError(
                 f"num_eval_prompts={self.num_eval_prompts} should be 1 or more; to leave the evaluation out set "
@@ -66,8 +65,10 @@ class Settings:
     training: GKDConfig
     model: ModelConfig
     run: RunArguments
+    remarks: list[str] = field(default_factory=list)  # the recipe's values that were set aside
 
 
+_PARSED = (ScriptArguments, GKDConfig, ModelConfig, RunArguments)
 LoadData = Callable[[Settings], dict[str, Any]]
 _DATA_SETS = ("train", "eval", "prompts")
 
@@ -82,91 +83,28 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
 
     Raises:
         ValueError: an unknown flag, key in the YAML file or name in `defaults`, or a value that a field refuses.
-        SystemExit: a value of another type, as argparse does; `--help`.
+        SystemExit: `--help`.
     """
-    parser = TrlParser(
-        (ScriptArguments, GKDConfig, ModelConfig, RunArguments),
+    parser = Parser(
+        _PARSED,
         usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help lists the fields",
         description=description,
         allow_abbrev=False,
     )
     known = [action.dest for action in parser._actions if action.dest != "help"]
-    _refuse_unknown(defaults, known, "the recipe's defaults")
-    argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
-    given = _read_config(argv)
+    refuse_unknown(defaults, known, "the recipe's defaults")
+    argv = arguments(argv)
+    given = read_config(argv)
+    refuse_unknown(given, [*known, "env"], "the --config file")
     own = {action.dest: action.default for action in parser._actions}
-    parser.set_defaults_with_config(**set_aside(defaults, own, {**given, **flag_values(argv)}))
-    _refuse_unknown(given, [*known, "env"], "the --config file")
-    for where, values in (("the recipe's defaults", defaults), ("the --config file", given)):
-        _check_numbers(parser, values, where)
-    _call_defaults(parser, argv, given)
-    *parsed, unused = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    kept, remarks = set_aside(defaults, own, {**given, **flag_values(argv)})
+    parser.set_defaults_with_config(**parser.fitting(kept, "the recipe's defaults"))
+    parser.fitting(given, "the --config file")
+    parser.call_defaults(argv, given)
+    script, training, model, around, unused = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unused:
-        _refuse_unknown([unused[0].partition("=")[0]], known, "the command line", "--")
-    return Settings(*parsed)
-
-
-def _split_config(arg: str) -> list[str]:
-    """`--config=file` as the two arguments that the parser looks for."""
-    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
-
-
-def _refuse_unknown(names: Iterable[str], known: list[str], where: str, dashes: str = "") -> None:
-    """One name at a time, with the field that may have been meant.
-
-    Raises:
-        ValueError: a name that is no field.
-    """
-    for name in names:
-        plain = name.lstrip("-").replace("-", "_") if dashes else name
-        if plain not in known or (dashes and not name.startswith(dashes)):
-            near = difflib.get_close_matches(plain, known, n=1)
-            hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the fields"
-            raise ValueError(f"{where}: there is no field {name!r}; {hint}")
-
-
-def _read_config(argv: list[str]) -> dict[str, Any]:
-    """What the YAML file after `--config` says; {} without one.
-
-    Raises:
-        ValueError: there is no such file, or it is no mapping of fields to values.
-    """
-    if "--config" not in argv:
-        return {}
-    path = next(iter(argv[argv.index("--config") + 1 :]), None)
-    if path is None or not os.path.isfile(path):
-        raise ValueError("--config needs a YAML file after it" if path is None else f"--config {path}: no such file")
-    try:
-        with open(path, encoding="utf-8") as file:
-            given = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise ValueError(f"--config {path} should hold fields and their values, for example `lmbda: 0.5`")
-    return given
-
-
-def _check_numbers(parser: TrlParser, values: dict[str, Any], where: str) -> None:
-    """The parser itself looks at texts only.
-
-    Raises:
-        ValueError: something else where a number should be, or a fraction where a whole one should.
-    """
-    wanted = {action.dest: action.type for action in parser._actions if action.nargs is None}
-    for name, value in values.items():
-        kind = wanted.get(name)
-        if kind not in (int, float) or value is None or isinstance(value, str) or callable(value):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-            raise ValueError(f"{where}: {name}={value!r} should be a {'whole ' if kind is int else ''}number")
-
-
-def _call_defaults(parser: TrlParser, argv: list[str], given: dict[str, Any]) -> None:
-    """Replace callable defaults by their value, unless the command line or the YAML file gives one."""
-    names = {arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")} | set(given)
-    for action in parser._actions:
-        if callable(action.default):
-            action.default = None if action.dest in names else str(action.default())
+        refuse_unknown([unused[0].partition("=")[0]], known, "the command line", "--")
+    return Settings(script, training, model, around, remarks)
 
 
 def load_rows(name: str, config: str | None = None, split: str | None = None) -> Any:

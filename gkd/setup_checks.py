@@ -20,6 +20,7 @@ from gkd.launch_checks import check_not_split
 from gkd.loading import check_causal, load_teacher, load_tokenizer, model_name, safe_weights
 from gkd.placement import check_placement
 from gkd.quantized import with_quantization
+from gkd.tokenizer_options import apply_options
 from gkd.vocab import compare_chat_templates, compare_stop_ids
 
 logger = logging.getLogger(__name__)
@@ -190,18 +191,26 @@ def _check_same_base(student: Any, teacher: Any, args: GKDConfig) -> None:
         )
 
 
-def resolve_tokenizer(tokenizer: Any, student: Any, args: GKDConfig) -> PreTrainedTokenizerBase:
-    """The given tokenizer, or the student's own, loaded by its name; with a pad token.
+def resolve_tokenizer(
+    tokenizer: Any, student: Any, args: GKDConfig, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that renders the rows: the given one, or the student's own, loaded by its name; with a pad token
+    and with `eos_token` and `chat_template_path` applied. Training, precomputing and the doctor all take it from here.
+
+    Args:
+        revision: of a student by name; None takes that of `model_init_kwargs`.
 
     Raises:
-        ValueError: none is given and the student has no name.
+        ValueError: none is given and the student has no name; or what `apply_options` refuses.
     """
     if tokenizer is None:
         name = model_name(student)
         if name is None:
             raise ValueError("processing_class is missing and the student has no name to load it from: pass it")
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    return check_tokenizer(tokenizer)
+        if revision is None and isinstance(args.model_init_kwargs, dict):
+            revision = args.model_init_kwargs.get("revision")
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
+    return apply_options(check_tokenizer(tokenizer), args)
 
 
 def tokenizer_of_teacher(teacher: Any, student: Any, args: GKDConfig) -> PreTrainedTokenizerBase | None:

@@ -110,16 +110,16 @@ def load_unless_covered(
     """
     if not isinstance(teacher, CachedTeacher) or teacher.loaded:
         return
-    missing = int(args.lmbda > 0)  # what the student will write nobody knows
+    missing = int(args.student_writes)  # what the student will write nobody knows
     for number, rows in enumerate(datasets if not missing else ()):
-        writes = args.seq_kd and number == 0
+        writes = args.teacher_writes and number == 0
         keys = written_keys(rows, rollout, hygiene) if writes else keys_of(rows)
         missing += sum(key is not None and key not in teacher.store for key in keys)
     missing = int(sum_over_ranks(teacher.accelerator, torch.tensor(missing)))
     if missing == 0:
         logger.info("the teacher is not loaded: %s holds all that it has to say", teacher.store.path)
         return
-    if args.lmbda == 0:
+    if not args.student_writes:
         logger.info("the teacher is loaded: %s lacks scores of some rows", teacher.store.path)
     assert teacher.live is not None
 

@@ -44,7 +44,7 @@ from gkd.signals import check_head, head_of, output_layer
 from gkd.source import SOURCES
 from gkd.teacher_scores import evaluation_sets, load_unless_covered
 from gkd.teacher_setup import frozen_models, make_teacher, shared_base
-from gkd.tokenizer_options import apply_options, template_already_taken
+from gkd.tokenizer_options import template_already_taken
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.trainer_logging import LoggingMixin
@@ -108,7 +108,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         check_launch(args)
         use_cache = student_setup.use_cache_of(student_setup.check_named(model, args))
         teacher = checks.resolve_teacher(model, teacher_model, args)
-        tokenizer = apply_options(checks.resolve_tokenizer(processing_class, model, args), args)
+        tokenizer = checks.resolve_tokenizer(processing_class, model, args)
         self._formatting_func = formatting_func
         train_dataset, eval_dataset, collator = prepare_rows(
             train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator

@@ -23,6 +23,7 @@ LEVELS = {
         "config",
         "config_servers",
         "config_values",
+        "field_types",
         "config_teacher",
         "rows",
         "row_values",
@@ -93,6 +94,7 @@ LEVELS = {
     4: {
         "run",
         "settings",
+        "command_line",
         "set_aside",
         "recipe",
         "evaluate",

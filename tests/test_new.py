@@ -48,6 +48,18 @@ def new(folder, rows, *options, student="student", file="rows.jsonl"):
     return folder / "mine.py"
 
 
+def test_the_recipe_finds_its_files_from_another_folder(folder, tmp_path, monkeypatch):
+    (folder / "near.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FORMATS["questions"]))
+    monkeypatch.chdir(folder)
+    command = ["new", "mine", "--data", "near.jsonl", "--student", "student", "--teacher", "far/teacher"]
+    assert main([*command, "--output", "near.py"]) == 0
+    monkeypatch.chdir(tmp_path)
+    recipe = capture(folder / "near.py", [])
+    assert len(recipe.load_data(recipe.settings)["train"]) == 7  # one of 8 is held out
+    assert recipe.settings.model.model_name_or_path == str(folder / "student")
+    assert recipe.settings.training.teacher_model_name_or_path == "far/teacher"  # a name on the Hub
+
+
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_a_recipe_for_every_format_trains_one_step(name, folder, tmp_path, monkeypatch):
     recipe = new(folder, FORMATS[name])

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 from datasets import load_dataset
-from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from test_trainer import Remember
+from tiny import CHATML, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from vllm_server.fake import FakeServer
 
 from gkd import precompute as module
 from gkd.cli import main
+from gkd.doctor import examine
 from gkd.recipe import capture
 from gkd.rollouts import HFRollout
 from gkd.run import run
@@ -143,6 +145,45 @@ def test_precomputed_answers_are_what_training_uses(folder, tmp_path, asked, cap
 
 def read(data):
     return load_dataset(str(data))["train"]
+
+
+def test_options_of_the_tokenizer_reach_the_prompts_of_training_precompute_and_doctor(folder, tmp_path, monkeypatch):
+    """Another template and another end of sequence: what is prepared beforehand is what training then asks for."""
+    (tmp_path / "chat.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>@"))
+    chats = [
+        {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yo"}]}
+        for i in range(6)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    options = {
+        "dataset_name": tmp_path / "chats.jsonl",
+        "chat_template_path": tmp_path / "chat.jinja",
+        "eos_token": "!",
+    }
+
+    prepared = module.prepare(capture(folder / "recipe.py", flags(folder, tmp_path / "a", seq_kd="true", **options)))
+    assert prepared.tokenizer.eos_token == "!"
+    beforehand = {prepared.tokenizer.decode(row["input_ids"][: row["prompt_length"]]) for row in prepared.rows}
+
+    memory = Remember(monkeypatch)
+    run(argv=flags(folder, tmp_path / "b", max_new_tokens=6, max_steps=3, **options))
+    trained = {tiny_tokenizer().decode(s.input_ids[: s.prompt_length]) for window in memory.windows for s in window}
+    assert len(trained) == 6
+    assert beforehand == trained
+    assert all(prompt.startswith("<|im_start|>@user\nhi") for prompt in trained)
+
+    diagnosis = examine(capture(folder / "recipe.py", flags(folder, tmp_path / "c", seq_kd="true", **options)))
+    assert all("<|im_start|>@user" in "".join(text for _, text in row.pieces) for row in diagnosis.rows)
+
+
+def test_a_load_data_that_gives_no_dict_ends_in_one_line(folder, tmp_path, capsys):
+    recipe = tmp_path / "list.py"
+    recipe.write_text("from gkd.run import run\n\ndef load_data(settings):\n    return [1]\n\nrun(load_data)\n")
+    for options in (), ("--scores", "--teacher_scores_dir", str(tmp_path / "scores")):
+        with pytest.raises(SystemExit) as end:
+            main(["precompute", str(recipe), *options, *flags(folder, tmp_path / "out")])
+        assert end.value.code == 2
+        assert "error: load_data returned list: it should return a dict" in capsys.readouterr().err
 
 
 def test_a_rewritten_folder_and_one_of_the_same_name_are_read_as_they_are_now(folder, tmp_path):

@@ -296,6 +296,21 @@ RECIPE = {
     "beta": 0.9,
     "seq_kd": True,
     "teacher_temperature": 0.5,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "optim": "adamw_torch",
+    "optim_args": "fused=false",
+    "max_steps": 100,
+    "teacher_top_k": 64,
+    "top_k_tail": "renormalize",
+    "ce_weight": 0.5,
+    "ce_on_student_tokens": True,
+    "rollout_backend": "vllm",
+    "rollout_server_url": "http://a",
+    "rollout_staleness": 1,
+    "rollout_batch_size": 4,
+    "teacher_model_name_or_path": "teacher",
+    "teacher_model_init_kwargs": {"dtype": "bfloat16"},
 }
 
 
@@ -310,6 +325,23 @@ RECIPE = {
         (["--divergence", "forward_kl"], {"divergence": "forward_kl", "beta": 0.5, "teacher_temperature": 0.5}),
         (["--divergence", "jsd"], {"beta": 0.9}),
         (["--seq_kd", "false"], {"teacher_temperature": None, "beta": 0.9}),
+        (["--lr_scheduler_type", "cosine"], {"lr_scheduler_kwargs": None}),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
+        (["--optim", "sgd"], {"optim_args": None}),
+        (["--num_train_epochs", "3"], {"max_steps": -1, "num_train_epochs": 3}),  # else it would have no effect
+        (["--max_steps", "7"], {"max_steps": 7}),
+        (["--teacher_top_k", "none"], {"teacher_top_k": None, "top_k_tail": "bucket"}),
+        (["--teacher_top_k", "8"], {"teacher_top_k": 8, "top_k_tail": "renormalize"}),
+        (["--ce_weight", "0"], {"ce_on_student_tokens": False}),
+        (["--lmbda", "0"], {"rollout_batch_size": 4}),  # the teacher still writes
+        (["--lmbda", "0.0", "--seq_kd", "no"], {"rollout_batch_size": None}),
+        (["--rollout_backend", "hf"], {"rollout_server_url": None, "rollout_staleness": 0}),
+        (["--lmbda=0"], {"rollout_backend": "hf", "rollout_server_url": None, "rollout_staleness": 0}),
+        (
+            ["--teacher_server_url", "http://b", "--teacher_top_k", "8"],
+            {"teacher_server_url": "http://b", "teacher_model_name_or_path": None, "teacher_model_init_kwargs": None},
+        ),
+        (["--share_base_model"], {"teacher_model_name_or_path": None, "teacher_model_init_kwargs": None}),
     ],
 )
 def test_what_goes_with_a_value_of_the_recipe_goes_when_that_is_changed(argv, expected, tmp_path):
@@ -318,6 +350,33 @@ def test_what_goes_with_a_value_of_the_recipe_goes_when_that_is_changed(argv, ex
     file = tmp_path / "my.yaml"
     file.write_text("seq_kd: false\n")
     assert parse(RECIPE, ["--output_dir", "out", "--config", str(file)]).training.teacher_temperature is None
+
+
+def test_what_is_set_aside_is_told():
+    settings = parse(RECIPE, ["--output_dir", "out", "--lr_scheduler_type", "linear"])
+    assert settings.remarks == [
+        "lr_scheduler_type=linear: the recipe's lr_scheduler_kwargs={'min_lr_rate': 0.1} is set aside"
+    ]
+    assert parse(RECIPE, ["--output_dir", "out"]).remarks == []
+
+
+def test_several_loggers_from_the_command_line(monkeypatch):
+    for argv in (
+        ["--report_to", "wandb", "tensorboard", "--max_steps", "3"],
+        ["--max_steps=3", "--report_to", "wandb"],
+    ):
+        training = parse({}, ["--output_dir", "out", *argv]).training
+        assert training.report_to == [arg for arg in argv if arg in ("wandb", "tensorboard")]
+        assert training.max_steps == 3
+    assert parse({"report_to": "none"}, ["--output_dir", "out"]).training.report_to == []
+
+
+def test_the_arguments_of_a_notebooks_kernel_are_not_the_users(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/run/kernel-1.json"])
+    assert parse({"output_dir": str(tmp_path), "lmbda": 0.25}).training.lmbda == 0.25
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "-f", "x"])
+    with pytest.raises(ValueError, match=r"no field '-f'"):
+        parse({"output_dir": str(tmp_path)})
 
 
 def test_what_the_user_gives_is_refused_where_it_has_no_effect_never_set_aside():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gkd import GKDConfig
 from gkd.source import MIXINGS, SOURCES, choose_sources
 
 
@@ -81,3 +82,13 @@ def test_wrong_values_are_named(lmbda, mixing, match):
 
 def test_sources_are_the_three_words():
     assert SOURCES == ("data", "student", "teacher")
+
+
+@pytest.mark.parametrize("seq_kd", [False, True])
+@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
+def test_the_config_knows_which_sources_occur(tmp_path, lmbda, seq_kd):
+    """`student_writes`, `teacher_writes` and `reads_answers` against what is drawn over many steps."""
+    config = GKDConfig(output_dir=str(tmp_path), report_to=[], lmbda=lmbda, seq_kd=seq_kd)
+    drawn = {source for step in range(50) for source in choose_sources(0, step, 4, lmbda, seq_kd)}
+    known = {"student": config.student_writes, "teacher": config.teacher_writes, "data": config.reads_answers}
+    assert {source for source, occurs in known.items() if occurs} == drawn

@@ -770,6 +770,17 @@ class _AtStep(TrainerCallback):
         ({"rollout_server_timeout": 5.0}, "rollout_server_timeout=5.0 has no effect"),
         ({"teacher_server_url": "http://a", "teacher_top_k": 4, "rollout_server_timeout": 0.0}, "must be a number"),
         ({"rollout_backend": "vllm", "rollout_server_url": "http://a", "rollout_batch_size": 4}, "rollout_batch_size"),
+        (  # the teacher would write nothing
+            {
+                "rollout_backend": "vllm",
+                "rollout_server_url": "http://a",
+                "rollout_batch_size": 4,
+                "seq_kd": True,
+                "lmbda": 1.0,
+            },
+            "rollout_batch_size",
+        ),
+        ({"lmbda": 0.0, "rollout_batch_size": 4}, "rollout_batch_size=4 has no effect where nothing is generated"),
         ({"teacher_server_url": "http://a"}, "needs teacher_top_k"),
         ({"teacher_server_url": "http://a", "teacher_top_k": 4, "loss_temperature": 2.0}, "loss_temperature=2.0"),
         ({"teacher_server_url": "http://a", "teacher_top_k": 4, "teacher_model_name_or_path": "t"}, "does not go"),
