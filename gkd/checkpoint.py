@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-
 from gkd import checkpoint_files as files
+from gkd import output_folder
 from gkd.disk import full_disk_explained
-from gkd.distributed import max_over_ranks
 from gkd.faults import FaultGuard
+from gkd.going_on import GoingOnMixin
 from gkd.metrics import Ledger
 from gkd.positions import PositionProfile
 from gkd.vllm_client import ServerError
@@ -31,7 +31,7 @@ _REMEDY = (
 )
 
 
-class CheckpointMixin:
+class CheckpointMixin(GoingOnMixin):
     """Checkpoints that are complete or not there, under every DeepSpeed stage alike; stops by a signal."""
 
     args: Any
@@ -46,6 +46,9 @@ class CheckpointMixin:
     model: Any
     _is_saving = False
     _saved: str | None = None  # the checkpoint of the present step, once there is one
+    _started: float | None = None  # when the present training was
+    _seconds_before = 0.0  # of the run, before it
+    _ends_early = False  # by a server
 
     # ----------------------------------------------------------------------------------------------- resuming
 
@@ -59,43 +62,30 @@ class CheckpointMixin:
             DiskFullError: a checkpoint could not be saved.
             ServerError: a server failed for too long; a checkpoint was saved.
         """
-        checkpoint = self._resolve(resume_from_checkpoint or None)
-        if checkpoint is not None:
-            self._load_state(checkpoint)
-        self._saved = checkpoint
-        self.guard.start()
-        with self.guard.request, self._saved_when_a_server_fails(trial):
-            output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
-        self.guard.raise_if_stopped(self.state, self._folder(trial))
-        return output
-
-    def _resolve(self, wanted: str | bool | None) -> str | None:
-        checkpoint = files.find(self.args.output_dir) if wanted is True else wanted
-        step = -1 if checkpoint is None else files.step_of(str(checkpoint))
-        steps = torch.tensor([step, -step])
-        if self.accelerator.num_processes > 1:
-            steps = max_over_ranks(self.accelerator, steps)
-        if int(steps[0]) != -int(steps[1]):
-            raise ValueError(
-                f"resume_from_checkpoint={wanted}: ranks see different checkpoints (steps {-int(steps[1])} to "
-                f"{int(steps[0])}): output_dir={self.args.output_dir!r} must be shared by all machines"
-            )
-        if wanted is True and checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint=True: {self.args.output_dir} holds no complete checkpoint")
-        if isinstance(checkpoint, str) and wanted is not True:
-            fault = files.fault_of(checkpoint)
-            if fault is not None:
-                raise ValueError(
-                    f"resume_from_checkpoint={checkpoint!r} is not complete ({fault}): pass another, or true for the "
-                    "complete one saved last"
-                )
-        assert checkpoint is None or isinstance(checkpoint, str), checkpoint
-        return checkpoint
+        with ExitStack() as held:
+            lock = output_folder.locked(self.args.output_dir)
+            self._first_rank(lambda: held.enter_context(lock))
+            self._check_folder_is_shared()
+            checkpoint = self._resolve(resume_from_checkpoint)
+            self._check_belongs(checkpoint)
+            self._seconds_before, self.commands = 0.0, []
+            if checkpoint is not None:
+                self._load_state(checkpoint)
+            self._choose_run(checkpoint)
+            self._saved, self._started, self._ends_early = checkpoint, time.monotonic(), False
+            self.guard.start()
+            with self.guard.request, self._saved_when_a_server_fails(trial):
+                output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
+            self._seconds_before, self._started = self.training_seconds, None
+            self.guard.raise_if_stopped(self.state, self._folder(trial))
+            return output
 
     def _load_state(self, checkpoint: str) -> None:
         state = files.read_state(checkpoint)
-        if state is not None:
+        if state is not None and "ledger" in state:
             self._set_own_state(state)
+            self._seconds_before = float(state.get("seconds", 0.0))
+            self.commands = list(state.get("commands", ()))
 
     def _set_own_state(self, state: dict[str, Any]) -> None:
         self.ledger.load(state["ledger"])
@@ -103,6 +93,11 @@ class CheckpointMixin:
             self.positions.load(state["positions"])
         self._total_train_tokens = state["num_tokens"]
         self.guard.nonfinite_steps = state.get("nonfinite_steps", 0)
+
+    @property
+    def training_seconds(self) -> float:
+        """Of the whole run, over resumes, up to now."""
+        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     # ------------------------------------------------------------------------------------------------- saving
 
@@ -116,13 +111,14 @@ class CheckpointMixin:
         try:
             with full_disk_explained(f"checkpoint-{self.state.global_step}", folder, _REMEDY):
                 if writes:
-                    files.begin(folder)
+                    files.begin(folder, self.run_id)
                 self.accelerator.wait_for_everyone()
                 with self._until_complete():
                     super()._save_checkpoint(model, trial)  # type: ignore[misc]
                 self.accelerator.wait_for_everyone()  # every rank has written its files
                 if writes:
-                    files.finish(folder, self._own_state())
+                    about = {"belongs": self._facts, "seconds": self.training_seconds, "commands": self.commands}
+                    files.finish(folder, {**self._own_state(), **about}, self.run_id, self._number_before)
         except OSError:
             if writes:
                 files.discard(folder)  # what there is of it only takes room
@@ -130,7 +126,7 @@ class CheckpointMixin:
         self._saved = folder
         if writes:
             best = self.state.best_model_checkpoint
-            files.rotate(self._get_output_dir(trial), self.args.save_total_limit, keep=[folder, best])
+            files.rotate(self._get_output_dir(trial), self.args.save_total_limit, keep=[folder, best], run=self.run_id)
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
 
@@ -155,6 +151,7 @@ class CheckpointMixin:
             together = error.on_all_ranks or self.accelerator.num_processes == 1  # saving takes all ranks
             if together and self.state.global_step > 0:
                 self._set_own_state(self._at_window)
+                self._ends_early = True
                 self._save_checkpoint(self.model, trial)
                 logger.warning("a server failed; go on from %s with resume_from_checkpoint=true", self._folder(trial))
             raise
@@ -163,10 +160,13 @@ class CheckpointMixin:
     def _until_complete(self) -> Iterator[None]:
         """The Trainer deletes older checkpoints and pushes at the end of its own save: here, before it is complete."""
         limit, self.args.save_total_limit, self._is_saving = self.args.save_total_limit, None, True
+        alone = self.args.save_only_model
+        if self._ends_early or self.guard.is_stopping:  # what is saved now is to be gone on from
+            self.args.save_only_model = False
         try:
             yield
         finally:
-            self.args.save_total_limit, self._is_saving = limit, False
+            self.args.save_total_limit, self.args.save_only_model, self._is_saving = limit, alone, False
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._is_saving:

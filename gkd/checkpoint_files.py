@@ -2,8 +2,9 @@
 
 A checkpoint is many files, written one after the other, so a run that is killed while it saves leaves a folder that
 looks like one. `gkd_state.json` tells them apart. It is the first file of a save, saying that it is not complete, and
-the last, replaced in one piece once all others are on the disk, with their names and sizes. A folder without it was
-written by something else (TRL, transformers): its files are looked at instead.
+the last, replaced in one piece once all others are on the disk, with their names, sizes and checksums. It also says
+which run the checkpoint is of, and its number: one above every other in the folder, so that the newest is known
+whatever a clock says. `gkd.checkpoint_faults` tells whether a folder is whole.
 """
 
 from __future__ import annotations
@@ -15,18 +16,39 @@ import os
 import re
 import shutil
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from gkd.checkpoint_faults import (
+    STATE_FILE,
+    TRAINER_STATE,
+    checksum,
+    fault_in_going_on,
+    fault_of,
+    read_state,
+    seal,
+)
+
+__all__ = [
+    "STATE_FILE",
+    "TRAINER_STATE",
+    "begin",
+    "checkpoints",
+    "discard",
+    "fault_in_going_on",
+    "fault_of",
+    "find",
+    "finish",
+    "newest",
+    "read_state",
+    "rotate",
+    "run_of",
+    "step_of",
+]
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "gkd_state.json"
-TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "global_step*")
 
 
 def step_of(folder: str | Path) -> int:
@@ -35,84 +57,61 @@ def step_of(folder: str | Path) -> int:
     return int(match[1]) if match else -1
 
 
-def begin(folder: str | Path) -> None:
-    """Start a save: an empty folder that says it is not complete. What an earlier save left there is removed."""
+def begin(folder: str | Path, run: str | None = None) -> None:
+    """Start a save: an empty folder that says it is not complete. What an earlier save left there is removed.
+
+    Args:
+        folder: the checkpoint.
+        run: which run saves it.
+    """
     discard(folder)
     Path(folder).mkdir(parents=True)
-    _write(Path(folder) / STATE_FILE, {"complete": False})
+    _write(Path(folder) / STATE_FILE, {"complete": False, **({} if run is None else {"run": run})})
 
 
-def finish(folder: str | Path, state: dict[str, Any]) -> None:
+def finish(folder: str | Path, state: dict[str, Any], run: str | None = None, above: int = 0) -> int:
     """End a save: bring every file to the disk, then say in one piece that the folder is complete.
 
     Args:
         folder: all ranks have written their files into it.
         state: what to keep in `gkd_state.json` beside that.
+        run: which run has saved it.
+        above: the number of the checkpoint that the run went on from.
+
+    Returns:
+        The checkpoint's number.
     """
     folder = Path(folder)
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _to_disk(path)
         if path.name != STATE_FILE and path.suffix != ".md":  # people write into a README
-            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, checksum(path)]
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         _to_disk(path)
-    _write(folder / STATE_FILE, {"complete": True, "saved": time.time(), **state, "files": files})
+    number = 1 + max([above, *(number_of(other) for other in checkpoints(folder.parent))])
+    manifest = {"complete": True, "saved": time.time(), "number": number, **state, "files": files}
+    manifest = json.loads(json.dumps(manifest | ({} if run is None else {"run": run})))
+    _write(folder / STATE_FILE, {**manifest, "seal": seal(manifest)})
     _to_disk(folder.parent)
+    return number
 
 
-def read_state(folder: str | Path) -> dict[str, Any] | None:
-    """What `gkd_state.json` holds; None without the file.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    path = Path(folder) / STATE_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def number_of(folder: str | Path) -> int:
+    """A checkpoint's number in the order of saves; 0 for one that something else wrote, or that cannot be read."""
+    return int((_state_or_nothing(folder)).get("number", 0))
 
 
-def fault_of(folder: str | Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, in words; None when it is complete."""
-    folder = Path(folder)
+def run_of(folder: str | Path) -> str | None:
+    """Which run has saved a checkpoint; None where it does not say."""
+    return _state_or_nothing(folder).get("run")
+
+
+def _state_or_nothing(folder: str | Path) -> dict[str, Any]:
     try:
-        state = read_state(folder)
+        return read_state(folder) or {}
     except ValueError:
-        return f"its {STATE_FILE} cannot be read"
-    if state is None or "complete" not in state:
-        return _fault_of_foreign(folder)
-    if not state["complete"]:
-        return "its save was cut off"
-    for name, size in state["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"its {name} is missing"
-        if path.stat().st_size != size:
-            return f"its {name} has {path.stat().st_size} of {size} bytes"
-    return None
-
-
-def _fault_of_foreign(folder: Path) -> str | None:
-    """The Trainer writes its state last; before it, every file has to be whole in itself."""
-    try:
-        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        if not isinstance(state["global_step"], int):
-            return f"its {TRAINER_STATE} names no step"
-    except FileNotFoundError:
-        return f"its {TRAINER_STATE} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"its {TRAINER_STATE} cannot be read"
-    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
-        return "it holds no weights"
-    for path in folder.rglob("*"):
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt"):
-                    pass
-            except SafetensorError:
-                return f"its {path.name} is cut off"
-        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-            return f"its {path.name} is cut off"
-    return None
+        return {}
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -123,25 +122,29 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest(output_dir: str | Path) -> tuple[str | None, dict[str, str]]:
-    """The complete checkpoint that was saved last, and what is wrong with every other that is not complete.
+def newest(output_dir: str | Path, *, contents: bool = False) -> tuple[str | None, dict[str, str]]:
+    """The checkpoint that was saved last and can be gone on from, and what is wrong with every one that cannot.
 
-    Last in time, not by number: after a run that was started anew, or went on from an older checkpoint, the higher
-    number belongs to a run that is no more.
+    Last in the order of saves, not by step: after a run that was started anew, or went on from an older checkpoint,
+    the higher step belongs to a run that is no more.
+
+    Args:
+        output_dir: holds the checkpoints.
+        contents: compare the checksums of the files, from the newest checkpoint down to one that is whole.
     """
-    faults, complete = {}, []
-    for path in checkpoints(output_dir):
-        fault = fault_of(path)
+    found = checkpoints(output_dir)
+    faults = {str(path): fault for path in found if (fault := fault_in_going_on(path)) is not None}
+    for path in sorted((p for p in found if str(p) not in faults), key=_age, reverse=True):
+        fault = fault_in_going_on(path, contents=True) if contents else None
         if fault is None:
-            complete.append(path)
-        else:
-            faults[str(path)] = fault
-    return (str(max(complete, key=_age)) if complete else None), faults
+            return str(path), faults
+        faults[str(path)] = fault
+    return None, faults
 
 
-def find(output_dir: str | Path) -> str | None:
-    """The complete checkpoint that was saved last; every one that is not complete is warned of. None without any."""
-    path, faults = newest(output_dir)
+def find(output_dir: str | Path, *, contents: bool = False) -> str | None:
+    """As `newest`; every checkpoint that cannot be gone on from is warned of. None without any."""
+    path, faults = newest(output_dir, contents=contents)
     for folder, fault in faults.items():
         logger.warning("%s is left out: %s", folder, fault)
     if path is not None and read_state(path) is None:
@@ -149,30 +152,36 @@ def find(output_dir: str | Path) -> str | None:
     return path
 
 
-def rotate(output_dir: str | Path, limit: int | None, keep: list[str | None]) -> None:
+def rotate(output_dir: str | Path, limit: int | None, keep: list[str | None], run: str | None = None) -> None:
     """Delete the oldest checkpoints until `limit` complete ones are left, and those that were cut off before them.
 
     Args:
         output_dir: holds the checkpoints.
         limit: `save_total_limit`; None or 0 deletes nothing.
         keep: never deleted: the one just saved, and the best.
+        run: whose checkpoints are counted and deleted; None: all.
     """
     if not limit or limit < 0:
         return
     kept = {os.path.realpath(path) for path in keep if path is not None}
-    complete = sorted((p for p in checkpoints(output_dir) if fault_of(p) is None), key=_age)
+    own = [path for path in checkpoints(output_dir) if run is None or run_of(path) == run]
+    complete = sorted((path for path in own if fault_of(path) is None), key=_age)
     for path in complete[: max(0, len(complete) - limit)]:
         if os.path.realpath(path) not in kept:
             discard(path)
     remaining = [path for path in complete if path.is_dir()]
-    for path in checkpoints(output_dir):
+    for path in own:
         if remaining and path not in remaining and fault_of(path) is not None and os.path.realpath(path) not in kept:
             discard(path)
 
 
 def discard(folder: str | Path) -> None:
-    """Delete a checkpoint; first that it is complete, so that half of it is never taken for one."""
+    """Delete a checkpoint; first that it is complete, so that half of it is never taken for one. Of a link, only the
+    link: what it points to is somebody else's."""
     folder = Path(folder)
+    if folder.is_symlink():
+        folder.unlink()
+        return
     if not folder.is_dir():
         return
     with contextlib.suppress(OSError):  # a full disk must not keep it from being deleted
@@ -180,11 +189,12 @@ def discard(folder: str | Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _age(folder: Path) -> tuple[float, int]:
-    """When it was saved (as it says itself, which survives copying), and its step."""
-    state = read_state(folder) or {}
+def _age(folder: Path) -> tuple[int, float, int]:
+    """Its number; the time (as it says itself, which survives copying) only where it has none; its step."""
+    state = _state_or_nothing(folder)
     saved = state.get("saved")
-    return (saved if saved is not None else (folder / TRAINER_STATE).stat().st_mtime), step_of(folder)
+    time_of = saved if saved is not None else (folder / TRAINER_STATE).stat().st_mtime
+    return state.get("number", 0), time_of, step_of(folder)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -167,6 +167,11 @@ class GKDConfig(SFTConfig):
         None, "A vLLM server that scores as the teacher, in place of a teacher model; needs teacher_top_k."
     )
 
+    # --- the output folder ---
+    overwrite_output_dir: bool = _field(
+        False, "Start anew in a folder that holds checkpoints of another run, and delete these. False = refuse it."
+    )
+
     # --- what is shown ---
     log_completions: bool = _field(
         False, "Show sample completions of the training step, on the console and in W&B, Trackio and TensorBoard."

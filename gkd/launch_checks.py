@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 
 from gkd.config import GKDConfig
 from gkd.distributed import zero_stage
+from gkd.launcher import end_with_the_launcher
 
 # Who starts tasks -> what each of them is told about their number, in the order in which accelerate asks.
 _TASKS = {"mpirun": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), "srun": ("SLURM_STEP_NUM_TASKS",)}
@@ -23,6 +24,7 @@ def check_launch(args: GKDConfig) -> None:
         ValueError: FSDP; a model or a sequence split over ranks; tasks that do not know of each other; several GPUs
             without a launcher; `ddp_static_graph`; `dispatch_batches`.
     """
+    end_with_the_launcher()
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
             "FSDP is not supported: the output heads and the rollouts need whole weights; use DDP "

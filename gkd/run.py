@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import time
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from trl import get_peft_config
 
-from gkd.checkpoint_files import find
+from gkd import output_folder
 from gkd.config import GKDConfig
+from gkd.launcher import end_with_the_launcher
 from gkd.loading import load_tokenizer
 from gkd.progress import ProgressBar, close_bars
 from gkd.recipe import Recipe, hand_over, is_captured, mistakes_in_one_line
 from gkd.report import Report, evaluator_of
+from gkd.run_end import Results, save_weights, write_history
 from gkd.settings import (
     LoadData,
     RunArguments,
@@ -44,8 +43,6 @@ __all__ = [
     "run",
     "with_held_out",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def run(
@@ -83,43 +80,49 @@ def _run(recipe: Recipe) -> None:
     measure = settings.run.evaluate_before_and_after
     if settings.run.lm_eval_tasks is not None and not measure:
         raise ValueError("lm_eval_tasks has no effect with evaluate_before_and_after=False: leave one of them out")
-    check_output(args.output_dir)
+    end_with_the_launcher()
+    output_folder.make(args.output_dir)
+    first = int(os.environ.get("RANK", "0")) == 0
+    with output_folder.locked(args.output_dir) if first else nullcontext():
+        if _starts_anew(args):
+            output_folder.check_free(args.output_dir, "", overwrite=False)
+        _train(recipe)
+
+
+def _train(recipe: Recipe) -> None:
+    settings, args = recipe.settings, recipe.settings.training
+    measure = settings.run.evaluate_before_and_after
     data = recipe_data(recipe.load_data, settings)
     trainer = build_trainer(settings, data)
     report = Report(trainer, evaluator_of(trainer, data, recipe) if measure else None)
     if measure:
         report.measure_before()
-    start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=_checkpoint(args))
+        trainer.train(resume_from_checkpoint=trainer.asked_checkpoint())
     finally:
         close_bars(trainer.callback_handler.callbacks)
-    seconds = time.perf_counter() - start
+    save_weights(trainer)  # before anything else can go wrong
     if measure:
         report.measure_after()
-    trainer.save_model(args.output_dir, _internal_call=True)  # the push comes last, when all is there
     if trainer.is_world_process_zero():
-        _write_history(trainer, args.output_dir)
-        trainer.card_extras = report.finish(args.output_dir, seconds, settings.script.dataset_name)
-        trainer.create_model_card()
+        results = Results(args.output_dir)
+        results.write("metrics.jsonl", lambda folder: write_history(trainer, folder))
+        facts = results.write(
+            "evaluation and plots",
+            lambda folder: report.finish(folder, trainer.training_seconds, settings.script.dataset_name),
+        )
+        trainer.card_extras = facts or {}
+        results.write("README.md", lambda _: trainer.create_model_card())
         report.show(Console())
+        results.tell()
         print(f"saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.script.dataset_name)
 
 
-def check_output(folder: str) -> None:
-    """Make the output folder, before anything is loaded.
-
-    Raises:
-        ValueError: it cannot be made, or not be written to.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir={folder!r} cannot be made: {error.strerror}; name another folder") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"output_dir={folder!r} cannot be written to: name another folder, or mend its permissions")
+def _starts_anew(args: GKDConfig) -> bool:
+    """Whether the run neither goes on from a checkpoint nor may delete those that there are."""
+    return not args.overwrite_output_dir and str(args.resume_from_checkpoint or "none").lower() in ("false", "none")
 
 
 def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
@@ -141,25 +144,3 @@ def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressBar())
     return trainer
-
-
-def _checkpoint(args: GKDConfig) -> str | bool | None:
-    """`--resume_from_checkpoint`: a folder, or "true" for the complete one in output_dir that was saved last."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "none"):
-        return None
-    if str(wanted).lower() != "true":
-        if not os.path.isdir(wanted):
-            raise ValueError(f"resume_from_checkpoint={wanted!r}: there is no such folder")
-        return wanted
-    checkpoint = find(args.output_dir)
-    if checkpoint is None:
-        logger.warning("resume_from_checkpoint=true: %s holds no complete checkpoint, starting anew", args.output_dir)
-    return checkpoint
-
-
-def _write_history(trainer: GKDTrainer, output_dir: str) -> None:
-    """Every logged line, for plots of one's own."""
-    path = Path(output_dir) / "metrics.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)

@@ -50,7 +50,7 @@ LEVELS = {
         "positions",
         "config_logging",
     }
-    | {"random_state", "disk", "checkpoint_files"},
+    | {"random_state", "disk", "checkpoint_files", "checkpoint_faults", "output_folder", "safe_pickles", "launcher"},
     2: {
         "teachers",
         "rollouts",
@@ -86,6 +86,8 @@ LEVELS = {
         "trainer_logging",
         "trainer_window",
         "checkpoint",
+        "going_on",
+        "belongs",
         "faults",
         "progress",
         "completions",
@@ -93,6 +95,7 @@ LEVELS = {
     },
     4: {
         "run",
+        "run_end",
         "settings",
         "command_line",
         "set_aside",

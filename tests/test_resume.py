@@ -285,3 +285,147 @@ def test_the_state_file_lists_every_file(three):
         assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(
             state["files"]
         )
+
+
+# ------------------------------------------------------------------------------------------ the order of saves, damage
+
+
+def test_a_clock_that_goes_backwards_does_not_matter(tmp_path, monkeypatch):
+    """Every save of this run is an hour before the one before it; foreign ones have nothing but their time."""
+    import time
+
+    clock = [2e9]
+
+    def backwards():
+        clock[0] -= 3600
+        return clock[0]
+
+    monkeypatch.setattr(time, "time", backwards)
+    trainer = build(tmp_path, max_steps=5, save_steps=1, save_total_limit=2, lmbda=0.0)
+    trainer.train()
+    assert steps_in(tmp_path) == [4, 5]
+    assert files.find(tmp_path) == str(tmp_path / "checkpoint-5")
+    resumed = build(tmp_path, max_steps=6, save_steps=1, save_total_limit=2, lmbda=0.0)
+    resumed.train(resume_from_checkpoint=True)
+    assert steps_in(tmp_path) == [5, 6]
+    assert files.number_of(tmp_path / "checkpoint-6") == files.number_of(tmp_path / "checkpoint-5") + 1
+
+
+def test_a_checkpoint_from_elsewhere_counts_on(run_folder, tmp_path):
+    """Gone on from in another folder, the number still grows: it may be copied back."""
+    trainer = build(tmp_path / "other", max_steps=7, save_steps=7, lmbda=0.0)
+    trainer.train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
+    assert files.number_of(tmp_path / "other" / "checkpoint-7") > files.number_of(run_folder / "checkpoint-6")
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a bit": flipped,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "gkd_state.json"],
+)
+def test_damage_that_keeps_the_size_is_found(run_folder, caplog, name, how):
+    DAMAGE[how](run_folder / "checkpoint-6" / name)
+    assert files.find(run_folder, contents=True) == str(run_folder / "checkpoint-4")
+    assert f"checkpoint-6 is left out: its {name}" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(run_folder):
+    flipped(run_folder / "checkpoint-6" / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged"):
+        build(run_folder, max_steps=7, lmbda=0.0).train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
+    trainer = build(run_folder, max_steps=5, save_steps=1, lmbda=0.0)
+    trainer.train(resume_from_checkpoint=True)
+    assert history(trainer)[-1]["step"] == 5
+    assert [entry["step"] for entry in history(trainer)] == [1, 2, 3, 4, 5]  # from 4
+
+
+WRONG_STATES = [
+    "[]", "null", "3", '"text"', "{}" * 2, "[" * 100_000, '{"complete": "yes"}', '{"complete": true}',
+    '{"complete": true, "files": []}', '{"complete": true, "files": {"a": "b"}}',
+    '{"complete": true, "files": {"a": [1]}}',
+    '{"complete": true, "files": {}, "saved": "now"}', '{"complete": true, "files": {}, "number": null}',
+    '{"complete": true, "files": {}, "ledger": []}', '{"complete": true, "files": {}, "ledger": {"sequences": 1}}',
+    '{"complete": true, "files": {"../../x": [1, 1]}}', '{"complete": true, "files": {}, "run": 5}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG_STATES, ids=range(len(WRONG_STATES)))
+def test_any_other_content_of_the_state_file(run_folder, text):
+    (run_folder / "checkpoint-6" / files.STATE_FILE).write_text(text)
+    assert files.find(run_folder, contents=True) == str(run_folder / "checkpoint-4")
+    files.rotate(run_folder, 2, [])
+    assert 4 in steps_in(run_folder)
+    (run_folder / "checkpoint-4" / files.STATE_FILE).write_text(text)
+    if 2 in steps_in(run_folder):
+        assert files.find(run_folder, contents=True) == str(run_folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "{}",
+        '{"global_step": "6"}',
+        '{"global_step": 6, "log_history": 5}',
+        '{"global_step": 6, "x": 1}',
+        '{"global_step": 5}',
+    ],
+)
+def test_any_other_content_of_the_trainers_state(run_folder, text):
+    for path in run_folder.glob("checkpoint-*"):
+        (path / files.STATE_FILE).unlink()  # as TRL leaves it
+    (run_folder / "checkpoint-6" / files.TRAINER_STATE).write_text(text)
+    assert files.find(run_folder) == str(run_folder / "checkpoint-4")
+
+
+# ----------------------------------------------------------------------------------------------- a model and no more
+
+
+def test_weights_alone_are_not_gone_on_from(tmp_path):
+    values = {"max_steps": 4, "save_steps": 2, "lmbda": 0.0, "save_only_model": True, "save_total_limit": 1}
+    build(tmp_path, **values).train()
+    assert steps_in(tmp_path) == [4]  # they count as checkpoints all the same
+    for wanted in (True, str(tmp_path / "checkpoint-4")):
+        with pytest.raises(ValueError, match="save_only_model"):
+            build(tmp_path, **values).train(resume_from_checkpoint=wanted)
+    with pytest.raises(ValueError, match="save_only_model"):
+        build(tmp_path, **values, resume_from_checkpoint="true").asked_checkpoint()
+
+
+def test_what_a_signal_saves_is_to_be_gone_on_from(tmp_path):
+    """Also where a run saves models alone: the line it ends with says how to go on."""
+    import signal
+
+    from transformers import TrainerCallback
+
+    from gkd.errors import TrainingStopped
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    values = {"max_steps": 3, "save_steps": 1, "lmbda": 0.0, "save_only_model": True}
+    trainer = build(tmp_path, **values)
+    trainer.add_callback(Stop())
+    with pytest.raises(TrainingStopped):
+        trainer.train()
+    assert trainer.args.save_only_model
+    resumed = build(tmp_path, **values)
+    resumed.train(resume_from_checkpoint=True)
+    never = build(tmp_path / "never", **values)
+    never.train()
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(never).items())

@@ -90,8 +90,10 @@ def key_of(settings: SamplingSettings, seed: int, model_fingerprint: str) -> dic
     return {"model": model_fingerprint, "sampling": sampling, "seed": seed}
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, *, frozen_only: bool = False) -> str:
     """32 hexadecimal digits of a model's config and weights; the name and the folder it came from do not matter.
+
+    `frozen_only`: of the weights that are not trained, and nothing else.
 
     Of every parameter: name, shape, dtype, the sum of all its bytes as 64-bit words (so one changed weight shows), and
     256 words spread over it (so an exchange shows). Read at memory speed. Of an adapter also how strongly it acts.
@@ -102,11 +104,13 @@ def fingerprint(model: nn.Module) -> str:
         ValueError: weights that are not in memory (offloaded to disk).
     """
     state = hashlib.blake2b(digest_size=16)
-    state.update(digest(_config(model)).encode())
-    for place, module in model.named_modules():
+    state.update(digest(None if frozen_only else _config(model)).encode())
+    for place, module in () if frozen_only else model.named_modules():
         if isinstance(getattr(module, "scaling", None), dict):
             state.update(json.dumps([place, module.scaling]).encode())
     for name, parameter in model.named_parameters():
+        if frozen_only and parameter.requires_grad:
+            continue
         with gathered([parameter]), torch.no_grad():
             if parameter.device.type == "meta":
                 raise ValueError(

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ class AtStep(TrainerCallback):
             self.act()
 
 
-def build(folder: Path, *callbacks: TrainerCallback, **values: Any) -> Any:
+def build(folder: Path, *callbacks: TrainerCallback, number: int = 24, backwards: bool = False, **values: Any) -> Any:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    rows = Dataset.from_list(tiny_rows(24))
+    rows = Dataset.from_list(tiny_rows(number)[:: -1 if backwards else 1])
     trainer = trainer_of(folder, rows, callbacks=list(callbacks), **{**VALUES, **values})
     assert trainer.accelerator.num_processes == 2
     return trainer
@@ -131,7 +132,9 @@ def one_rank_has_no_finite_loss(folder: Path, stage: int = 0, **values: Any) -> 
     return outcome(ranks(work, folder))
 
 
-def under_zero(folder: Path, stage: int, bf16: bool) -> list[Any]:
+@contextmanager
+def zero(folder: Path, stage: int) -> Iterator[None]:
+    """Inside, trainers are wired as DeepSpeed ZeRO."""
     saving = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
     plan = {"zero_optimization": {"stage": stage, **saving}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -139,9 +142,82 @@ def under_zero(folder: Path, stage: int, bf16: bool) -> list[Any]:
     path.write_text(json.dumps({**plan, **dict.fromkeys(sizes, "auto")}))
     os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path))
     try:
-        return one_rank_has_no_finite_loss(folder, stage, bf16=bf16)
+        yield
     finally:
         del os.environ["ACCELERATE_USE_DEEPSPEED"], os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+
+
+def under_zero(folder: Path, stage: int, bf16: bool) -> list[Any]:
+    with zero(folder, stage):
+        return one_rank_has_no_finite_loss(folder, stage, bf16=bf16)
+
+
+class Program:
+    """A pickle that runs a program when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.trace}",)
+
+
+def a_foreign_checkpoint(folder: Path, stage: int) -> list[Any]:
+    """A real checkpoint is gone on from, with another learning rate; then one of its states is a program."""
+
+    def work(say: Say) -> None:
+        build(folder / "run", max_steps=4, save_steps=2).train()
+
+    def again(say: Say) -> None:
+        trainer = build(folder / "run", max_steps=4, save_steps=1, learning_rate=1e-3)
+        assert zero_stage(trainer.accelerator) == stage
+        trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+        report(trainer, say)
+
+    with zero(folder, stage):
+        result = [outcome(ranks(work, folder)), outcome(ranks(again, folder))]
+        checkpoint = folder / "run" / "checkpoint-4"
+        (checkpoint / "gkd_state.json").unlink()  # as somebody else's has none that fits
+        for path in sorted(checkpoint.glob("global_step*/*rank_1_*optim_states.pt")):
+            torch.save({"optimizer_state_dict": Program(folder / "it-ran")}, path)
+            result.append(path.name)
+
+        def foreign(say: Say) -> None:
+            build(folder / "run", max_steps=5).train(resume_from_checkpoint=str(checkpoint))
+
+        result.append(outcome(ranks(foreign, folder)))
+    return [*result, (folder / "it-ran").exists()]
+
+
+def one_rank_is_started_otherwise(folder: Path) -> list[Any]:
+    """One after the other in the same two processes: each difference must end all ranks before the first step."""
+
+    def work(say: Say) -> None:
+        second = os.environ["RANK"] == "1"
+        for name, (usual, other) in DIFFERENCES.items():
+            try:
+                build(folder / name, **(other if second else usual)).train()
+                say(f"{name}: nothing")
+            except ValueError as error:
+                say(f"{name}: {error}")
+        try:
+            build(folder / ("b" if second else "a")).train()
+        except ValueError as error:
+            say(f"folders: {error}")
+
+    return outcome(ranks(work, folder))
+
+
+DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lmbda": ({}, {"lmbda": 0.25}),
+    "seed": ({}, {"seed": 6}),
+    "max_steps": ({}, {"max_steps": 4}),
+    "save_steps": ({}, {"save_steps": 3}),
+    "learning_rate": ({}, {"learning_rate": 1e-3}),
+    "rows": ({}, {"number": 20}),
+    "order": ({}, {"backwards": True}),
+    "nothing": ({"max_steps": 1}, {"max_steps": 1}),
+}
 
 
 def one_rank_dies(folder: Path) -> list[Any]:
@@ -162,6 +238,10 @@ SCENES: dict[str, Callable[[Path], list[Any]]] = {
     "skip_zero2_bf16": lambda folder: under_zero(folder, 2, bf16=True),
     "skip_zero3_bf16": lambda folder: under_zero(folder, 3, bf16=True),
     "one_rank_dies": one_rank_dies,
+    "one_rank_is_started_otherwise": one_rank_is_started_otherwise,
+    "foreign_zero1": lambda folder: a_foreign_checkpoint(folder, 1),
+    "foreign_zero2": lambda folder: a_foreign_checkpoint(folder, 2),
+    "foreign_zero3": lambda folder: a_foreign_checkpoint(folder, 3),
 }
 
 if __name__ == "__main__":

@@ -76,6 +76,36 @@ def test_the_others_do_not_wait_for_a_dead_rank(results: dict[str, Any]) -> None
     assert step_of(facts["newest"]) == 2
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_foreign_is_unpickled_under_zero(results: dict[str, Any], stage: int) -> None:
+    """DeepSpeed would load the states with pickle; a real checkpoint passes, and a new learning rate holds."""
+    first, again, name, foreign, ran = results[f"foreign_zero{stage}"]
+    assert [child["code"] for child in first] == [0, 0], first[0]["said"] + first[1]["said"]
+    rates = last_lines(again)[0]["learning_rates"]
+    assert rates[-2:] == pytest.approx([1e-3 * 2 / 4, 1e-3 * 1 / 4])  # linear, steps 3 and 4
+    assert [child["code"] for child in foreign] == [1, 1]
+    for child in foreign:
+        assert "ValueError" in child["said"]
+        assert name in child["said"]
+        assert "it is not loaded" in child["said"]
+    assert not ran
+
+
+def test_ranks_that_were_started_otherwise_do_not_train(results: dict[str, Any]) -> None:
+    children = results["one_rank_is_started_otherwise"]
+    assert [child["code"] for child in children] == [0, 0], children[0]["said"] + children[1]["said"]
+    told = [dict(line.split(": ", 1) for line in child["lines"]) for child in children]
+    assert told[0].keys() == told[1].keys()
+    assert told[0].pop("nothing") == told[1].pop("nothing") == "nothing"
+    for about in told:
+        assert "must be shared by all machines" in about.pop("folders")
+        for name, text in about.items():
+            field = "rows" if name == "order" else name
+            assert text.startswith("ranks 0 and 1 were started with different things ("), text
+            assert f"{field} " in text
+    assert "lmbda 0.5 -> 0.25" in told[0]["lmbda"]
+
+
 def newest_step(folder: Path) -> int:
     found = find(folder)
     return 0 if found is None else step_of(found)
@@ -129,7 +159,7 @@ def rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
 
 def test_a_launched_run_survives_a_killed_rank_and_a_signal(tmp_path: Path) -> None:
     """`accelerate launch`: a rank is killed, the others end and the launcher names it; the same command goes on. A
-    SIGTERM is handed on: the ranks save, and end."""
+    SIGTERM is handed on: the ranks save, and end. The launcher is killed: the ranks end with it."""
     save_tiny(tmp_path / "student", seed=1)
     save_tiny(tmp_path / "teacher", seed=2, hidden=48, layers=3)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(16)))
@@ -151,4 +181,12 @@ def test_a_launched_run_survives_a_killed_rank_and_a_signal(tmp_path: Path) -> N
     assert text.count("stopped by SIGTERM after step") == 1, text[-4000:]
     assert "forcefully exiting" not in text
     assert f"after step {newest_step(tmp_path / 'out')} of" in text
+    assert newest_step(tmp_path / "out") >= reached
+
+    process, reached = after_two_more_steps(tmp_path, tmp_path / "orphans.txt")
+    orphans = [rank_of(process, 0), rank_of(process, 1)]
+    process.kill()  # the launcher, which cannot hand that on
+    process.wait()
+    _, alive = psutil.wait_procs(orphans, timeout=DEAD_RANK_S)
+    assert not alive, "ranks outlive their launcher"
     assert newest_step(tmp_path / "out") >= reached
