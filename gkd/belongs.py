@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -26,18 +27,18 @@ from gkd.rollouts.cached import fingerprint
 # Settings that change neither weights nor what is trained on. All others, also those that are yet to come, are facts.
 _WITHOUT_EFFECT = """
 output_dir logging_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
-resume_from_checkpoint report_to  overwrite_output_dir push_to_hub hub_model_id hub_strategy hub_token
-hub_private_repo hub_always_push hub_revision  logging_first_step log_level log_level_replica log_on_each_node
-disable_tqdm logging_nan_inf_filter  log_completions log_completions_steps num_completions_to_print
-include_num_input_tokens_seen  save_strategy save_total_limit save_only_model save_on_each_node  save_steps
-enable_jit_checkpoint restore_callback_states_from_checkpoint  logging_strategy logging_steps eval_strategy
-eval_steps eval_delay eval_on_start per_device_eval_batch_size  eval_accumulation_steps eval_do_concat_batches
-eval_use_gather_object batch_eval_metrics prediction_loss_only  include_for_metrics load_best_model_at_end
-metric_for_best_model greater_is_better do_train do_eval do_predict  dataloader_num_workers
-dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor  dataset_num_proc
-skip_memory_metrics torch_empty_cache_steps use_cpu local_rank ddp_timeout ddp_backend  deepspeed debug
-full_determinism use_cache  teacher_cache_dir teacher_scores_dir rollout_server_url teacher_server_url
-rollout_adapter_dir  rollout_server_timeout loss_chunk_size rollout_batch_size max_nonfinite_steps server_proxy
+resume_from_checkpoint report_to overwrite_output_dir push_to_hub hub_model_id hub_strategy hub_token
+hub_private_repo hub_always_push hub_revision logging_first_step log_level log_level_replica log_on_each_node
+disable_tqdm logging_nan_inf_filter log_completions log_completions_steps num_completions_to_print
+include_num_input_tokens_seen save_strategy save_total_limit save_only_model save_on_each_node save_steps
+enable_jit_checkpoint restore_callback_states_from_checkpoint logging_strategy logging_steps eval_strategy
+eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches
+eval_use_gather_object batch_eval_metrics prediction_loss_only include_for_metrics load_best_model_at_end
+metric_for_best_model greater_is_better do_train do_eval do_predict dataloader_num_workers
+dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataset_num_proc
+skip_memory_metrics torch_empty_cache_steps use_cpu local_rank ddp_timeout ddp_backend deepspeed debug
+full_determinism use_cache teacher_cache_dir teacher_scores_dir rollout_server_url teacher_server_url
+rollout_adapter_dir rollout_server_timeout loss_chunk_size rollout_batch_size max_nonfinite_steps server_proxy
 """
 _NO_FACTS = frozenset(_WITHOUT_EFFECT.split())
 # Those of them that all ranks must agree on all the same: they say when ranks meet.
@@ -92,28 +93,22 @@ def rows_of(dataset: Any) -> str | None:
         return None
     if not isinstance(dataset, Dataset):
         return f"{len(dataset)} rows"
-    columns = [
-        name for name in ("input_ids", "prompt_length", "labels", "teacher", "row") if name in dataset.column_names
-    ]
+    columns = sorted(dataset.column_names)
     value = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
         for name in columns:
             column = table[name].combine_chunks()
-            while (
-                hasattr(column, "flatten") and hasattr(column.type, "value_type") and hasattr(column, "value_lengths")
-            ):
-                value = zlib.crc32(
-                    np.asarray(column.value_lengths().to_numpy(zero_copy_only=False), np.int64).tobytes(), value
-                )
+            while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                value = zlib.crc32(_bytes(column.value_lengths().fill_null(-1)), value)
                 column = column.flatten()
-            value = zlib.crc32(_bytes(column.to_numpy(zero_copy_only=False)), value)
+            value = zlib.crc32(_bytes(column), value)
     return f"{len(dataset):,} rows, checksum {value:08x}"
 
 
-def _bytes(values: Any) -> bytes:
-    if values.dtype.kind in "iub":
-        return bytes(values.astype(np.int64).tobytes())
-    return "\0".join(map(str, values)).encode()
+def _bytes(column: pa.Array) -> bytes:
+    if pa.types.is_integer(column.type) and column.null_count == 0:
+        return bytes(column.to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+    return repr(column.to_pylist()).encode()
 
 
 def weights_of(model: nn.Module, *, frozen_only: bool = False) -> str | None:
