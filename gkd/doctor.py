@@ -24,6 +24,7 @@ from gkd.evaluate_recipe import measuring_trainer
 from gkd.evaluate_teacher import teacher_of
 from gkd.loading import load_tokenizer, vocabulary_rows
 from gkd.measures import Measures
+from gkd.preparation import encoding_options
 from gkd.recipe import CODE_ERRORS, Recipe, mistake
 from gkd.settings import Settings, recipe_data, student_name
 from gkd.setup_checks import resolve_tokenizer
@@ -59,11 +60,17 @@ def examine(recipe: Recipe) -> Diagnosis:
     data = _attempt(out, "Data", lambda: recipe_data(recipe.load_data, settings))
     if data is None or tokenizers is None:
         return out
-    prepared = _attempt(out, "Rows", lambda: examine_rows(out, data["train"], tokenizers[0], settings.training))
+    prepared = _attempt(out, "Rows", lambda: _rows(out, settings, data["train"], tokenizers[0]))
     if prepared is None or not out.passed:
         return out
     _attempt(out, "Models", lambda: _models(out, settings, data, prepared))
     return out
+
+
+def _rows(out: Diagnosis, settings: Settings, train: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
+    encoding = encoding_options(student_name(settings), tokenizer, settings.training, source, write=False)
+    return examine_rows(out, train, tokenizer, settings.training, encoding)
 
 
 def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gkd.batch import IGNORE
 from gkd.config import GKDConfig
@@ -20,8 +20,11 @@ _LOOKED_AT = 10_000  # rows whose format and last token are looked at
 _MANY = 0.01  # a share of dropped rows that calls for a warning
 
 
-def examine_rows(out: Diagnosis, train: Dataset, tokenizer: PreTrainedTokenizerBase, args: GKDConfig) -> Dataset:
-    """The train rows as the trainer will prepare them; findings go to `out`.
+def examine_rows(
+    out: Diagnosis, train: Dataset, tokenizer: PreTrainedTokenizerBase, args: GKDConfig, encoding: dict[str, Any]
+) -> Dataset:
+    """The train rows as the trainer will prepare them; findings go to `out`. `encoding`: of
+    `gkd.preparation.encoding_options`.
 
     Raises:
         ValueError: what `gkd.data.prepare_dataset` refuses.
@@ -37,8 +40,9 @@ def examine_rows(out: Diagnosis, train: Dataset, tokenizer: PreTrainedTokenizerB
         prompt_only_ok=not args.reads_answers,
         prompts_needed=args.student_writes or args.teacher_writes,
         num_proc=args.dataset_num_proc,
+        **encoding,
     )
-    stops = stop_token_ids(tokenizer, None)
+    stops = stop_token_ids(tokenizer, GenerationConfig(eos_token_id=list(encoding["stop_ids"])))
     _formats(out, train, bool(tokenizer.chat_template))
     _counts(out, report)
     _stops(out, prepared, report, stops)

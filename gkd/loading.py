@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 from trl.trainer.utils import create_model_from_path
 
@@ -121,6 +121,26 @@ def check_causal(model: Any, role: str) -> None:
         raise ValueError(
             f"the {role} ({kind}) cannot generate text: load it as a causal language model (AutoModelForCausalLM)"
         )
+
+
+def generation_config_of(model: Any, options: dict[str, Any] | None = None) -> GenerationConfig | None:
+    """The generation config of a model, or that of the model which a name stands for; None where there is none.
+
+    Args:
+        model: in memory, or its name.
+        options: that it is loaded with; `revision` and `trust_remote_code` count.
+    """
+    if not isinstance(model, str):
+        return getattr(model, "generation_config", None)
+    chosen = {name: value for name, value in (options or {}).items() if name in ("revision", "trust_remote_code")}
+    try:
+        return GenerationConfig.from_pretrained(model, revision=chosen.get("revision"))
+    except OSError:  # no such file: transformers makes one of the model's config
+        pass
+    try:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, **chosen))
+    except (OSError, ValueError, KeyError):
+        return None  # whoever loads the model says what is wrong
 
 
 def vocabulary_rows(

@@ -27,8 +27,8 @@ from gkd.batch import IGNORE, prompt_of
 from gkd.card_info import Repo
 from gkd.dataset_folder import check_folder, push_folder, write_folder
 from gkd.environment import installed_versions
-from gkd.loading import vocabulary_rows
-from gkd.preparation import hygiene, keep_completions, make_rollout, prepare_rows
+from gkd.loading import generation_config_of, vocabulary_rows
+from gkd.preparation import encoding_options, hygiene, keep_completions, make_rollout, prepare_rows
 from gkd.recipe import Recipe
 from gkd.redact import redact_command
 from gkd.rollouts.cached import CachedRollout
@@ -126,7 +126,8 @@ def prepare(recipe: Recipe) -> Work:
     tokenizer = checks.resolve_tokenizer(None, student, args, settings.model.model_revision)
     data = recipe_data(recipe.load_data, settings)
     asked = data.get("eval") if args.eval_strategy != "no" else None
-    rows, asked, _ = prepare_rows(data["train"], asked, tokenizer, args, None, None)
+    encoding = encoding_options(student, tokenizer, args, source)
+    rows, asked, _ = prepare_rows(data["train"], asked, tokenizer, args, None, None, encoding)
     assert rows is not None
     teacher = checks.resolve_teacher(student, None, args)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
@@ -139,7 +140,7 @@ def prepare(recipe: Recipe) -> Work:
         size = int(teacher.config.get_text_config().vocab_size)
     shared = shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
     stop_ids = {
-        "student": stop_token_ids(tokenizer, None),
+        "student": stop_token_ids(tokenizer, generation_config_of(student, source)),
         "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
     }
     check_ids_in_use({"train": rows}, stop_ids["student"], tokenizer, {"student": own, "teacher": size}, shared)

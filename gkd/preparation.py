@@ -17,12 +17,30 @@ from gkd.config import GKDConfig
 from gkd.data import PaddingCollator, prepare_dataset
 from gkd.environment import installed_versions
 from gkd.fused import LossSettings
-from gkd.loading import model_name, revision_of
+from gkd.loading import generation_config_of, model_name, revision_of
 from gkd.rollouts import ROLLOUTS, SamplingSettings
 from gkd.rollouts.cached import CachedRollout, SampledRollout, fingerprint, key_of
 from gkd.sequence_store import open_store
 from gkd.servers import Server, make_server_rollout
+from gkd.template_day import template_day
+from gkd.vocab import configured_stop_ids
 from gkd.window import Hygiene
+
+
+def encoding_options(
+    model: Any, tokenizer: PreTrainedTokenizerBase, args: GKDConfig, options: Any = None, write: bool = True
+) -> dict[str, Any]:
+    """What `prepare_dataset` needs to know of the student and of the day.
+
+    Args:
+        model: the student, or its name.
+        options: that it is loaded with.
+        write: whether the day may be kept for later runs.
+    """
+    config = generation_config_of(model, options if isinstance(options, dict) else None)
+    with args.main_process_first(desc="reading the day of the chat template"):
+        today = template_day(args, tokenizer, write)
+    return {"stop_ids": configured_stop_ids(config), "today": today}
 
 
 def prepare_rows(
@@ -32,8 +50,11 @@ def prepare_rows(
     args: GKDConfig,
     formatting_func: Callable[..., Any] | None,
     data_collator: Any,
+    encoding: dict[str, Any],
 ) -> tuple[Dataset | None, Any, Any]:
     """Tokenize the data sets and make their collator. With a foreign collator the data sets pass as they are.
+
+    `encoding` is what `encoding_options` gives.
 
     Raises:
         ValueError: rows that cannot be used; see `gkd.data.prepare_dataset`.
@@ -55,6 +76,7 @@ def prepare_rows(
         "num_proc": args.dataset_num_proc,
         "formatting_func": formatting_func,
         "teachers": args.teacher_names,
+        **encoding,
     }
     if train_dataset is not None:
         with args.main_process_first(desc="preparing the train data set"):  # the others read its cache

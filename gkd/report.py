@@ -174,6 +174,7 @@ def _prepared(rows: Dataset, trainer: GKDTrainer, name: str, max_length: int | N
         prompt_only_ok=True,
         prompts_needed=max_length is None,  # an answer's perplexity needs none
         name=name,
+        **trainer.encoding,
     )
     return prepared
 

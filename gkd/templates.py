@@ -7,6 +7,8 @@ ids, and everything that was kept for its prompt is lost. `today` pins the date.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 STUMBLES = (jinja2.TemplateError, TypeError)  # what a template raises over a chat that it cannot write
 _MARKER = "MarkOfTheAnswer"
+_CALL = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
 
 
 class ChatTemplate:
@@ -29,7 +32,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.source = str(tokenizer.chat_template)
-        self._pinned = {"strftime_now": datetime.fromisoformat(today).strftime} if today else {}
+        self._day = datetime.fromisoformat(today) if today else None
         self._parts = False
         self._parts = not self._writes_text() and self._writes_parts()
 
@@ -46,8 +49,14 @@ class ChatTemplate:
             one of STUMBLES: the template cannot write this chat.
         """
         chat = [self._message(message) for message in messages]
+        source = self.tokenizer.get_chat_template(None, tools)
         text = self.tokenizer.apply_chat_template(
-            chat, tools=tools, add_generation_prompt=generate, tokenize=False, **self._pinned, **(options or {})
+            chat,
+            tools=tools,
+            chat_template=source if self._day is None else dated(source, self._day),
+            add_generation_prompt=generate,
+            tokenize=False,
+            **(options or {}),
         )
         return str(text)
 
@@ -66,6 +75,11 @@ class ChatTemplate:
     def _writes_parts(self) -> bool:
         self._parts = True
         return self._writes_text()
+
+
+def dated(source: str, day: datetime) -> str:
+    """A template with this day in the place of the clock's. (transformers lets no function into a template.)"""
+    return _CALL.sub(lambda call: json.dumps(day.strftime(call[2])), source)
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

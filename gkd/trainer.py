@@ -36,7 +36,7 @@ from gkd.hub import HubMixin
 from gkd.launch_checks import check_launch, check_wiring
 from gkd.lengths import check_lengths
 from gkd.metrics import Ledger, Meter
-from gkd.preparation import hygiene, loss_settings, make_rollout, prepare_rows
+from gkd.preparation import encoding_options, hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.quantized import keep_layout
 from gkd.rollouts.routed import routed
 from gkd.servers import connect
@@ -110,8 +110,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         teacher = checks.resolve_teacher(model, teacher_model, args)
         tokenizer = checks.resolve_tokenizer(processing_class, model, args)
         self._formatting_func = formatting_func
+        self.encoding = encoding_options(model, tokenizer, args, args.model_init_kwargs)
         train_dataset, eval_dataset, collator = prepare_rows(
-            train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator
+            train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator, self.encoding
         )
         args.remove_unused_columns = False  # the collator needs prompt_length and row
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}

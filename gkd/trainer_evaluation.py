@@ -23,6 +23,7 @@ class EvaluationMixin:
     processing_class: Any
     data_collator: Any
     _formatting_func: Any
+    encoding: dict[str, Any]
     _flush: Any
     _eval_sums: Tensor
 
@@ -56,7 +57,6 @@ class EvaluationMixin:
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """As in `transformers.Trainer`; raw rows are prepared first."""
         if isinstance(eval_dataset, Dataset) and "input_ids" not in eval_dataset.column_names:
-            _, eval_dataset, _ = prepare_rows(
-                None, eval_dataset, self.processing_class, self.args, self._formatting_func, self.data_collator
-            )
+            given = (self.processing_class, self.args, self._formatting_func, self.data_collator, self.encoding)
+            _, eval_dataset, _ = prepare_rows(None, eval_dataset, *given)
         return super().evaluate(eval_dataset=eval_dataset, **kwargs)  # type: ignore[misc]

@@ -66,6 +66,7 @@ LEVELS = {
         "placement",
         "quantized",
         "tokenizer_options",
+        "template_day",
     }
     | {
         "lengths",

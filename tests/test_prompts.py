@@ -1,5 +1,6 @@
 """The prompt of a rollout is the prompt that the model is served with, wherever something is written."""
 
+import datetime
 import json
 
 import pytest
@@ -7,13 +8,18 @@ from datasets import Dataset, load_dataset
 from test_trainer import Remember
 from tiny import CHATML, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import config
+from transformers import GenerationConfig
 
+import gkd.template_day
 from gkd import GKDTrainer
 from gkd.cli import main
 from gkd.lengths import check_lengths
+from gkd.loading import generation_config_of
 from gkd.rollouts import HFRollout
 from gkd.run import run
 from gkd.teachers import LocalTeacher
+from gkd.template_day import template_day
+from gkd.vocab import configured_stop_ids
 
 # A thinking model's template: it is served "<think>\n" to go on from, and leaves the thoughts of an answer out.
 THINKING = CHATML.replace("(message['content'] or '')", "message['content'].split('</think>')[-1]").replace(
@@ -114,3 +120,113 @@ def test_beforehand_and_in_the_table_prompts_are_the_served_ones(tmp_path, asked
     flags[flags.index("--evaluate_before_and_after") + 1] = "true"
     run(argv=[*flags, "--output_dir", str(tmp_path / "other"), "--max_steps", "1"])
     assert {tuple(prompt) for prompt in prompts} == {tuple(prompt) for prompt in expected}
+
+
+# ------------------------------------------------------------------------------------------ the model's stop tokens
+
+# A call ends with a token of its own, as in Llama-3.1 and gpt-oss; the tokenizer's eos is another.
+CALLING = CHATML.replace("'<|im_end|>\n'", "('<|endoftext|>' if message.tool_calls else '<|im_end|>\n')").replace(
+    "(message['content'] or '')",
+    "(message['content'] or '') + (message.tool_calls | tojson if message.tool_calls else '')",
+)
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "owls"}}}
+CALLS = [
+    {"messages": [tiny_rows(1)[0]["messages"][0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
+] * 4
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_no_second_stop_token_stands_behind_one_of_the_models_own(tmp_path, by_name):
+    """The generation config lists both; only there does it say that <|endoftext|> ends an answer."""
+    tokenizer, student = tiny_tokenizer(chat_template=CALLING), tiny_model(seed=1)
+    student.generation_config = GenerationConfig(eos_token_id=[258, 256])
+    if by_name:
+        student.save_pretrained(tmp_path / "student")
+        tokenizer.save_pretrained(tmp_path / "student")
+    trainer = GKDTrainer(
+        model=str(tmp_path / "student") if by_name else student,
+        teacher_model=tiny_model(hidden=48, layers=3, seed=2),
+        args=config(tmp_path),
+        train_dataset=Dataset.from_list(CALLS),
+        processing_class=tokenizer,
+    )
+    for row in trainer.train_dataset:
+        targets = [label for label in row["labels"] if label != -100]
+        assert targets[-1] == 256
+        assert 258 not in targets
+    assert trainer.stop_ids["student"] == (256, 258)
+
+
+def test_the_stop_tokens_of_a_name_are_those_that_the_model_would_have(tmp_path):
+    model = tiny_model(seed=1)
+    model.generation_config = GenerationConfig(eos_token_id=[258, 256])
+    model.save_pretrained(tmp_path)
+    assert configured_stop_ids(generation_config_of(str(tmp_path))) == (256, 258)
+    (tmp_path / "generation_config.json").unlink()
+    assert configured_stop_ids(generation_config_of(str(tmp_path))) == (model.config.eos_token_id,)
+    assert generation_config_of(str(tmp_path / "nothing")) is None
+
+
+# -------------------------------------------------------------------------------------------------- today's date
+
+DATED = "{{ '<|im_start|>system\nIt is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+
+
+class Day(datetime.date):
+    """A calendar that tests turn."""
+
+    now = datetime.date(2026, 3, 1)
+
+    @classmethod
+    def today(cls):
+        return cls.now
+
+
+@pytest.fixture
+def calendar(monkeypatch):
+    monkeypatch.setattr(gkd.template_day, "date", Day)
+    monkeypatch.setattr(Day, "now", datetime.date(2026, 3, 1))
+    return Day
+
+
+def test_what_the_teacher_has_answered_is_found_again_on_the_next_day(tmp_path, asked, calendar, caplog):
+    prompts, _ = asked
+    asked_for = []
+    for day in (1, 1, 2):
+        calendar.now = datetime.date(2026, 3, day)
+        trainer = GKDTrainer(
+            model=tiny_model(seed=1),
+            teacher_model=tiny_model(hidden=48, layers=3, seed=2),
+            args=config(tmp_path, lmbda=0.0, seq_kd=True, max_steps=4),
+            train_dataset=Dataset.from_list(tiny_rows(16)),
+            processing_class=tiny_tokenizer(chat_template=DATED),
+        )
+        trainer.train()
+        asked_for.append(len(prompts))
+        assert "It is 01 Mar 2026" in tiny_tokenizer().decode(trainer.train_dataset[0]["input_ids"])
+        assert "strftime_now" in caplog.text
+        assert "2026-03-01" in caplog.text
+    assert asked_for == [16, 16, 16]
+
+
+def test_the_day_is_todays_where_nothing_is_kept(tmp_path, calendar, caplog):
+    tokenizer = tiny_tokenizer(chat_template=DATED)
+    for day in (1, 2):
+        calendar.now = datetime.date(2026, 3, day)
+        assert template_day(config(tmp_path), tokenizer) == f"2026-03-0{day}"
+    assert "date_string" in caplog.text
+    scores = config(tmp_path, teacher_scores_dir=str(tmp_path / "scores"))
+    assert template_day(scores, tokenizer, write=False) == "2026-03-02"
+    assert not (tmp_path / "scores").exists()
+    assert template_day(scores, tokenizer) == "2026-03-02"
+    calendar.now = datetime.date(2026, 3, 3)
+    assert template_day(scores, tokenizer) == "2026-03-02"
+    (tmp_path / "scores" / "chat_template_day.txt").write_text("yesterday")
+    with pytest.raises(ValueError, match=r"chat_template_day\.txt should hold a day as YYYY-MM-DD, holds 'yesterday'"):
+        template_day(scores, tokenizer)
+    unknown = tiny_tokenizer(chat_template=DATED.replace("strftime_now('%d %b %Y')", "strftime_now('%d ' ~ '%b')"))
+    assert template_day(scores, unknown) is None
+    assert "not found again" in caplog.text
+    caplog.clear()
+    assert template_day(scores, tiny_tokenizer()) is None
+    assert not caplog.records
