@@ -187,6 +187,9 @@ class GKDConfig(SFTConfig):
     )
     overlong_prompt: str = _field("drop", "A prompt over max_prompt_length: drop, keep_start or keep_end.")
     overlong_row: str = _field("cut", "A data row over max_length: cut (the end of the answer) or drop.")
+    unanswered_rows: str = _field(
+        "cut", "Where answers are needed: cut a chat that ends with a question behind its last answer, or drop it."
+    )
     assistant_turns: str = _field("last", "Train on the last assistant turn, or on all of them (data rows).")
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from gkd.source import MIXINGS
 _OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
 _OVERLONG_ROW = ("cut", "drop")
 _TURNS = ("last", "all")
+_UNANSWERED = ("cut", "drop")
 _REDUCTIONS = ("token", "sequence")
 _SEQ_KD_LOSSES = ("divergence", "nll")
 _TAILS = ("bucket", "renormalize")
@@ -130,6 +131,7 @@ def _check_choices(config: Any) -> None:
         "rollout_backend": ROLLOUT_BACKENDS,
         "overlong_prompt": _OVERLONG_PROMPT,
         "overlong_row": _OVERLONG_ROW,
+        "unanswered_rows": _UNANSWERED,
         "assistant_turns": _TURNS,
     }
     for name, known in choices.items():

@@ -8,51 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
 import torch
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
+from datasets import Dataset, Features, Sequence, Value
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gkd import batch as batches
 from gkd._version import __version__
+from gkd.data_kinds import Transform, as_stored, check_kind, transformed
+from gkd.data_report import DROPPED, OF_THE_ANSWER, UNREAD, DataReport, read_notes, row_numbers
 from gkd.encode import Encoded, Limits, RowEncoder
 from gkd.files import read_rows
-from gkd.rows import Place, Row, TextRow, canonical_row
+from gkd.row_values import without_arrow_nulls
+from gkd.rows import ChatRow, Place, Row, TextRow, canonical_row
+from gkd.unread import refuse_other_than_text, unread
 
-__all__ = ["DataReport", "PaddingCollator", "prepare_dataset", "read_rows"]
+__all__ = ["DataReport", "PaddingCollator", "check_kind", "prepare_dataset", "read_rows"]
 
 logger = logging.getLogger(__name__)
 
-DROPPED = {
-    "prompt_too_long": "dropped: the prompt is longer than max_prompt_length={max_prompt_length}",
-    "row_too_long": "dropped: the row is longer than max_length={max_length}",
-    "no_room": "dropped: the prompt alone fills max_length={max_length}",
-    "empty_answer": "dropped: the answer is empty",
-    "untrained": "dropped: flags say that no answer of it is to be trained on",
-}
-NOTES = {
-    "prompt_cut": "cut: the prompt was longer than max_prompt_length={max_prompt_length} ({overlong_prompt})",
-    "row_cut": "cut: the end of the answer, the row was longer than max_length={max_length}",
-    "prompt_not_prefix": "note: the prompt is not a prefix of the row, whose targets begin where the two part",
-    "turn_not_found": "note: an earlier assistant turn is not trained on, the chat template does not show where it is",
-    "prompt_repeated": "note: the completion repeats the prompt, which was left out of it",
-    "prompt_twice": "note: the completion begins with the prompt, which stands in the row twice",
-    "flag_not_honoured": "note: flagged as to be trained on, but not trained on: a turn of a user, or in `prompt`",
-    "eos_appended": "note: the chat template does not end answers with a stop token; one was appended",
-    "tools_left_out": "note: the chat template leaves out: tools",
-    "calls_left_out": "note: the chat template leaves out: tool_calls",
-    "thought_left_out": "note: the chat template leaves out: the answer's reasoning_content or thinking",
-    "content_left_out": "note: the chat template leaves out: the content of a turn",
-    "options_left_out": "note: the chat template does not know: something in chat_template_kwargs",
-    "answer_shortened": "note: the chat template leaves out a part of the answer, which is not trained on (a thought? "
-    "Give it as reasoning_content, or take another template with chat_template_path)",
-    "empty_thought": "note: the chat template puts an empty thought before the answer, which is trained on (give "
-    "chat_template_kwargs {{'enable_thinking': false}} if it knows that)",
-}
 # What tokenizers and chat templates raise over a single row; our own ValueErrors name it already.
 _STUMBLES = (
     jinja2.TemplateError,
@@ -63,51 +41,6 @@ _STUMBLES = (
     TypeError,
     UnicodeError,
 )
-_NAMED = 10  # row numbers named per line of a report
-
-
-@dataclass
-class DataReport:
-    """What became of a data set's rows. `rows_with` maps each key of DROPPED and NOTES to row numbers (all of them);
-    token counts are of the kept rows."""
-
-    name: str
-    limits: Limits
-    rows: int = 0
-    kept: int = 0
-    prompt_only: int = 0
-    prompt_tokens: int = 0
-    target_tokens: int = 0
-    longest_prompt: int = 0
-    longest_row: int = 0
-    rows_with: dict[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def dropped(self) -> int:
-        return self.rows - self.kept
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.name} data set: {self.kept:,} of {self.rows:,} rows kept"
-            + (f", {self.prompt_only:,} of them prompts only" if self.prompt_only else ""),
-            f"  {self.target_tokens:,} target tokens, {self.prompt_tokens:,} prompt tokens; longest prompt "
-            f"{self.longest_prompt:,}, longest row {self.longest_row:,}",
-        ]
-        return "\n".join(lines + [f"  {line}" for line in self.remarks()])
-
-    def remarks(self) -> list[str]:
-        """One line per reason, with the number of rows and the first of their row numbers."""
-        return [
-            f"{len(rows):,} {text.format(**vars(self.limits))}: {_row_numbers(rows)}"
-            for key, text in {**DROPPED, **NOTES}.items()
-            if (rows := self.rows_with.get(key))
-        ]
-
-
-def _row_numbers(rows: list[int]) -> str:
-    more = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:_NAMED]))}{more}"
-
 
 _COLUMNS = Features(
     {
@@ -124,6 +57,25 @@ _COLUMNS = Features(
 )
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What `_encode_batch` needs beside the tokenizer; see `prepare_dataset`."""
+
+    name: str
+    limits: Limits
+    assistant_turns: str = "last"
+    unanswered_rows: str = "cut"
+    prompt_only_ok: bool = False
+    prompts_needed: bool = True
+    formatting_func: Callable[[dict[str, Any]], Any] | None = None
+    teachers: tuple[str, ...] = ()
+    features: Features | None = None  # of the data set as it is stored; None: not known
+    transform: Transform | None = None
+    stop_ids: tuple[int, ...] = ()
+    today: str | None = None
+    version: str = __version__  # only there for the key of `datasets.map`'s cache: another one may tokenize otherwise
+
+
 def prepare_dataset(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,6 +85,7 @@ def prepare_dataset(
     overlong_prompt: str = "drop",
     overlong_row: str = "cut",
     assistant_turns: str = "last",
+    unanswered_rows: str = "cut",
     prompt_only_ok: bool = False,
     prompts_needed: bool = True,
     name: str = "train",
@@ -145,7 +98,7 @@ def prepare_dataset(
     """Tokenizes a data set once, before training.
 
     Args:
-        dataset: rows of any format of `gkd.rows`.
+        dataset: rows of any format of `gkd.rows`. A format of `set_format` shows columns, a transform is applied once.
         max_length: most tokens of a data row, prompt and answer together; None = no limit. Rows without an answer are
             only held to `max_prompt_length`.
         max_prompt_length: most tokens of a prompt; None = no limit.
@@ -153,7 +106,10 @@ def prepare_dataset(
             end ("keep_end": the question and the generation prompt survive, and so does a BOS).
         overlong_row: "cut" the end of the answer, or "drop" the row.
         assistant_turns: targets of a data row: its "last" assistant turn, or "all" of them.
-        prompt_only_ok: rows without an answer are welcome, since no completion is taken from the data.
+        unanswered_rows: where answers are needed, "cut" a chat that ends with a question behind its last answer, or
+            "drop" rows that end without one.
+        prompt_only_ok: rows without an answer are welcome, since no completion is taken from the data; and one whose
+            answer cannot be used (empty, too long, flagged) is a prompt.
         prompts_needed: completions will be generated, so a row needs a prompt. False (lmbda=0 without seq_kd) also
             admits running text: a `text` column, all of it target.
         name: what messages call this data set.
@@ -174,98 +130,73 @@ def prepare_dataset(
             an answer or a prompt where one is needed, or of no known teacher; no row left.
     """
     check_kind(dataset, name)
+    if unanswered_rows not in ("cut", "drop"):
+        raise ValueError(f"unanswered_rows={unanswered_rows!r} is unknown: use 'cut' or 'drop'")
     limits = Limits(max_length, max_prompt_length, overlong_prompt, overlong_row)
-    encoded = dataset.map(
+    plain, transform = as_stored(dataset)
+    preparation = Preparation(
+        name=name,
+        limits=limits,
+        assistant_turns=assistant_turns,
+        unanswered_rows=unanswered_rows,
+        prompt_only_ok=prompt_only_ok,
+        prompts_needed=prompts_needed,
+        formatting_func=formatting_func,
+        teachers=tuple(teachers),
+        features=None if transform else plain.features,
+        transform=transform,
+        stop_ids=tuple(sorted(stop_ids)),
+        today=today,
+    )
+    encoded = plain.map(
         _encode_batch,
         batched=True,
         with_indices=True,
-        remove_columns=dataset.column_names,
+        remove_columns=plain.column_names,
         features=Features({**_COLUMNS, "teacher": Value("int64")}) if teachers else _COLUMNS,
         num_proc=num_proc,
         desc=f"Tokenizing {name} data set",
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "assistant_turns": assistant_turns,
-            "limits": limits,
-            "name": name,
-            "prompts_needed": prompts_needed,
-            "formatting_func": formatting_func,
-            "teachers": list(teachers),
-            "stop_ids": sorted(stop_ids),
-            "today": today,
-            "version": __version__,
-        },
+        fn_kwargs={"tokenizer": tokenizer, "preparation": preparation},
     )
-    kept, prompt_only, report = _read_notes(encoded, DataReport(name, limits, rows=len(dataset)))
-    logger.log(logging.WARNING if report.rows_with else logging.INFO, "%s", report)
+    kept, prompt_only, report = read_notes(encoded, DataReport(name, limits, rows=len(dataset)))
+    logger.log(logging.WARNING if report.remarks() else logging.INFO, "%s", report)
     if not kept:
         raise ValueError(f"no usable row is left.\n{report}")
     if prompt_only and not prompt_only_ok:
-        raise ValueError(
-            f"{len(prompt_only):,} of the {len(dataset):,} rows of the {name} data set have a prompt but no answer "
-            f"({_row_numbers(prompt_only)}). Set lmbda=1 or seq_kd=True, so that every completion is generated, or "
-            f"give these rows an answer (`completion`, or a last assistant turn); evaluation always needs answers"
-        )
+        raise ValueError(_without_answers(prompt_only, plain, name, generates=prompts_needed or name == "train"))
     if report.dropped:
         encoded = encoded.select(kept)
     return encoded.remove_columns(["notes", "targets", "length", "served"]), report
 
 
-def check_kind(dataset: Any, name: str) -> None:
-    """Refuse what is no data set with rows of known number.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict, dict)):
-        raise ValueError(f"the {name} data set is a dict of splits ({', '.join(dataset)}): pass one of them")
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            f"the {name} data set is streamed, but its rows must be counted and numbered before training: load it "
-            f"without streaming, or take rows of it, Dataset.from_list(list(stream.take(n)))"
+def _without_answers(rows: list[int], dataset: Dataset, name: str, generates: bool) -> str:
+    answer = "`completion`, or a last assistant turn"
+    if "input_ids" in dataset.column_names:
+        answer = "`labels` with the id of each trained token, or a `completion_mask`, beside `input_ids`"
+    found = f"{len(rows):,} of the {len(dataset):,} rows of the {name} data set have a prompt but no answer"
+    if not generates:  # an evaluation
+        return (
+            f"{found} ({row_numbers(rows)}). eval_loss is measured on the data's own answers, whatever lmbda and "
+            f"seq_kd are: give these rows one ({answer}), set unanswered_rows=drop, or leave the eval data set out"
         )
-    if not isinstance(dataset, Dataset):
-        kind = type(dataset).__name__
-        raise ValueError(f"the {name} data set should be a datasets.Dataset, got {kind}: use Dataset.from_list(rows)")
-    if len(dataset) == 0:
-        raise ValueError(f"the {name} data set is empty: it has no rows")
+    return (
+        f"{found} ({row_numbers(rows)}). Set lmbda=1 or seq_kd=True, so that every completion is generated, give "
+        f"these rows an answer ({answer}), or set unanswered_rows=drop; evaluation always needs answers"
+    )
 
 
 def _encode_batch(
-    columns: Mapping[str, list[Any]],
-    numbers: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    assistant_turns: str,
-    limits: Limits,
-    name: str,
-    prompts_needed: bool,
-    formatting_func: Callable[[dict[str, Any]], Any] | None,
-    teachers: list[str],
-    stop_ids: list[int],
-    today: str | None,
-    version: str,  # only there for the key of the cache of datasets.map: another version may tokenize otherwise
+    columns: dict[str, list[Any]], numbers: list[int], tokenizer: PreTrainedTokenizerBase, preparation: Preparation
 ) -> dict[str, list[Any]]:
-    encoder = RowEncoder(tokenizer, assistant_turns, stop_ids, today)
+    encoder = RowEncoder(tokenizer, preparation.assistant_turns, preparation.stop_ids, preparation.today)
+    batch = transformed(columns, preparation.transform, preparation.name)
     rows, teacher_numbers = [], []
     for i, number in enumerate(numbers):
-        place = Place(name, number)
-        raw: Mapping[str, Any] = {column: values[i] for column, values in columns.items()}
-        if teachers:
-            teacher_numbers.append(_teacher_number(raw.get("teacher"), teachers, place))
-        if formatting_func is not None:
-            raw = _formatted(formatting_func(dict(raw)), place)
-        row = canonical_row(raw, place, bool(tokenizer.chat_template))
-        if prompts_needed and isinstance(row, TextRow) and not row.prompt:
-            place.bad(
-                "text",
-                "running text has no prompt to continue: give rows a `prompt` and a `completion` (a formatting_func "
-                "may return such a row, as a dict), or train on the data only with lmbda=0",
-            )
-        encoded = _encoded(encoder, row, place)
-        if prompts_needed and encoded.prompt_length == 0:
-            place.bad("input_ids", "has no prompt: its first id is a target already")
-        encoded = replace(encoded, notes=(*getattr(row, "notes", ()), *encoded.notes))
-        rows.append(encoded if "empty_answer" in encoded.notes else limits.fit(encoded, tokenizer.bos_token_id))
+        place = Place(preparation.name, number)
+        raw = {column: values[i] for column, values in batch.items()}
+        if preparation.teachers:
+            teacher_numbers.append(_teacher_number(raw.get("teacher"), preparation.teachers, place))
+        rows.append(prepared_row(raw, place, encoder, preparation))
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
@@ -276,11 +207,51 @@ def _encode_batch(
         "targets": [sum(label != batches.IGNORE for label in row.labels[1:]) for row in rows],
         "length": [len(row.input_ids) for row in rows],
         "served": [len(row.prompt) for row in rows],
-        **({"teacher": teacher_numbers} if teachers else {}),
+        **({"teacher": teacher_numbers} if preparation.teachers else {}),
     }
 
 
-def _teacher_number(name: Any, teachers: list[str], place: Place) -> int:
+def prepared_row(raw: Mapping[str, Any], place: Place, encoder: RowEncoder, preparation: Preparation) -> Encoded:
+    """One row in ids, within the limits, with notes of all that became of it."""
+    template = encoder.tokenizer.chat_template
+    exact: Collection[str] = ()
+    if preparation.formatting_func is not None:
+        raw = _formatted(preparation.formatting_func(dict(raw)), place)
+    elif preparation.features is not None:
+        raw = {column: without_arrow_nulls(value, preparation.features[column]) for column, value in raw.items()}
+        exact = raw.keys()
+    refuse_other_than_text(raw, place)
+    row = canonical_row(raw, place, bool(template), exact)
+    honoured = ("teacher",) if preparation.teachers else ()
+    ignored = [UNREAD + name for name in unread(raw, row, str(template or ""), honoured)]
+    if preparation.prompts_needed and isinstance(row, TextRow) and not row.prompt:
+        place.bad(
+            "text",
+            "running text has no prompt to continue: give rows a `prompt` and a `completion` (a formatting_func "
+            "may return such a row, as a dict), or train on the data only with lmbda=0",
+        )
+    if isinstance(row, ChatRow) and not preparation.prompt_only_ok and preparation.unanswered_rows == "cut":
+        row = row.up_to_last_answer()
+    encoded = _encoded(encoder, row, place)
+    if preparation.prompts_needed and encoded.prompt_length == 0:
+        place.bad("input_ids", "has no prompt: its first id is a target already")
+    encoded = replace(encoded, notes=(*row.notes, *encoded.notes, *ignored))
+    return _fitted(encoded, encoder.tokenizer.bos_token_id, preparation)
+
+
+def _fitted(row: Encoded, bos: int | None, preparation: Preparation) -> Encoded:
+    """The row within the limits; a prompt where only its answer is at fault and none is needed."""
+    if not preparation.prompt_only_ok and row.prompt_only and not DROPPED.keys() & set(row.notes):
+        return row.noted("unanswered") if preparation.unanswered_rows == "drop" else preparation.limits.fit(row, bos)
+    fitted = row if DROPPED.keys() & set(row.notes) else preparation.limits.fit(row, bos)
+    if preparation.prompt_only_ok and OF_THE_ANSWER & set(fitted.notes):
+        notes = tuple(note for note in row.notes if note not in OF_THE_ANSWER)
+        prompt = Encoded(row.prompt, [batches.IGNORE] * len(row.prompt), len(row.prompt), notes)
+        return preparation.limits.fit(prompt, bos)
+    return fitted
+
+
+def _teacher_number(name: Any, teachers: tuple[str, ...], place: Place) -> int:
     if name not in teachers:
         found = "is missing" if name is None else f"is {name!r}, which no teacher is called"
         place.bad("teacher", f"{found}: every row names one of {', '.join(teachers)} (teacher_adapters)")
@@ -305,26 +276,6 @@ def _formatted(result: Any, place: Place) -> Mapping[str, Any]:
         f"formatting_func returned {type(result).__name__} for row {place.number} of the {place.dataset} data set; it "
         f"should return a row of a known format (a dict such as {{'prompt': ..., 'completion': ...}}) or one text"
     )
-
-
-def _read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[int], DataReport]:
-    """Fills in the report; also the numbers of the kept rows, and of those among them that have no answer."""
-    kept: list[int] = []
-    prompt_only: list[int] = []
-    for number, row in enumerate(encoded.select_columns(["notes", "targets", "length", "served"])):
-        for note in row["notes"]:
-            report.rows_with.setdefault(note, []).append(number)
-        if DROPPED.keys() & set(row["notes"]):
-            continue
-        kept.append(number)
-        if row["targets"] == 0:
-            prompt_only.append(number)
-        report.target_tokens += row["targets"]
-        report.prompt_tokens += row["served"]
-        report.longest_prompt = max(report.longest_prompt, row["served"])
-        report.longest_row = max(report.longest_row, row["length"])
-    report.kept, report.prompt_only = len(kept), len(prompt_only)
-    return kept, prompt_only, report
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def examine_rows(
         overlong_prompt=args.overlong_prompt,
         overlong_row=args.overlong_row,
         assistant_turns=args.assistant_turns,
+        unanswered_rows=args.unanswered_rows,
         prompt_only_ok=not args.reads_answers,
         prompts_needed=args.student_writes or args.teacher_writes,
         num_proc=args.dataset_num_proc,

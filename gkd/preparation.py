@@ -73,6 +73,7 @@ def prepare_rows(
         "overlong_prompt": args.overlong_prompt,
         "overlong_row": args.overlong_row,
         "assistant_turns": args.assistant_turns,
+        "unanswered_rows": args.unanswered_rows,
         "num_proc": args.dataset_num_proc,
         "formatting_func": formatting_func,
         "teachers": args.teacher_names,

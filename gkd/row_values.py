@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from datasets import Json
 
 
+class RowError(ValueError):
+    """A row that cannot be used; the message says where it stands."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a row stands: the data set's name and the row's number, for messages."""
@@ -19,7 +23,10 @@ class Place:
     number: int
 
     def bad(self, column: str, problem: str) -> NoReturn:
-        raise ValueError(f"{self.dataset} data set, row {self.number}, column '{column}': {problem}")
+        raise RowError(f"{self}, column '{column}': {problem}")
+
+    def __str__(self) -> str:
+        return f"{self.dataset} data set, row {self.number}"
 
 
 def shown(value: Any) -> str:

@@ -23,7 +23,7 @@ from gkd.row_values import Place, from_json, shown, text_of, without_none
 from gkd.token_rows import TokenRow, token_row
 from gkd.turns import Message, Turn, chat_as_text, read_turns
 
-__all__ = ["LEADING", "ChatRow", "Message", "Place", "Row", "TextRow", "TokenRow", "canonical_row"]
+__all__ = ["LEADING", "ChatRow", "Message", "Place", "Row", "TextRow", "TokenRow", "canonical_row", "leading_column"]
 
 _LONG_PROMPT = 20  # characters; an answer that begins with a shorter prompt may mean it
 LEADING = ("input_ids", "messages", "conversations", "prompt", "instruction", "text")
@@ -71,16 +71,20 @@ class TextRow:
 Row = ChatRow | TextRow | TokenRow
 
 
+def leading_column(row: Mapping[str, Any]) -> str | None:
+    """The column that decides a row's format: the first known one that is not None."""
+    return next((column for column in LEADING if row.get(column) is not None), None)
+
+
 def canonical_row(row: Mapping[str, Any], place: Place, has_chat_template: bool, exact: Collection[str] = ()) -> Row:
     """Reads a row of any format of the table above. `exact`: columns whose None entries are the user's, not Arrow's.
 
     Raises:
         ValueError: with row number and column.
     """
-    known = [column for column in LEADING if column in row]
-    column = next((column for column in known if row[column] is not None), None)
-    if column is None and known:
-        place.bad(known[0], "is None")
+    column = leading_column(row)
+    if column is None and (empty := [name for name in LEADING if name in row]):
+        place.bad(empty[0], "is None")
     if column is None:
         raise ValueError(
             f"{place.dataset} data set, row {place.number}: no format known for the columns {sorted(map(str, row))}. "
@@ -129,11 +133,17 @@ class _Reader:
         tools = self.parsed("tools")
         if tools is not None and not isinstance(tools, (list, tuple)):
             self.place.bad("tools", f"should be a list of tool descriptions, got {shown(tools)}")
+        for tool in tools or ():
+            if not isinstance(tool, Mapping) or not tool:
+                self.place.bad("tools", f"should hold descriptions of tools, holds {shown(tool)}")
         if tools or self.row.get("functions") is None:
             return list(tools) if tools else None
         functions = self.parsed("functions")
         if not isinstance(functions, (list, tuple)):
             self.place.bad("functions", f"should be a list of function descriptions, got {shown(functions)}")
+        for function in functions:
+            if not isinstance(function, Mapping) or not function:
+                self.place.bad("functions", f"should hold descriptions of functions, holds {shown(function)}")
         return [{"type": "function", "function": function} for function in functions] or None
 
     def template_kwargs(self) -> dict[str, Any]:

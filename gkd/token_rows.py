@@ -22,6 +22,7 @@ class TokenRow:
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
+    notes: tuple[str, ...] = ()
 
 
 def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
@@ -53,7 +54,8 @@ def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
         length = start
     elif isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(ids):
         place.bad("prompt_length", f"should be a number of input_ids (0 to {len(ids)}), got {shown(length)}")
-    return TokenRow(ids[:end], labels[:end], length)
+    masked = not targets and any(name in columns for name in MASKS)
+    return TokenRow(ids[:end], labels[:end], length, ("masked",) if masked else ())
 
 
 def _labels(ids: list[int], columns: Mapping[str, list[int]], place: Place) -> list[int]:
