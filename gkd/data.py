@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from gkd import batch as batches
 from gkd._version import __version__
 from gkd.data_kinds import Transform, as_stored, check_kind, transformed
-from gkd.data_report import DROPPED, OF_THE_ANSWER, UNREAD, DataReport, read_notes, row_numbers
+from gkd.data_report import DROPPED, NOTES_OF_THE_ANSWER, OF_THE_ANSWER, UNREAD, DataReport, read_notes, row_numbers
 from gkd.encode import Encoded, Limits, RowEncoder
 from gkd.files import read_rows
-from gkd.row_values import without_arrow_nulls
+from gkd.markdown import printable
+from gkd.row_values import RowError, without_arrow_nulls
 from gkd.rows import ChatRow, Place, Row, TextRow, canonical_row
 from gkd.unread import refuse_other_than_text, unread
 
@@ -31,7 +32,7 @@ __all__ = ["DataReport", "PaddingCollator", "check_kind", "prepare_dataset", "re
 
 logger = logging.getLogger(__name__)
 
-# What tokenizers and chat templates raise over a single row; our own ValueErrors name it already.
+# What tokenizers and chat templates raise over a single row.
 _STUMBLES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -39,7 +40,7 @@ _STUMBLES = (
     LookupError,
     RuntimeError,
     TypeError,
-    UnicodeError,
+    ValueError,
 )
 
 _COLUMNS = Features(
@@ -245,7 +246,7 @@ def _fitted(row: Encoded, bos: int | None, preparation: Preparation) -> Encoded:
         return row.noted("unanswered") if preparation.unanswered_rows == "drop" else preparation.limits.fit(row, bos)
     fitted = row if DROPPED.keys() & set(row.notes) else preparation.limits.fit(row, bos)
     if preparation.prompt_only_ok and OF_THE_ANSWER & set(fitted.notes):
-        notes = tuple(note for note in row.notes if note not in OF_THE_ANSWER)
+        notes = tuple(note for note in row.notes if note not in OF_THE_ANSWER | NOTES_OF_THE_ANSWER)
         prompt = Encoded(row.prompt, [batches.IGNORE] * len(row.prompt), len(row.prompt), notes)
         return preparation.limits.fit(prompt, bos)
     return fitted
@@ -262,9 +263,11 @@ def _encoded(encoder: RowEncoder, row: Row, place: Place) -> Encoded:
     """The row's ids; where a tokenizer or its chat template stumbles over a row, the row is named."""
     try:
         return encoder.encode(row, place)
+    except RowError:
+        raise
     except _STUMBLES as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{place.dataset} data set, row {place.number}: cannot be tokenized ({what})") from error
+        what = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise RowError(f"{place}: cannot be tokenized ({what})") from error
 
 
 def _formatted(result: Any, place: Place) -> Mapping[str, Any]:

@@ -20,6 +20,8 @@ DROPPED = {
 }
 # Of these, the ones that lie in the answer alone: where no answer is taken from the data the row is a prompt.
 OF_THE_ANSWER = {"row_too_long", "no_room", "empty_answer", "untrained"}
+NOTES_OF_THE_ANSWER = {"eos_appended", "prompt_not_prefix", "turn_not_found", "prompt_twice"}
+NOTES_OF_THE_ANSWER |= {"answer_shortened", "thought_left_out", "empty_thought"}
 UNREAD = "unread:"  # before the name of a column that nothing reads, as a note of a row
 NOTES = {
     "question_left_out": "cut: what stands behind the last answer, a question without one",

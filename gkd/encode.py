@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.batch import IGNORE
 from gkd.left_out import has_empty_thought, left_out
 from gkd.markdown import printable
+from gkd.row_values import RowError
 from gkd.rows import ChatRow, Message, Place, Row, TextRow, TokenRow
 from gkd.templates import STUMBLES, ChatTemplate, common_prefix
 from gkd.turn_spans import TurnFinder
@@ -27,7 +28,7 @@ from gkd.vocab import end_of_turn
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row in ids; `notes` are keys of `gkd.data.NOTES`.
+    """One row in ids; `notes` are keys of `gkd.data_report.NOTES`.
 
     A rollout starts from `prompt`: `prompt_ids` where the row begins otherwise, else `input_ids[:prompt_length]`.
     """
@@ -74,7 +75,7 @@ class Limits:
                 raise ValueError(f"{name}={getattr(self, name)} should be at least 1, or None for no limit")
 
     def fit(self, row: Encoded, bos: int | None) -> Encoded:
-        """The row within the limits, or with a note from `gkd.data.DROPPED`."""
+        """The row within the limits, or with a note from `gkd.data_report.DROPPED`."""
         row = self._fit_prompt(row, bos)
         dropped = "prompt_too_long" in row.notes
         if dropped or self.max_length is None or len(row.input_ids) <= self.max_length or row.prompt_only:
@@ -216,8 +217,8 @@ class RowEncoder:
 
     def _chat(self, row: ChatRow, place: Place) -> Encoded:
         if self.template is None:
-            raise ValueError(
-                f"{place.dataset} data set, row {place.number} is a chat, but the tokenizer has no chat template: use "
+            raise RowError(
+                f"{place} is a chat, but the tokenizer has no chat template: use "
                 f"an instruction-tuned model's tokenizer, set chat_template_path, or give plain text prompts"
             )
         messages = row.messages
@@ -256,8 +257,8 @@ class RowEncoder:
         try:
             return template.render(messages, generate, row.tools, row.template_kwargs)
         except STUMBLES as error:
-            raise ValueError(
-                f"{place.dataset} data set, row {place.number}: the chat template cannot render the roles "
+            raise RowError(
+                f"{place}: the chat template cannot render the roles "
                 f"{printable(', '.join(message['role'] for message in messages))}: {printable(str(error))}. Take a "
                 f"template that can (chat_template_path), or merge or leave out turns in a formatting_func"
             ) from error

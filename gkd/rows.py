@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gkd.row_values import Place, from_json, shown, text_of, without_none
+from gkd.row_values import Place, RowError, from_json, shown, text_of, without_none
 from gkd.token_rows import TokenRow, token_row
 from gkd.turns import Message, Turn, chat_as_text, read_turns
 
@@ -38,7 +38,7 @@ class ChatRow:
     """`messages[:answer]` is the prompt and `messages[answer]`, the last, the answer; answer None: prompt only.
 
     `untrained` are the assistant turns that are never trained on: they stood in a `prompt` column, or a flag says so.
-    `notes` are keys of `gkd.data.NOTES`.
+    `notes` are keys of `gkd.data_report.NOTES`.
     """
 
     messages: list[Message]
@@ -86,8 +86,8 @@ def canonical_row(row: Mapping[str, Any], place: Place, has_chat_template: bool,
     if column is None and (empty := [name for name in LEADING if name in row]):
         place.bad(empty[0], "is None")
     if column is None:
-        raise ValueError(
-            f"{place.dataset} data set, row {place.number}: no format known for the columns {sorted(map(str, row))}. "
+        raise RowError(
+            f"{place}: no format known for the columns {sorted(map(str, row))}. "
             "Rows need `messages`, `conversations`, `prompt` (+ `completion`), `instruction` (+ `input`, `output`) or "
             "`input_ids` + `labels`; rename the columns, or pass a formatting_func that returns such a row"
         )
