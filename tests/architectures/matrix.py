@@ -65,6 +65,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"tied": {"tie_word_embeddings": True}},
     "qwen3": {"tied": {"tie_word_embeddings": True}},
 }
+# A router that is a linear layer and returns a tuple, or grouped linear layers: no adapter on them.
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION_ONLY = {
+    "llama4": _ATTENTION,
+    "llama4_text": _ATTENTION,
+    "phimoe": _ATTENTION,
+    "deepseek_v4": ["q_a_proj", "q_b_proj", "kv_proj"],
+}
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "mistral3", "smolvlm", "internvl")  # trained on text alone
 
 
@@ -140,7 +148,7 @@ def _trainer(case: Case, student: Any, teacher: Any, folder: str, result: dict[s
         disable_tqdm=True,
         dataloader_num_workers=0,
     )
-    peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True) if case.training == "lora" else None
+    peft = LoraConfig(r=4, target_modules=_adapted(case, student)) if case.training == "lora" else None
     return Checked(
         model=student,
         teacher_model=teacher,
@@ -149,6 +157,18 @@ def _trainer(case: Case, student: Any, teacher: Any, folder: str, result: dict[s
         processing_class=tiny_tokenizer(),
         peft_config=peft,
     )
+
+
+def _adapted(case: Case, student: Any) -> Any:
+    """All linear layers; beside convolutions their names, less the output of Mamba blocks, which PEFT refuses."""
+    import torch
+
+    if case.model_type in ATTENTION_ONLY:
+        return ATTENTION_ONLY[case.model_type]
+    if not any(isinstance(module, torch.nn.Conv1d) for module in student.modules()):
+        return "all-linear"
+    linear = {n.split(".")[-1] for n, m in student.named_modules() if isinstance(m, torch.nn.Linear)}
+    return sorted(linear - {"out_proj", "lm_head"})
 
 
 def _rows() -> Any:
@@ -188,8 +208,8 @@ def _distance(ours: Any, theirs: Any) -> float:
     return (squares / norm) ** 0.5 if norm else squares**0.5
 
 
-def _same_completions(trainer: Any) -> int:
-    """How many of 8 greedy completions equal `generate`'s for that row alone."""
+def _same_completions(trainer: Any) -> dict[str, int]:
+    """How many of 8 greedy completions equal `generate` for that row alone: ours, and its own padded batch."""
     import random
     from dataclasses import replace
 
@@ -203,14 +223,24 @@ def _same_completions(trainer: Any) -> int:
     rollout.settings = replace(rollout.settings, temperature=0.0, max_new_tokens=14, stop_ids=tuple(STOPS))
     ours = rollout.generate(prompts, 0)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    model.gradient_checkpointing_disable() if trainer.args.gradient_checkpointing else None
+    if trainer.args.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     config = GenerationConfig(max_new_tokens=14, do_sample=False, eos_token_id=STOPS, pad_token_id=PAD)
-    same = 0
-    for prompt, completion in zip(prompts, ours, strict=True):
-        ids = torch.tensor([prompt])
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        same += output[0, len(prompt) :].tolist() == completion
-    return same
+
+    def generated(rows: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, rows))
+        ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, longest:].tolist()
+        return [row[: next((i + 1 for i, token in enumerate(row) if token in STOPS), len(row))] for row in output]
+
+    alone = [generated([prompt])[0] for prompt in prompts]
+    counts = {"rollout": _equal(ours, alone)}
+    return counts if counts["rollout"] == 8 else counts | {"batch": _equal(generated(prompts), alone)}
+
+
+def _equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
+    return sum(x == y for x, y in zip(ours, theirs, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- all of them
@@ -222,7 +252,7 @@ def verdict(record: dict[str, Any]) -> str:
         return record["error"]
     wrong = []
     if record["rollout"] < 8:
-        wrong.append(f"rollout {record['rollout']}/8")
+        wrong.append(f"rollout {record['rollout']}/8 (generate's own batch: {record['batch']}/8)")
     for name, most in (("loss", LOSS_TOLERANCE), ("gradient", GRADIENT_TOLERANCE)):
         if max(record[name]) > most:
             wrong.append(f"{name} {max(record[name]):.0e}")
