@@ -132,6 +132,8 @@ _SMALL: dict[str, Any] = {
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 # What a family needs beside its sizes.
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_QWEN_VISION: dict[str, Any] = {"text_config": {"rope_parameters": _SECTIONS}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1},
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
@@ -161,6 +163,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8, "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "qwen2_5_vl": _QWEN_VISION | {"vision_config": {"depth": 1, "num_heads": 2, "out_hidden_size": 32}},
+    "qwen2_vl": _QWEN_VISION | {"vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}},
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 128},
     "zamba": {
         "num_hidden_layers": 4,
@@ -251,7 +255,13 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
         KeyError: transformers has no such model type.
     """
     kind = CONFIG_MAPPING[model_type]
-    return kind(**(_shrunk(kind()) | FAMILIES.get(model_type, {}) | overrides))
+    return kind(**_merged(_merged(_shrunk(kind()), FAMILIES.get(model_type, {})), overrides))
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`; those of a sub-configuration go into it."""
+    nested = {n: _merged(values[n], c) for n, c in changes.items() if n.endswith("_config") and n in values}
+    return values | changes | nested
 
 
 def _shrunk(default: Any) -> dict[str, Any]:

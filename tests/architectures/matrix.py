@@ -103,10 +103,7 @@ def run_case(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(case, student, teacher, folder, result)
         trainer.train()
-    return result | {
-        "rollout": _same_completions(trainer),
-        "losses": [e["loss"] for e in trainer.state.log_history[:3]],
-    }
+    return result | _same_completions(trainer)
 
 
 def _trainer(case: Case, student: Any, teacher: Any, folder: str, result: dict[str, Any]) -> Any:
