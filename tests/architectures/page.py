@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ def table(records: list[dict[str, Any]]) -> str:
         f"{len(right)} of {len(records)} cases are right: "
         f"{len({r['model_type'] for r in right})} model types, each with LoRA and with all weights trained.",
         "",
-        "| model types that are right |",
-        "| --- |",
-        "| " + " ".join(_names(right)) + " |",
+        "Right (in brackets: variants that were run beside the plain one, or what alone was right):",
+        "",
+        *textwrap.wrap(", ".join(_names(right)), 118, break_long_words=False, break_on_hyphens=False),
         "",
         "| not right or not run | what happens |",
         "| --- | --- |",
