@@ -175,15 +175,16 @@ class RowEncoder:
         """For each cut in `text` (ascending), how many of its `ids` end before it, and which is the first behind it.
 
         The two differ where a token reaches over the cut. Every letter is tokenized a few times, however many cuts
-        there are.
+        there are, unless a slow tokenizer merges tokens across them.
         """
         pieces = [self._ids(text[: cuts[0]]), *(self._raw(text[a:b]) for a, b in pairwise([*cuts, len(text)]))]
         if list(chain.from_iterable(pieces)) == ids:
             ends = list(accumulate(map(len, pieces)))
             return {cut: (end, end) for cut, end in zip(cuts, ends, strict=False)}
-        if not self.tokenizer.is_fast:
-            starts = {cut: common_prefix(self._ids(text[:cut]), ids) for cut in cuts}
-            return {cut: (start, start) for cut, start in starts.items()}
+        if not self.tokenizer.is_fast:  # no places of tokens in the text: what comes before each cut is tokenized anew
+            before = {cut: self._ids(text[:cut]) for cut in cuts}
+            kept = {cut: common_prefix(own, ids) for cut, own in before.items()}
+            return {cut: (kept[cut], kept[cut] + (kept[cut] < len(before[cut]))) for cut in cuts}
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         places = found["offset_mapping"][len(found["input_ids"]) - len(ids) :]  # without a second BOS
         firsts, lasts = [first for first, _ in places], [last for _, last in places]
@@ -313,9 +314,10 @@ class RowEncoder:
 
     def _tokens(self, row: TokenRow, place: Place) -> Encoded:
         known = max(self.tokenizer.get_vocab().values())
-        if wrong := [i for i in row.input_ids if not 0 <= i <= known]:
-            place.bad("input_ids", f"holds the id {wrong[0]}, but the tokenizer's ids end at {known}")
-        return Encoded(row.input_ids, row.labels, row.prompt_length)
+        for column, ids in (("input_ids", row.input_ids), ("prompt_ids", row.prompt_ids)):
+            if wrong := [i for i in ids if not 0 <= i <= known]:
+                place.bad(column, f"holds the id {wrong[0]}, but the tokenizer's ids end at {known}")
+        return Encoded(row.input_ids, row.labels, row.prompt_length, prompt_ids=list(row.prompt_ids))
 
 
 def _is_empty(message: Message) -> bool:

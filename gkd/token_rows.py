@@ -12,16 +12,18 @@ from gkd.row_values import Place, is_empty, shown
 
 # 1 on what is trained: TRL's two, their singular, verl's.
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
-READ = {"input_ids", "labels", "attention_mask", "prompt_length", "position_ids", "seq_lengths", *MASKS}
+READ = {"input_ids", "labels", "attention_mask", "prompt_length", "prompt_ids", "position_ids", "seq_lengths", *MASKS}
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids that come with their labels (-100 off target); the rollout starts at `prompt_length`."""
+    """Token ids that come with their labels (-100 off target). A rollout starts from `prompt_ids`, or, where they are
+    empty, at `prompt_length`."""
 
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
+    prompt_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -54,8 +56,9 @@ def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
         length = start
     elif isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(ids):
         place.bad("prompt_length", f"should be a number of input_ids (0 to {len(ids)}), got {shown(length)}")
+    prompt = [] if row.get("prompt_ids") is None else _integers(row, "prompt_ids", place)
     masked = not targets and any(name in columns for name in MASKS)
-    return TokenRow(ids[:end], labels[:end], length, ("masked",) if masked else ())
+    return TokenRow(ids[:end], labels[:end], length, tuple(prompt), ("masked",) if masked else ())
 
 
 def _labels(ids: list[int], columns: Mapping[str, list[int]], place: Place) -> list[int]:

@@ -247,6 +247,32 @@ def test_where_no_border_can_be_drawn_targets_begin_where_the_row_parts_from_the
     assert prompt_of(rows[0]) == tokenizer.convert_tokens_to_ids(["▁", "c", "a"])
 
 
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "without offsets"])
+def test_an_earlier_turn_is_trained_in_the_tokens_of_the_served_history(kind, monkeypatch):
+    """A token that reaches over its border, ab, is no target; no other way of counting tokens says otherwise."""
+    tokenizer = merging_tokenizer(metaspace=kind == "metaspace")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'assistant' else '') }}{% endfor %}"
+    )
+    if kind == "without offsets":
+        monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    chat = [
+        {**USER, "content": "ca"},
+        {**ANSWER, "content": "bc"},
+        {**USER, "content": "c"},
+        {**ANSWER, "content": "b"},
+    ]
+    row = one({"messages": chat}, tokenizer, assistant_turns="all")
+    served = tokenizer("cabc</s>c", add_special_tokens=False)["input_ids"]
+    assert prompt_of(row) == served
+    assert "ab" in tokenizer.convert_ids_to_tokens(served)
+    trained = tokenizer.convert_ids_to_tokens([label for label in row["labels"] if label != -100])
+    assert trained[:2] == ["c", "</s>"]
+    assert trained[-1] == "</s>"
+    assert "b" in trained[2]
+    assert len(trained) == 4
+
+
 # --------------------------------------------------------------------------------------------------- a real tokenizer
 
 SMOLLM2 = cache_folder() / "models" / "smollm2-teacher"

@@ -12,7 +12,9 @@ from transformers import GenerationConfig
 
 import gkd.template_day
 from gkd import GKDTrainer
+from gkd.batch import prompt_of
 from gkd.cli import main
+from gkd.data import prepare_dataset
 from gkd.lengths import check_lengths
 from gkd.loading import generation_config_of
 from gkd.rollouts import HFRollout
@@ -54,6 +56,17 @@ def test_student_and_teacher_write_on_from_the_served_prompt(tmp_path, monkeypat
     trainer.teacher.model.config.max_position_embeddings = longest + 7  # max_new_tokens is 8
     with pytest.raises(ValueError, match=f"the longest prompt, of {longest} tokens"):
         check_lengths(trainer.args, {"teacher": trainer.teacher.model}, trainer.train_dataset)
+
+
+def test_rows_that_are_prepared_already_keep_their_prompts():
+    rows, tokenizer = Dataset.from_list(tiny_rows(3)), tiny_tokenizer(chat_template=THINKING)
+    limits = {"max_length": None, "max_prompt_length": None}
+    prepared, _ = prepare_dataset(rows, tokenizer, **limits)
+    again, _ = prepare_dataset(prepared, tokenizer, **limits)
+    assert [prompt_of(row) for row in again] == [prompt_of(row) for row in prepared] == [served(row) for row in rows]
+    wrong = prepared.map(lambda row: {"prompt_ids": [999]})
+    with pytest.raises(ValueError, match="row 0, column 'prompt_ids': holds the id 999"):
+        prepare_dataset(wrong, tokenizer, **limits)
 
 
 RECIPE = """
