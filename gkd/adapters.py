@@ -33,13 +33,17 @@ logger = logging.getLogger(__name__)
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
-def load_adapter(base: nn.Module, name: str, field: str, *, shared: bool = False) -> PeftModel:
-    """A frozen adapter on a model, whose modules PEFT changes in place; no random stream is moved.
+def load_adapter(
+    base: nn.Module, name: str, field: str, *, shared: bool = False, trained: bool = False, fp32: bool = True
+) -> PeftModel:
+    """An adapter on a model, whose modules PEFT changes in place; no random stream is moved.
 
     Args:
         base: a causal language model without adapters.
         name: folder, or name on the Hub, of a PEFT adapter in safetensors.
         field: what to name in an error.
+        trained: it is to be trained on; else it is frozen.
+        fp32: keep its weights in float32 where the base's are narrower.
         shared: the weights of `base` belong to others too, so the adapter must not change them.
 
     Raises:
@@ -55,11 +59,12 @@ def load_adapter(base: nn.Module, name: str, field: str, *, shared: bool = False
     if shared:
         _check_leaves_base(config, f"{field}={name!r}")
     _warn_of_another_base(config, base, f"{field}={name!r}")
-    config.inference_mode = True
+    config.inference_mode = not trained
     try:
         with preserved_random_state():  # an adapter is drawn at random before its weights are read
-            model = PeftModelForCausalLM(base, config)
-            result = model.load_adapter(str(folder), "default", torch_device="cpu")
+            model = PeftModelForCausalLM(base, config, autocast_adapter_dtype=fp32)
+            options = {"is_trainable": trained, "autocast_adapter_dtype": fp32}
+            result = model.load_adapter(str(folder), "default", torch_device="cpu", **options)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
@@ -71,7 +76,8 @@ def load_adapter(base: nn.Module, name: str, field: str, *, shared: bool = False
             f"{field}={name!r} does not fit the model {_name(base)!r}: {len(strange)} weights are missing or have no "
             f"place there, {strange[0]} for one. Name the base that it was trained on"
         )
-    model.requires_grad_(False)
+    if not trained:
+        model.requires_grad_(False)
     return model.eval()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
@@ -47,6 +49,7 @@ def load_errors_named(what: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be loaded: {cause.rstrip('.')}; {remedy}") from error
 
 
+_WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
 _IS_A_MODEL = "name a folder with the whole model, or a model on the Hub"
 
 
@@ -74,6 +77,36 @@ def revision_of(model: Any, init_kwargs: dict[str, Any] | str | None = None) -> 
     return snapshot.name if asked or len(list(snapshot.parent.iterdir())) == 1 else None
 
 
+def adapter_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """What the folder or repository of a PEFT adapter says about itself; None for anything else.
+
+    Raises:
+        ValueError: its file is broken.
+    """
+    path = Path(name) / ADAPTER_CONFIG_NAME
+    if Path(name).is_dir():
+        if not path.is_file() or any(any(Path(name).glob(pattern)) for pattern in _WHOLE_WEIGHTS):
+            return None
+    else:
+        try:
+            if isinstance(try_to_load_from_cache(name, CONFIG_NAME, revision=revision), str):
+                return None  # a model on the Hub that is here already
+            path = Path(hf_hub_download(name, ADAPTER_CONFIG_NAME, revision=revision))
+        except (OSError, ValueError, HfHubHTTPError):
+            return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    return found if isinstance(found, dict) and found.get("base_model_name_or_path") else None
+
+
+def base_name(name: str, revision: str | None = None) -> str:
+    """The base model's name where `name` is an adapter; else `name`."""
+    found = adapter_config(name, revision)
+    return name if found is None else str(found["base_model_name_or_path"])
+
+
 def load_tokenizer(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -83,19 +116,39 @@ def load_tokenizer(
         ValueError: there is none under that name; with the remedy.
     """
     with load_errors_named(f"the tokenizer of {name!r}", f"save it beside the model, or {_IS_A_MODEL}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-        if tokenizer.get_vocab().keys() <= {str(token) for token in tokenizer.added_tokens_decoder.values()}:
-            # transformers makes an empty one of the model's config, which knows special tokens and no text
-            raise ValueError("there are no tokenizer files (tokenizer.json, tokenizer_config.json)")
-        return tokenizer
+        try:
+            return _tokenizer(name, trust_remote_code, revision)
+        except (OSError, ValueError, KeyError):
+            base = base_name(name, revision)
+            if base == name:
+                raise
+            return _tokenizer(base, trust_remote_code, None)  # an adapter that was saved alone
+
+
+def _tokenizer(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    if tokenizer.get_vocab().keys() <= {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+        # transformers makes an empty one of the model's config, which knows special tokens and no text
+        raise ValueError("there are no tokenizer files (tokenizer.json, tokenizer_config.json)")
+    return tokenizer
 
 
 def load_config(name: str, *, field: str = "model_name_or_path", **options: Any) -> Any:
-    """A model's config.
+    """A model's config; of an adapter, its base's.
 
     Raises:
-        ValueError: there is none under that name; `field` is where the name comes from.
+        ValueError: there is none under that name; `field` is where the name comes from. A teacher that is an adapter,
+            which has a field of its own.
     """
+    adapter = adapter_config(name, options.get("revision"))
+    if adapter is not None:
+        base = adapter["base_model_name_or_path"]
+        if field != "model_name_or_path":
+            raise ValueError(
+                f"{field}={name!r} is an adapter of {base!r}: set {field}={base!r} and "
+                f"teacher_adapter_name_or_path={name!r}"
+            )
+        name, options = base, {**options, "revision": adapter.get("revision")}
     with load_errors_named(f"{field}={name!r}", _IS_A_MODEL):
         return AutoConfig.from_pretrained(name, **options)
 

@@ -12,10 +12,11 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gkd.loading import load_config
+from gkd.loading import adapter_config, load_config
 from gkd.memory import GIB, MEASURED_ERROR, Estimate, ModelShape, Setup, estimate, smallest_change
 from gkd.quantized import with_quantization
 from gkd.recipe import Recipe
+from gkd.settings import Settings
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS = {"": 1, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12}
@@ -93,7 +94,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         weight_bytes=_BYTES.get(str(settings.model.dtype), 2),
         teacher_bytes=_BYTES.get(dtype.removeprefix("torch."), 2),
         activation_bytes=2 if args.bf16 or args.fp16 or _BYTES.get(str(settings.model.dtype), 2) == 2 else 4,
-        lora_r=settings.model.lora_r if settings.model.use_peft else None,
+        lora_r=_rank(settings),
         lora_dropout=settings.model.lora_dropout > 0,
         fold=args.fold_adapter,
         batch=args.per_device_train_batch_size,
@@ -111,6 +112,15 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         placement=args.teacher_placement,
         teacher_packed=_packed_bytes(own),
     )
+
+
+def _rank(settings: Settings) -> int | None:
+    """The rank of the student's adapter: of the one that it goes on with, or of a new one."""
+    name = settings.model.model_name_or_path
+    adapter = None if name is None else adapter_config(name, settings.model.model_revision)
+    if adapter is not None:
+        return int(adapter.get("r") or settings.model.lora_r)
+    return settings.model.lora_r if settings.model.use_peft else None
 
 
 def _packed_bytes(init_kwargs: Any) -> float | None:

@@ -17,7 +17,7 @@ from gkd.adapters import with_adapter
 from gkd.config import GKDConfig
 from gkd.distributed import zero_stage
 from gkd.launch_checks import check_not_split
-from gkd.loading import check_causal, load_teacher, load_tokenizer, model_name, safe_weights
+from gkd.loading import base_name, check_causal, load_teacher, load_tokenizer, model_name, safe_weights
 from gkd.placement import check_placement
 from gkd.quantized import with_quantization
 from gkd.tokenizer_options import apply_options
@@ -43,7 +43,7 @@ def resolve_config(args: Any, model: Any, quantization_config: Any = None) -> GK
         raise TypeError(f"args is {type(args).__name__}, {kind}: pass a gkd.GKDConfig")
     if isinstance(model, str):
         assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
-        kwargs = safe_weights(model, args.model_init_kwargs, "model_init_kwargs")
+        kwargs = safe_weights(base_name(model), args.model_init_kwargs, "model_init_kwargs")
         if quantization_config is not None:
             if kwargs.get("quantization_config") is not None:
                 raise ValueError("quantization_config is given twice: leave it out of model_init_kwargs")
@@ -183,7 +183,8 @@ def _check_same_base(student: Any, teacher: Any, args: GKDConfig) -> None:
             "teacher_model is a model, and share_base_model=True says that the teacher is the student's own base: "
             "leave one of them out"
         )
-    own, named = model_name(student), teacher or args.teacher_model_name_or_path
+    own = base_name(student) if isinstance(student, str) else model_name(student)
+    named = teacher or args.teacher_model_name_or_path
     if named is not None and named != own:
         raise ValueError(
             f"share_base_model=True, but the teacher is {named!r} and the student's base {own!r}: leave "

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel, PromptLearningConfig
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import create_model_from_path
 
+from gkd.adapters import load_adapter
 from gkd.config import GKDConfig
 from gkd.launch_checks import check_not_split
-from gkd.loading import check_causal, load_config
+from gkd.loading import adapter_config, check_causal, load_config, load_errors_named
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,136 @@ def check_named(model: Any, args: GKDConfig) -> Any:
     check_causal(config if isinstance(model, str) else model, "student")
     check_not_split(model, "student")
     return config
+
+
+def _text_parts(model: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Of a model for images or sound and text: its base, the parts that text goes through, and by name what lies
+    inside these and text passes over (layers that look at images). No parts for a model for text alone."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    if not hasattr(base, "get_decoder") or config is None or config.get_text_config() is config:
+        return base, [], {}
+    decoder = base.get_decoder()
+    parts = [part for part in (decoder, base.get_input_embeddings(), base.get_output_embeddings()) if part is not None]
+    layers = getattr(decoder, "layers", None)
+    name = next((name for name, module in base.named_modules() if module is layers), "")
+    crossing = getattr(config.get_text_config(), "cross_attention_layers", None) or ()
+    return base, parts, {f"{name}.{i}": decoder.layers[i] for i in crossing}
+
+
+def freeze_beside_text(model: nn.Module) -> None:
+    """Train nothing that text does not reach: DDP would wait for its gradients, and an optimizer keep its moments."""
+    base, parts, passed = _text_parts(model)
+    if not parts:
+        return
+    skipped = {id(p) for module in passed.values() for p in module.parameters()}
+    reached = {id(p) for part in parts for p in part.parameters()} - skipped
+    frozen = [p for p in base.parameters() if p.requires_grad and id(p) not in reached]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    if frozen:
+        number = sum(getattr(p, "ds_numel", None) or p.numel() for p in frozen)
+        logger.info("%s parameters for images or sound are frozen: no text reaches them", f"{number:,}")
+
+
+def _names_beside_text(model: Any) -> list[str]:
+    """The modules that text does not reach, by name, none inside another."""
+    base, parts, passed = _text_parts(model)
+    reached = {id(module) for part in parts for module in part.modules()}
+    above = {id(module) for module in base.modules() if any(id(child) in reached for child in module.modules())}
+    beside = [
+        f"{name}.{part}".lstrip(".")
+        for name, module in base.named_modules()
+        if parts and id(module) in above - reached
+        for part, child in module.named_children()
+        if id(child) not in above
+    ]
+    return [*beside, *passed]
+
+
+def adapt_text_only(peft_config: Any, model: Any, config: Any) -> Any:
+    """The adapter's configuration, with what text does not reach among its `exclude_modules`.
+
+    Args:
+        peft_config: the user's, which is not changed; or None.
+        model: the student, or its name. config: its config.
+    """
+    if peft_config is None or not hasattr(peft_config, "exclude_modules") or config is None:
+        return peft_config
+    if config.get_text_config() is config:
+        return peft_config
+    if isinstance(model, str):
+        kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        if kind is None:  # code of the model's own: what it has is frozen later
+            return peft_config
+        with torch.device("meta"):
+            model = kind(copy.deepcopy(config))
+    names = [re.escape(name) for name in _names_beside_text(model)]
+    if not names:
+        return peft_config
+    own = peft_config.exclude_modules or ()
+    patterns = [own] if isinstance(own, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in own]
+    found = copy.copy(peft_config)
+    found.exclude_modules = "|".join([*patterns, rf"(?:{'|'.join(names)})(?:\..*)?"])
+    return found
+
+
+def with_own_adapter(model: Any, args: GKDConfig, peft_config: Any) -> tuple[Any, Any]:
+    """A student whose name is an adapter's: its base, loaded, with the adapter on it to be trained on.
+
+    Returns:
+        The model and None in the place of `peft_config`, whose values count for new adapters; both as they are for
+        any other student.
+
+    Raises:
+        ValueError: base or adapter cannot be loaded.
+    """
+    kwargs: Any = dict(args.model_init_kwargs or {})
+    revision = kwargs.pop("revision", None)
+    adapter = adapter_config(model, revision) if isinstance(model, str) else None
+    if adapter is None:
+        return model, peft_config
+    base = str(adapter["base_model_name_or_path"])
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    with load_errors_named(f"the base {base!r} of model_name_or_path={model!r}", "name a folder that holds it"):
+        student = create_model_from_path(base, revision=adapter.get("revision"), **kwargs)
+    sharded = is_deepspeed_zero3_enabled() and not getattr(student, "is_quantized", False)
+    found = load_adapter(student, model, "model_name_or_path", trained=True, fp32=not sharded)
+    if peft_config is not None:
+        _tell_of_other_settings(model, found.active_peft_config, peft_config)
+    return found, None
+
+
+_ABOUT_AN_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping"}
+
+
+def _tell_of_other_settings(name: str, own: Any, asked: Any) -> None:
+    """Warn of what was asked for a new adapter and the one that goes on does not have."""
+    differ = []
+    for field in sorted(set(vars(own)) & set(vars(asked)) - {*_ABOUT_AN_ADAPTER, "peft_version"}):
+        there, here = getattr(own, field), getattr(asked, field)
+        resolved = field == "target_modules" and here == "all-linear"
+        if not resolved and there != here and (there or here):
+            differ.append(f"{field}={here!r} (it has {there!r})")
+    if differ:
+        logger.warning(
+            "the training goes on with the adapter in %s as it is, without %s; for a new adapter name its base, %s",
+            name,
+            ", ".join(differ),
+            own.base_model_name_or_path,
+        )
+
+
+@contextmanager
+def already_loaded(args: GKDConfig, loaded: bool) -> Iterator[None]:
+    """Keep `SFTTrainer` from warning that a student that we have loaded is not loaded with `model_init_kwargs`."""
+    kwargs = args.model_init_kwargs
+    if loaded:
+        args.model_init_kwargs = None
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = kwargs
 
 
 _NOT_THERE = object()

@@ -106,7 +106,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             raise ValueError("model is missing: pass the student, a model or a name")
         args = checks.resolve_config(args, model, quantization_config)
         check_launch(args)
-        use_cache = student_setup.use_cache_of(student_setup.check_named(model, args))
+        config = student_setup.check_named(model, args)
+        use_cache = student_setup.use_cache_of(config)
         teacher = checks.resolve_teacher(model, teacher_model, args)
         tokenizer = checks.resolve_tokenizer(processing_class, model, args)
         self._formatting_func = formatting_func
@@ -116,9 +117,11 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         )
         args.remove_unused_columns = False  # the collator needs prompt_length and row
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        with template_already_taken(args), student_setup.student_named(model):
+        student, peft_config = student_setup.with_own_adapter(model, args, peft_config)
+        loaded = student_setup.already_loaded(args, student is not model)
+        with template_already_taken(args), student_setup.student_named(model), loaded:
             super().__init__(
-                model,
+                student,
                 args=args,
                 data_collator=collator,
                 train_dataset=train_dataset,
@@ -128,9 +131,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
                 callbacks=callbacks,
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                peft_config=peft_config,
+                peft_config=student_setup.adapt_text_only(peft_config, student, config),
             )
         check_wiring(self.accelerator)
+        student_setup.freeze_beside_text(self.model)
         student_setup.check_student(self.model)
         checks.check_steps(args, train_dataset, self.accelerator.split_batches)
         student_setup.keep_use_cache(self.model, args, use_cache)

@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from gkd.loading import revision_of
+from gkd.loading import base_name, revision_of
 
 FIRST, SECOND = "1" * 40, "2" * 40
 
@@ -42,3 +42,16 @@ def test_folders_and_models_in_memory_have_none(hub_cache, tmp_path):
     assert revision_of(model) is None
     model.config._name_or_path = "/a/folder/that/is/gone"
     assert revision_of(model) is None
+
+
+def test_an_adapter_on_the_hub_is_told_from_a_model(hub_cache, tmp_path):
+    folder = hub_cache / "models--me--adapter" / "snapshots" / FIRST
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/tiny", "r": 4}')
+    (hub_cache / "models--me--adapter" / "refs").mkdir()
+    (hub_cache / "models--me--adapter" / "refs" / "main").write_text(FIRST)
+    assert base_name("me/adapter") == "me/tiny"
+    for whole in ("me/tiny", "me/nowhere", str(tmp_path), "/gone/folder"):
+        assert base_name(whole) == whole
+    tiny_model().save_pretrained(folder)  # whole weights beside it: the model counts
+    assert base_name(str(folder)) == str(folder)

@@ -2,13 +2,15 @@
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer, tiny_vision_model
 from training import config, dense_loss, logged, losses, trainer_of
 from transformers import (
     AutoModelForCausalLM,
@@ -17,10 +19,12 @@ from transformers import (
     BitsAndBytesConfig,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
 )
 
 from gkd import GKDTrainer
 from gkd.batch import unpad
+from gkd.run import build_trainer, parse
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +201,107 @@ def test_new_tokens_trained_beside_lora_with_tied_embeddings(tmp_path):
     for tied, remedy in ((True, whole), (False, peft_config)):
         student = tiny_model(seed=1, tie_word_embeddings=tied)
         trainer_of(tmp_path, student=student, peft_config=remedy, lmbda=0.0).train()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mllama", "smolvlm", "llava"])
+def test_a_model_for_images_trains_what_text_reaches(kind, tmp_path):
+    """Every parameter that is trained has a gradient, which is what DDP waits for; nothing else is."""
+    student = tiny_vision_model(kind, seed=1)
+    trainer = trainer_of(tmp_path, student=student, gradient_checkpointing=True, learning_rate=0.0, lmbda=0.5)
+    found = {}
+    trainer.add_callback(Gradients(found))
+    trainer.train()
+    assert found == {name: p.requires_grad for name, p in student.named_parameters()}
+    frozen = {name for name, trained in found.items() if not trained}
+    assert any("vision" in name for name in frozen)
+    assert not [name for name in frozen if "language_model" in name and not (kind == "mllama" and "layers.1." in name)]
+
+
+class Gradients(TrainerCallback):
+    """Which parameters have one before the optimizer's step."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found.update({name: p.grad is not None for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("exclude", [None, ["up_proj"], r".*\.up_proj"])
+def test_no_adapter_on_what_text_does_not_reach(by_name, exclude, tmp_path):
+    student = tiny_vision_model("smolvlm", seed=1)
+    if by_name:
+        student.save_pretrained(tmp_path / "student")
+        student = str(tmp_path / "student")
+    lora = LoraConfig(r=2, target_modules="all-linear", exclude_modules=exclude)
+    trainer = trainer_of(tmp_path, student=student, peft_config=lora, lmbda=0.0)
+    names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert all(".text_model." in name for name in names)
+    assert any("down_proj" in name for name in names)
+    assert any("up_proj" in name for name in names) == (exclude is None)
+    assert lora.exclude_modules == LoraConfig(exclude_modules=exclude).exclude_modules
+    trainer.train()
+
+
+@pytest.fixture(scope="module")
+def adapter(student, tmp_path_factory):
+    """What a run with LoRA leaves, without a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(student), lora).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_the_student_may_be_an_adapter_that_goes_on(peft, student, adapter, tmp_path, caplog):
+    """From the command line, with the first run's flags or without them: FAQ, "May the student be a base model?"."""
+    teacher = save_tiny(tmp_path / "teacher", hidden=48, seed=2)
+    argv = ["--model_name_or_path", adapter, "--teacher_model_name_or_path", teacher, "--output_dir", str(tmp_path)]
+    argv += ["--max_steps", "1", "--report_to", "none", "--lmbda", "0.5", "--max_new_tokens", "4", "--use_cpu"]
+    argv += ["--warmup_steps", "0"]
+    settings = parse({}, [*argv, *(["--use_peft", "--lora_r", "8", "--lora_alpha", "8"] if peft else [])])
+    trainer = build_trainer(settings, {"train": Dataset.from_list(tiny_rows(16))})
+    own = load_file(f"{adapter}/adapter_model.safetensors")
+
+    def weights():
+        state = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        return {name.replace(".default", ""): p.detach().clone() for name, p in state.items()}
+
+    before = weights()
+    assert before.keys() == own.keys()
+    assert all(torch.equal(before[name], own[name]) for name in own)
+    warned = [r.getMessage() for r in caplog.records if "goes on with the adapter" in r.getMessage()]
+    assert len(warned) == peft
+    assert all("r=8 (it has 4)" in text and "target_modules" in text and student in text for text in warned)
+    assert not [r for r in caplog.records if "model_init_kwargs" in r.getMessage()]
+    trainer.train()
+    assert not any(torch.equal(now, before[name]) for name, now in weights().items())
+    trainer.save_model(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["base_model_name_or_path"] == student
+
+
+def test_a_teacher_that_is_an_adapter_has_a_field_of_its_own(student, adapter, tmp_path):
+    with pytest.raises(ValueError, match="is an adapter of") as error:
+        trainer_of(tmp_path, teacher=adapter)
+    for field, value in (("teacher_model_name_or_path", student), ("teacher_adapter_name_or_path", adapter)):
+        assert f"{field}={value!r}" in str(error.value)
+    trainer = trainer_of(tmp_path, student=adapter, teacher=student, teacher_adapter_name_or_path=adapter, lmbda=0.0)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0, abs=1e-6)  # one adapter on one base, twice
+
+
+def test_the_base_of_an_adapter_is_shared_with_its_teacher(student, adapter, tmp_path):
+    args = config(tmp_path, share_base_model=True, lmbda=0.0)
+    trainer = GKDTrainer(adapter, student, args, train_dataset=Dataset.from_list(tiny_rows(4)))
+    assert len(trainer.processing_class) == 259  # the base's, since the adapter has none
+    trainer.train()
+    assert losses(trainer)[0] > 0
+
+
+def test_an_adapter_whose_base_is_gone(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/gone"}))
+    with pytest.raises(ValueError, match=r"'/gone'.* cannot be loaded"):
+        trainer_of(tmp_path, student=str(tmp_path / "adapter"))

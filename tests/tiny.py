@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -88,6 +89,31 @@ def tiny_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    return model.eval()
+
+
+_TEXT = {"gemma3": "gemma3_text", "mllama": "mllama_text_model", "smolvlm": "llama", "llava": "qwen2"}
+
+
+def tiny_vision_model(kind: str = "gemma3", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model for images and text, with a tower for the images that text never reaches."""
+    text = _config_values("gemma3_text", 32, 2, VOCABULARY) | {"initializer_range": 0.2, "pad_token_id": 256}
+    text |= {"model_type": _TEXT[kind], "num_key_value_heads": 2, "eos_token_id": 258, "bos_token_id": 256}
+    if kind == "mllama":
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        text |= {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": rope}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "projection_dim": 16, "vision_output_dim": 16}
+    vision |= {"attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0], "max_num_tiles": 1}
+    if kind == "mllama":
+        vision |= {"vision_output_dim": 32, "supported_aspect_ratios": [[1, 1]]}
+    if kind == "llava":
+        vision |= {"model_type": "clip_vision_model"}
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, pad_token_id=256, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=258, pad_token_id=256)
     return model.eval()
 
 

@@ -194,7 +194,7 @@ class _Decoding:
             if position > 0:
                 inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                 outputs = model(**inputs, return_dict=True)
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
             scores = logits_processor(input_ids, outputs.logits[:, -1].float())
             del outputs  # they hold the logits, and after the prefill perhaps those of every position
             tokens = most_likely(scores) if self.settings.greedy else sample(scores, uniforms[:, position])

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import tiny_model, tiny_rows, tiny_tokenizer, tiny_vision_model
 from transformers import GenerationConfig, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
 
 import gkd.trainer
@@ -52,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {"seed": 1},
     "tied": {"seed": 1, "tie_word_embeddings": True},
+    "vision": {"vision": "gemma3", "seed": 1},
     "teacher": {"seed": 2, "hidden": 48, "layers": 3},
 }
 ADAPTERS = ("math", "chat")
@@ -118,7 +119,9 @@ def save_models(folder: Path) -> None:
 
 
 def _model(name: str) -> Any:
-    model = tiny_model(**MODELS[name])
+    values = dict(MODELS[name])
+    vision = values.pop("vision", None)
+    model = tiny_model(**values) if vision is None else tiny_vision_model(vision, **values)
     model.generation_config = GenerationConfig(eos_token_id=STOPS, pad_token_id=256)
     return model
 

@@ -39,6 +39,7 @@ CASES = [
     Case("clipped", {"max_grad_norm": 0.01, "optim": "sgd", "learning_rate": 3.0}, engine="ddp"),
     Case("full", {"learning_rate": 1e-3}, engine="ddp", lora=False),
     Case("tied", {"learning_rate": 1e-3}, engine="ddp", lora=False, student="tied"),
+    Case("with_vision", {"max_steps": 3, "gradient_checkpointing": True}, engine="ddp", lora=False, student="vision"),
     Case("uneven", {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 4}, engine="ddp"),
     Case("uneven_resumed", {"per_device_train_batch_size": 5}, engine="ddp", resume=1),
     Case("resumed", {"max_steps": 6, "gradient_checkpointing": True}, engine="ddp", resume=3),
