@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.batch import prompt_of
 from gkd.doctor_cost import STEPS, examine_memory, examine_time, shorten, spread
-from gkd.doctor_rows import examine_rows
+from gkd.doctor_rows import examine_held_out, examine_rows
 from gkd.doctor_view import Diagnosis
 from gkd.environment import describe_hardware, installed_versions
 from gkd.evaluate import Evaluator
@@ -61,6 +61,8 @@ def examine(recipe: Recipe) -> Diagnosis:
     if data is None or tokenizers is None:
         return out
     prepared = _attempt(out, "Rows", lambda: _rows(out, settings, data["train"], tokenizers[0]))
+    if prepared is not None:
+        _attempt(out, "Held out", lambda: examine_held_out(out, data, prepared, tokenizers[0], settings.training))
     if prepared is None or not out.passed:
         return out
     _attempt(out, "Models", lambda: _models(out, settings, data, prepared))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from gkd.batch import IGNORE
+from gkd.batch import IGNORE, prompt_of
 from gkd.config import GKDConfig
 from gkd.data import DataReport, prepare_dataset
 from gkd.doctor_view import Diagnosis, view
+from gkd.held_out import overlap
 from gkd.rows import ChatRow, Place, TokenRow, canonical_row
 from gkd.vocab import stop_token_ids
 
@@ -49,6 +51,44 @@ def examine_rows(
     _stops(out, prepared, report, stops)
     out.rows.extend(view(row, tokenizer, stops) for row in prepared.select(range(min(ROWS_SHOWN, len(prepared)))))
     return prepared
+
+
+def examine_held_out(
+    out: Diagnosis, data: Mapping[str, Any], prepared: Dataset, tokenizer: PreTrainedTokenizerBase, args: GKDConfig
+) -> None:
+    """Rows that repeat each other, and held-out prompts that are trained on.
+
+    Args:
+        data: what `load_data` gave.
+        prepared: its train rows, from `examine_rows`.
+    """
+    sets = {name: data[name] for name in ("eval", "prompts") if data.get(name) is not None}
+    prompts: dict[tuple[int, ...], None] = {}
+    for name, rows in sets.items():
+        ready, _ = prepare_dataset(
+            rows,
+            tokenizer,
+            max_length=None,
+            max_prompt_length=args.prompt_limit,
+            overlong_prompt=args.overlong_prompt,
+            assistant_turns=args.assistant_turns,
+            prompt_only_ok=True,
+            prompts_needed=False,
+            name=name,
+            num_proc=args.dataset_num_proc,
+        )
+        prompts |= dict.fromkeys(tuple(prompt_of(row) or row["input_ids"]) for row in ready)
+    found = overlap(prepared, map(list, prompts))
+    repeated = f"{found.repeated:,} duplicates among {found.rows:,} train rows"
+    if not sets:
+        message = f"{repeated}; no rows are held out, so the table is measured on rows that are trained on"
+        out.add("Held out", "warning", message, "let load_data return gkd.run.with_held_out(data)")
+        return
+    message = f"{repeated}; {found.shared:,} of {found.held_out:,} held-out prompts are in train"
+    remedy = "take them apart by prompt: gkd.run.with_held_out, gkd.run.hold_out" if found.shared else ""
+    if not remedy and found.repeated > _MANY * found.rows:
+        remedy = "leave the duplicates out, unless they should count several times"
+    out.add("Held out", "warning" if remedy else "ok", message, remedy)
 
 
 def _formats(out: Diagnosis, train: Dataset, has_template: bool) -> None:

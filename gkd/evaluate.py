@@ -199,6 +199,13 @@ class Evaluator:
             self._teacher_text = self._generate(self.teacher, self._teacher_sampling)
         return self._teacher_text
 
+    def held_out_prompts(self) -> list[list[int]]:
+        """All prompts that are not to be trained on, each once: those of the samples, and those of the answers."""
+        assert self.held_out_starts is not None
+        contexts = zip(self.held_out, self.held_out_starts, strict=True) if self._of_answers else ()
+        prompts = [*self.prompts, *(ids[:start] for ids, start in contexts)]
+        return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+
     # --------------------------------------------------------------------------------------------------- parts
 
     def _text(self, ids: list[int], plain: bool = False) -> str:

@@ -289,8 +289,7 @@ _RENAMED = '''def as_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def load_data(settings: Settings) -> dict[str, Any]:
     """Rows with other column names; without a test split, some are held out for the before/after table."""
-    data = with_held_out(dataset_by_name(settings))
-    return {{split: data[split].map(as_row) for split in ("train", "eval")}}
+    return with_held_out(dataset_by_name(settings), as_row=as_row)
 
 
 # For a score of your own in that table: def score(completion: str, row: dict) -> float, and run(..., score=score).

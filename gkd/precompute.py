@@ -2,16 +2,18 @@
 
 The answers go where training looks for them (`teacher_cache_dir`), under the same key, so a run with `seq_kd` and the
 same settings finds all of them. On request they are also written as a data set: token ids and labels as they are
-trained on, beside their text, with a record of how they were made. An ordinary recipe takes it as `--dataset_name`.
+trained on, beside their text, with a record of how they were made. Any recipe
+takes that folder as `--dataset_name`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,7 +38,7 @@ from gkd.servers import connect
 from gkd.settings import recipe_data, set_loading_arguments, student_name
 from gkd.teacher_scores import evaluation_sets
 from gkd.teacher_setup import make_teacher
-from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids
+from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.window import Hygiene
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ _COLUMNS = Features(
 class Work:
     """What is to be done: the training rows (and those of the evaluation), the teacher, and what a sound answer is.
 
-    `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server.
+    `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server;
+    `held_out` is what `load_data` gave beside the train rows.
     """
 
     rows: Dataset
@@ -70,6 +73,7 @@ class Work:
     hygiene: Hygiene
     accelerator: Accelerator
     batch_size: int
+    held_out: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rollout(self) -> CachedRollout:
@@ -105,11 +109,21 @@ def precompute(recipe: Recipe, output: str | None = None, push_to: str | None = 
         return
     rows, left_out = answered_rows(work)
     about = provenance(recipe, work, len(rows), left_out)
-    write_folder(rows, output, about)
-    print(f"{len(rows):,} rows in {output}: train on them with --dataset_name {output}")
+    write_folder(rows, output, about, work.held_out)
+    told = ", ".join(f"{number:,} {why}" for why, number in left_out.items() if number)
+    print(f"{len(rows):,} rows in {output}{f' (left out: {told})' if told else ''}. To train on them as on any data:")
+    print(f"  {_training_command(recipe, output)}")
     if push_to is not None:
         settings = recipe.settings.training
         print(f"pushed to {push_folder(output, push_to, settings.hub_token, bool(settings.hub_private_repo))}")
+
+
+def _training_command(recipe: Recipe, output: str) -> str:
+    """How this recipe is run on its precomputed answers: without seq_kd, which would ask the teacher again."""
+    args = recipe.settings.training
+    file = next((arg for arg in sys.argv[1:] if arg.endswith(".py")), "RECIPE")
+    more = ["--lmbda", "0"] if args.lmbda == 1 else []  # with 1 no answer of a data set is used
+    return shlex.join(["gkd", "run", file, "--dataset_name", output, "--seq_kd", "false", *more])
 
 
 def prepare(recipe: Recipe) -> Work:
@@ -147,7 +161,8 @@ def prepare(recipe: Recipe) -> Work:
     scorer: Any = None if server is not None else make_teacher(args, teacher, None, accelerator, None)
     rollout: Any = None
     if args.seq_kd:
-        foreign = range(0) if shared is None else range(shared, size)
+        beyond = range(0) if shared is None else range(shared, size)
+        foreign = unreadable_ids(size, shared, tokenizer, teacher_tokenizer) if server is None else beyond
         pad_id = readable_pad_id(tokenizer, min(own, size))
         common = (accelerator, stop_ids["teacher"], pad_id, foreign, server, own, teacher)
         rollout = make_rollout(args, "teacher", lambda: scorer.model, *common)
@@ -155,7 +170,8 @@ def prepare(recipe: Recipe) -> Work:
             rollout = keep_completions(rollout, args, server or scorer.model, accelerator)
     batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
     sets = evaluation_sets(asked)
-    return Work(rows, sets, tokenizer, scorer, rollout, hygiene(args, stop_ids), accelerator, batch_size)
+    sound, held_out = hygiene(args, stop_ids), {name: part for name, part in data.items() if name != "train"}
+    return Work(rows, sets, tokenizer, scorer, rollout, sound, accelerator, batch_size, held_out)
 
 
 def fill(work: Work) -> None:
@@ -183,16 +199,21 @@ def fill(work: Work) -> None:
 def answered_rows(work: Work) -> tuple[Dataset, dict[str, int]]:
     """The rows with the teacher's answers, in the order of the recipe's data set, and how many are left out and why.
 
-    Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out.
+    Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out,
+    and so is an answer with an id that stands for no token of the student's tokenizer.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    left_out = {"truncated": 0, "repetitive": 0}
+    left_out = {"truncated": 0, "repetitive": 0, "unreadable": 0}
+    known = max(work.tokenizer.get_vocab().values())
     rows = work.rows.sort("row")
     for prompt, number in zip(_prompts(rows), rows["row"], strict=True):
         completion = work.rollout.store.get(prompt)
         verdict = work.hygiene.judge(completion, "teacher")
         if not work.hygiene.trains(verdict):
             left_out["repetitive" if verdict.repetitive else "truncated"] += 1
+            continue
+        if max(completion, default=0) > known:
+            left_out["unreadable"] += 1
             continue
         row = {
             "prompt": work.tokenizer.decode(prompt),

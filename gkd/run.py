@@ -12,6 +12,7 @@ from trl import get_peft_config
 
 from gkd import output_folder
 from gkd.config import GKDConfig
+from gkd.held_out import hold_out, warn_of_overlap, with_held_out
 from gkd.launcher import end_with_the_launcher
 from gkd.loading import load_tokenizer
 from gkd.progress import ProgressBar, close_bars
@@ -28,7 +29,6 @@ from gkd.settings import (
     recipe_data,
     set_loading_arguments,
     student_name,
-    with_held_out,
 )
 from gkd.task_score import CorpusScore, Score
 from gkd.trainer import GKDTrainer
@@ -38,6 +38,7 @@ __all__ = [
     "Settings",
     "build_trainer",
     "dataset_by_name",
+    "hold_out",
     "load_rows",
     "parse",
     "run",
@@ -95,7 +96,10 @@ def _train(recipe: Recipe) -> None:
     data = recipe_data(recipe.load_data, settings)
     trainer = build_trainer(settings, data)
     report = Report(trainer, evaluator_of(trainer, data, recipe) if measure else None)
-    if measure:
+    if report.evaluator is not None:
+        held_out = any(data.get(name) is not None for name in ("eval", "prompts"))
+        if held_out and trainer.is_world_process_zero():
+            warn_of_overlap(trainer.train_dataset, report.evaluator.held_out_prompts())
         report.measure_before()
     try:
         trainer.train(resume_from_checkpoint=trainer.asked_checkpoint())

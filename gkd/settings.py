@@ -6,8 +6,10 @@ field. Precedence: command-line flag, then `--config` YAML, then the recipe's de
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Collection
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from trl import ModelConfig, ScriptArguments, get_quantization_config
 from gkd.command_line import Parser, arguments, read_config, refuse_unknown
 from gkd.config import GKDConfig
 from gkd.data import check_kind
+from gkd.dataset_folder import is_precomputed, is_precomputed_folder, precomputed_data
 from gkd.field_types import check_types
 from gkd.files import DATA_ENDINGS, read_rows
 from gkd.public_tasks import check_installed
@@ -107,6 +110,14 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
     return Settings(script, training, model, around, remarks)
 
 
+class _Precomputed(BaseException):
+    """Ends a `load_data` that has loaded what `gkd precompute` wrote, which is trained on as it is. A BaseException,
+    so that no `except Exception` there is in the way."""
+
+
+_in_load_data: ContextVar[bool] = ContextVar("in_load_data", default=False)
+
+
 def load_rows(name: str, config: str | None = None, split: str | None = None) -> Any:
     """A data set by name, a local file (`gkd.files.DATA_ENDINGS`), or a folder that `save_to_disk` wrote.
 
@@ -114,20 +125,26 @@ def load_rows(name: str, config: str | None = None, split: str | None = None) ->
         ValueError: a local file that is missing or broken (with its line number), or a name that cannot be loaded.
     """
     path = Path(name).expanduser()
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if config is not None and (saved or path.is_file()):
+        raise ValueError(f"dataset_config={config!r} has no effect with the local data {name!r}: leave it out")
     if name.lower().endswith(DATA_ENDINGS) or path.is_file():
         rows = read_rows(path)
         return rows if split else {"train": rows}
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = load_from_disk(str(path))
-            splits = saved if isinstance(saved, dict) else {"train": saved}
+        if saved:
+            found = load_from_disk(str(path))
+            splits = found if isinstance(found, dict) else {"train": found}
             return splits[split] if split else splits
-        return load_dataset(str(path) if path.is_dir() else name, name=config, split=split)
+        loaded = load_dataset(str(path) if path.is_dir() else name, name=config, split=split)
     except (FileNotFoundError, ConnectionError, DatasetsError) as error:
         why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"dataset_name={name!r} is neither a local file nor a data set that can be loaded: {why}"
         ) from error
+    if _in_load_data.get() and is_precomputed(loaded if split else loaded.get("train")):
+        raise _Precomputed
+    return loaded
 
 
 def dataset_by_name(settings: Settings) -> dict[str, Any]:
@@ -147,6 +164,11 @@ def dataset_by_name(settings: Settings) -> dict[str, Any]:
             f"dataset_train_split={script.dataset_train_split!r} is not in {script.dataset_name!r}: it has "
             f"{', '.join(splits)}"
         )
+    if script.dataset_test_split not in splits and script.dataset_test_split != "test":
+        raise ValueError(
+            f"dataset_test_split={script.dataset_test_split!r} is not in {script.dataset_name!r}: it has "
+            f"{', '.join(splits)}"
+        )
     return {"train": splits[script.dataset_train_split], "eval": splits.get(script.dataset_test_split)}
 
 
@@ -154,9 +176,10 @@ def recipe_data(load_data: LoadData, settings: Settings) -> dict[str, Any]:
     """What a recipe's `load_data` gives, when it is what `gkd.run.run` asks for.
 
     Raises:
-        ValueError: it is not; or what `load_data` raises.
+        ValueError: it is not, or a data set was named and `load_data` did not look at its name; or what `load_data`
+            raises.
     """
-    data = load_data(settings)
+    data, read = _loaded(load_data, settings)
     known = (*_DATA_SETS, "held_out_text")
     if not isinstance(data, dict) or data.get("train") is None:
         found = f"a dict with {', '.join(map(repr, data))}" if isinstance(data, dict) else type(data).__name__
@@ -170,7 +193,57 @@ def recipe_data(load_data: LoadData, settings: Settings) -> dict[str, Any]:
     texts = data.get("held_out_text")
     if texts is not None and (isinstance(texts, str) or not all(isinstance(text, str) for text in texts)):
         raise ValueError("load_data returned a held_out_text that is no list of texts")
+    _check_read(settings.script, read)
     return data
+
+
+def _loaded(load_data: LoadData, settings: Settings) -> tuple[Any, Collection[str]]:
+    """What `load_data` gives, and which fields about the data set it has read.
+
+    Or what `gkd precompute` wrote, where the data set's name is one of those: such rows are in ids already, so that
+    nothing of `load_data` can apply to them, and the held-out rows stand beside them.
+    """
+    name = settings.script.dataset_name
+    if name and is_precomputed_folder(name):
+        return precomputed_data(name), {"dataset_name"}
+    watched = copy.copy(settings.script)
+    watched.__class__ = _Watched
+    outside = _in_load_data.set(True)
+    try:
+        data = load_data(replace(settings, script=watched))
+    except _Precomputed:
+        assert name
+        data = precomputed_data(name)
+    finally:
+        _in_load_data.reset(outside)
+    return data, watched.__dict__.get(_READ, ())
+
+
+_READ = "_read"
+
+
+class _Watched(ScriptArguments):
+    """Notes which of its fields are read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("dataset_"):
+            self.__dict__.setdefault(_READ, set()).add(name)
+        return super().__getattribute__(name)
+
+
+def _check_read(script: ScriptArguments, read: Collection[str]) -> None:
+    """Refuse what names other data than those that were loaded.
+
+    Raises:
+        ValueError: a field about the data set that has no effect.
+    """
+    for one in fields(ScriptArguments):
+        value = getattr(script, one.name)
+        if one.name.startswith("dataset_") and one.name not in read and value != one.default:
+            raise ValueError(
+                f"{one.name}={value!r} has no effect: this recipe's load_data brings its own data and does not read "
+                f"settings.script.{one.name}. Leave it out, or let load_data call gkd.run.dataset_by_name(settings)"
+            )
 
 
 def student_name(settings: Settings) -> str:
@@ -203,22 +276,3 @@ def set_loading_arguments(settings: Settings) -> None:
     # float32 is ModelConfig's default, made for a student: a teacher stays as it was saved unless the user says more.
     dtype = "auto" if model.dtype == "float32" else model.dtype
     args.teacher_model_init_kwargs = {**shared, "dtype": dtype, **own}
-
-
-def with_held_out(data: dict[str, Any], rows: int = 64) -> dict[str, Any]:
-    """`data` with `eval` rows: for a data set without a test split, some of its train rows, always the same ones.
-
-    Args:
-        data: `train` rows, and `eval` rows or None.
-        rows: most rows to take out of `train`; never more than a tenth of them, and at least one.
-
-    Raises:
-        ValueError: there is nothing to share out.
-    """
-    if data.get("eval") is not None:
-        return data
-    size = max(1, min(rows, len(data["train"]) // 10))
-    if len(data["train"]) < 2:
-        raise ValueError("the data set has one row only: it needs at least one to train on and one to hold out")
-    split = data["train"].train_test_split(test_size=size, seed=0)
-    return {**data, "train": split["train"], "eval": split["test"]}

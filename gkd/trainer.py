@@ -49,7 +49,7 @@ from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.trainer_logging import LoggingMixin
 from gkd.trainer_window import WindowMixin
-from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids
+from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.window import count, measure, write_completions
 
 logger = logging.getLogger(__name__)
@@ -187,6 +187,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         sets = {**evaluated, "train": self.train_dataset}
         check_ids_in_use(sets, self.stop_ids["student"], tokenizer, heads, shared)
+        unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
+        if servers["teacher"] is None:
+            unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
         models = {"student": [lambda: self.model_wrapped], "teacher": frozen_models(self.teacher)}
         self.rollouts = {
             source: routed(
@@ -197,7 +200,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
                     accelerator,
                     self.stop_ids[source],
                     self._pad_id,
-                    range(0) if shared is None else range(shared, heads[source]),
+                    unread[source],
                     servers[source],
                     heads["student"],
                     teacher_model,

@@ -275,6 +275,18 @@ def configured_stop_ids(generation_config: GenerationConfig | None) -> tuple[int
     return tuple(sorted({int(i) for i in ids if i is not None}))
 
 
+def unreadable_ids(
+    teacher_rows: int,
+    shared: int | None,
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+) -> range:
+    """The rows at the end of a local teacher's head that it should not write: those that are not compared (`shared`),
+    and the padding behind the last token of either tokenizer, which no text can hold."""
+    known = 1 + max(max(tokenizer.get_vocab().values()) for tokenizer in (student, teacher or student))
+    return range(min(known, teacher_rows if shared is None else shared), teacher_rows)
+
+
 def compare_stop_ids(student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A warning when student and teacher end their answers with different tokens, else None.
 

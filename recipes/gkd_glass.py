@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from gkd.demo import glass_student, glass_teacher
 from gkd.demo_data import translation_sentences
-from gkd.run import Settings, run
+from gkd.run import Settings, hold_out, run
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": glass_student,
@@ -56,9 +56,9 @@ def load_data(settings: Settings) -> dict[str, Any]:
         if len(words) >= 6 and all(word.isascii() and word.isalpha() for word in words[:PROMPT_WORDS]):
             start, rest = " ".join(words[:PROMPT_WORDS]), " ".join(words[PROMPT_WORDS:])
             rows.append({"prompt": start, "completion": " " + rest})
-    split = Dataset.from_list(rows).train_test_split(test_size=256, seed=0)
-    sentences = [row["prompt"] + row["completion"] for row in split["test"]]
-    return {"train": split["train"], "eval": split["test"], "held_out_text": sentences}
+    train, held_out = hold_out(Dataset.from_list(rows), 256)
+    sentences = [row["prompt"] + row["completion"] for row in held_out]
+    return {"train": train, "eval": held_out, "held_out_text": sentences}
 
 
 if __name__ == "__main__":

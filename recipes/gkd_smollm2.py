@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from gkd.demo import smollm2_student, smollm2_teacher
 from gkd.demo_data import healthsearchqa_prompts, openwebtext_excerpts
-from gkd.run import Settings, run
+from gkd.run import Settings, hold_out, run
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": smollm2_student,
@@ -56,10 +56,10 @@ def load_data(settings: Settings) -> dict[str, Any]:
         {"prompt": [{"role": "user", "content": f"{question} Answer in one short sentence."}]}
         for question in healthsearchqa_prompts()
     ]
-    split = Dataset.from_list(rows).train_test_split(test_size=64, seed=0)
+    train, prompts = hold_out(Dataset.from_list(rows), 64)
     return {
-        "train": split["train"],
-        "prompts": split["test"],
+        "train": train,
+        "prompts": prompts,
         "held_out_text": openwebtext_excerpts()[:HELD_OUT_TEXTS],
     }
 

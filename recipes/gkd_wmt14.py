@@ -76,9 +76,9 @@ def corpus_score(completions: list[str], rows: list[dict[str, Any]]) -> float:
 
 def load_data(settings: Settings) -> dict[str, Any]:
     """Sentence pairs as chats (shuffled: the corpus stands source by source); `translation` stays."""
-    data = with_held_out(dataset_by_name(settings))
+    data = dataset_by_name(settings)
     train = data["train"].shuffle(seed=0).select(range(min(ROWS, len(data["train"]))))
-    return {"train": train.map(as_chat), "eval": data["eval"].map(as_chat)}
+    return with_held_out({**data, "train": train}, as_row=as_chat)
 
 
 if __name__ == "__main__":

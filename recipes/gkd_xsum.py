@@ -68,8 +68,7 @@ def score(completion: str, row: dict[str, Any]) -> float:
 
 def load_data(settings: Settings) -> dict[str, Any]:
     """Articles as chats; the column `summary` stays for the score."""
-    data = with_held_out(dataset_by_name(settings))
-    return {"train": data["train"].map(as_chat), "eval": data["eval"].map(as_chat)}
+    return with_held_out(dataset_by_name(settings), as_row=as_chat)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ def split_text(row: dict[str, Any]) -> dict[str, str]:
 
 def load_data(settings: Settings) -> dict[str, Any]:
     """The first rows as question and answer; whole texts for the perplexity."""
-    data = with_held_out(dataset_by_name(settings), HELD_OUT_TEXTS)
+    data = with_held_out(dataset_by_name(settings), HELD_OUT_TEXTS, as_row=split_text)
     train = data["train"].select(range(min(TRAIN_ROWS, len(data["train"]))))
     test = data["eval"].select(range(min(HELD_OUT_TEXTS, len(data["eval"]))))
     return {
-        "train": train.map(split_text, remove_columns=train.column_names),
-        "eval": test.map(split_text, remove_columns=test.column_names),
+        "train": train.remove_columns("text"),
+        "eval": test.remove_columns("text"),
         "held_out_text": test["text"],
     }
 

@@ -83,7 +83,17 @@ def test_a_sound_recipe_passes_and_leaves_nothing_behind(folder, tmp_path, monke
     assert out["passed"]
     levels = {check["name"]: check["level"] for check in out["checks"]}
     quality = {"Perplexity", "Rollouts, student", "Rollouts, teacher"}  # random models: no matter which
-    sound = {"Versions", "Devices", "Token maps", "Chat templates", "Formats", "Rows", "Prompts", "Stop tokens"}
+    sound = {
+        "Versions",
+        "Devices",
+        "Token maps",
+        "Chat templates",
+        "Formats",
+        "Rows",
+        "Held out",
+        "Prompts",
+        "Stop tokens",
+    }
     assert set(levels) == sound | quality | {"Tokenizers", "Memory", "Models", "Stop ids", "Divergence", "Time"}
     assert all(set(check) == {"name", "level", "message", "remedy"} for check in out["checks"])
     assert {level for name, level in levels.items() if name not in quality} == {"ok"}
@@ -206,6 +216,29 @@ def test_rows_that_are_dropped_cut_or_mixed_are_counted(folder, tmp_path):
     assert counts.level == "warning"
     assert counts.message.startswith(f"{11 - dropped} of 11 kept")
     assert [remark.message.partition(":")[0] for remark in remarks] == [f"{dropped} dropped", f"{cut} cut"]
+
+
+def test_duplicates_and_held_out_prompts_that_are_trained_on_are_counted(folder, tmp_path):
+    rows = tiny_rows(16)
+    assert (
+        the(doctor(folder), "Held out").message
+        == "0 duplicates among 15 train rows; 0 of 1 held-out prompts are in train"
+    )
+    again = {"messages": [*rows[1]["messages"][:-1], {"role": "assistant", "content": "another answer"}]}
+    data = write(tmp_path / "rows.jsonl", [*rows, rows[0], rows[0], again])
+    check = the(doctor(folder, dataset_name=data), "Held out")
+    assert (check.level, check.message.split(";")[1]) == ("warning", " 0 of 1 held-out prompts are in train")
+    assert "2 duplicates among 18" in check.message
+    # A recipe that brings its own held-out rows: two of three are trained on.
+    (tmp_path / "own.py").write_text(
+        "import json\nfrom datasets import Dataset\nfrom gkd.run import dataset_by_name, run\n\n"
+        "def load_data(settings):\n    train = dataset_by_name(settings)['train']\n"
+        "    held_out = Dataset.from_list([train[0], train[1], {'messages': [{'role': 'user', 'content': 'new'}]}])\n"
+        "    return {'train': train, 'prompts': held_out}\n\nrun(load_data, defaults={'max_new_tokens': 6})\n"
+    )
+    check = the(examine(capture(tmp_path / "own.py", argv(folder)[1:])), "Held out")
+    assert (check.level, check.message.split(";")[1]) == ("warning", " 2 of 3 held-out prompts are in train")
+    assert "hold_out" in check.remedy
 
 
 def test_plain_prompts_for_a_chat_model_are_told(folder, tmp_path):

@@ -46,6 +46,7 @@ LEVELS = {
         "sequence_store",
         "score_store",
         "dataset_folder",
+        "held_out",
         "redact",
         "card",
         "card_info",

@@ -1,7 +1,11 @@
 """`gkd precompute` through the command line, on tiny local models: the cache, the data set, and training on both."""
 
 import json
+import shlex
+import shutil
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from datasets import load_dataset
@@ -15,7 +19,9 @@ from gkd.doctor import examine
 from gkd.recipe import capture
 from gkd.rollouts import HFRollout
 from gkd.run import run
+from gkd.settings import recipe_data
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RECIPE = """
 import sys
 from pathlib import Path
@@ -240,6 +246,102 @@ def test_the_data_set_says_what_it_holds_and_how_it_was_made(folder, tmp_path):
     assert token not in readme + json.dumps(record)
     assert readme.startswith("---\n")
     assert "--lmbda 0" in readme
+
+
+HELD_OUT_RECIPE = """
+from gkd.run import dataset_by_name, run, with_held_out
+
+def load_data(settings):
+    data = with_held_out(dataset_by_name(settings), 2)
+    prompts = data["eval"].map(lambda row: {"mark": "kept"})
+    return {**data, "prompts": prompts, "held_out_text": ["one text", "another é"]}
+
+run(load_data, defaults={"max_new_tokens": 3, "lmbda": 0.5})
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(folder, tmp_path_factory):
+    """A data set of answers, made by a recipe that holds rows out, and what the recipe gives itself."""
+    path = tmp_path_factory.mktemp("answers")
+    rows = tiny_rows(31, seed=5)
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "recipe.py").write_text(HELD_OUT_RECIPE)
+    argv = flags(folder, path / "out", dataset_name=path / "rows.jsonl")
+    assert main(["precompute", str(path / "recipe.py"), *argv, "--precompute_output", str(path / "answers")]) == 0
+    own = capture(path / "recipe.py", argv)
+    return path, recipe_data(own.load_data, own.settings)
+
+
+def test_no_row_is_lost_and_the_held_out_rows_are_those_of_the_recipe(folder, answers, tmp_path, capsys):
+    path, own = answers
+    recipe = capture(path / "recipe.py", flags(folder, tmp_path, dataset_name=path / "answers", seq_kd="false"))
+    data = recipe_data(recipe.load_data, recipe.settings)
+    assert len(data["train"]) == len(own["train"]) == 29
+    assert list(data["train"]["source_row"]) == list(range(29))
+    assert [row["messages"] for row in data["eval"]] == [row["messages"] for row in own["eval"]]
+    assert list(data["prompts"]["mark"]) == ["kept", "kept"]
+    assert data["held_out_text"] == own["held_out_text"]
+    assert load_dataset(str(path / "answers"))["train"].num_rows == 29  # and for others it is a data set as any
+    argv = flags(folder, tmp_path / "out", dataset_name=path / "answers", seq_kd="false", lmbda=0, max_steps=1)
+    argv = [*argv, "--evaluate_before_and_after", "true", "--num_eval_prompts", "2"]
+    assert main(["run", str(path / "recipe.py"), *argv]) == 0
+    assert "held-out prompts are also trained on" not in capsys.readouterr().err
+
+
+def test_the_last_line_is_a_command_that_trains_on_the_answers(folder, answers, tmp_path, monkeypatch, capsys):
+    path, _ = answers
+    argv = flags(folder, path / "out", dataset_name=path / "rows.jsonl", lmbda=1.0)
+    monkeypatch.setattr(sys, "argv", ["gkd", "precompute", str(path / "recipe.py")])
+    main(["precompute", str(path / "recipe.py"), *argv, "--precompute_output", str(tmp_path / "answers")])
+    gkd, *command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert gkd == "gkd"
+    assert command[-2:] == ["--lmbda", "0"]  # as the recipe stands, the student writes everything
+    rest = {name: value for name, value in pairwise(argv) if name in ("--model_name_or_path", "--output_dir")}
+    recipe = capture(command[1], [*command[2:], *(part for pair in rest.items() for part in pair)])
+    assert not recipe.settings.training.seq_kd
+    assert len(recipe_data(recipe.load_data, recipe.settings)["train"]) == 29
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py")))
+def test_every_recipe_takes_answers_as_a_data_set(folder, answers, tmp_path, name):
+    pytest.importorskip({"gkd_wmt14": "sacrebleu", "gkd_xsum": "rouge_score"}.get(name, "gkd"))
+    path, own = answers
+    argv = flags(folder, tmp_path, dataset_name=path / "answers", seq_kd="false")
+    recipe = capture(RECIPES / f"{name}.py", argv)
+    data = recipe_data(recipe.load_data, recipe.settings)
+    assert len(data["train"]) == 29
+    assert len(data["eval"]) == len(own["eval"])
+
+
+def test_answers_are_known_by_their_columns_on_the_hub_too(folder, answers, tmp_path, monkeypatch):
+    """There is no folder to look into before `load_data` asks for the name."""
+    path, _ = answers
+    copy = tmp_path / "snapshot"
+    shutil.copytree(path / "answers", copy)
+    (copy / "provenance.json").unlink()
+    monkeypatch.setattr("gkd.dataset_folder.snapshot_download", lambda name, repo_type: str(path / name))
+    monkeypatch.setattr("gkd.settings.load_dataset", lambda path, **kwargs: load_dataset(str(copy)))
+    monkeypatch.chdir(tmp_path)
+    recipe = capture(RECIPES / "gkd_gsm8k.py", flags(folder, tmp_path, dataset_name="answers", seq_kd="false"))
+    data = recipe_data(recipe.load_data, recipe.settings)
+    assert (len(data["train"]), len(data["eval"])) == (29, 2)
+
+
+def test_no_id_of_the_heads_padding_is_written(folder, tmp_path):
+    """Both heads are padded beyond the tokenizer, as those of Qwen are: such an id is no text."""
+    for name, seed in (("student", 1), ("teacher", 2)):
+        save_tiny(tmp_path / name, seed=seed, vocab=400)
+    models = {f"{who}model_name_or_path": tmp_path / (who.rstrip("_") or "student") for who in ("", "teacher_")}
+    precompute(folder, tmp_path / "out", "--precompute_output", str(tmp_path / "data"), **models, max_new_tokens=20)
+    rows = read(tmp_path / "data")
+    assert len(rows) == 11
+    assert max(max(row["input_ids"]) for row in rows) <= 258
+    # Training asks for the very same answers, and takes them as a data set.
+    settings = {**models, "max_new_tokens": 20, "lmbda": 0.5}
+    run(argv=flags(folder, tmp_path / "out", seq_kd="true", **settings))
+    assert history(tmp_path / "out")[-2]["ledger/targets/teacher"] > 0
+    run(argv=flags(folder, tmp_path / "plain", **{**settings, "dataset_name": tmp_path / "data", "lmbda": 0}))
 
 
 def test_a_stopped_run_goes_on_where_it_was(folder, tmp_path, asked, monkeypatch):
