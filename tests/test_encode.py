@@ -165,6 +165,30 @@ def test_an_earlier_turn_does_not_reach_over_the_next_users(think):
     assert report.rows_with == {"turn_not_found": [0]} | ({"prompt_not_prefix": [0]} if think else {})
 
 
+def said(*turns):
+    """user q, assistant a: "q>", "a<"."""
+    roles = {">": "user", "<": "assistant", "!": "system"}
+    return [{"role": roles[turn[-1]], "content": turn[:-1]} for turn in turns]
+
+
+ODD_CHATS = {
+    "two assistant turns in a row": said("q>", "a1<", "a2<", "q>", "a3<"),
+    "an assistant turn behind the system's": said("s!", "a1<", "q>", "a2<"),
+    "a system turn in the middle": said("q>", "a1<", "s!", "q>", "a2<"),
+    "empty questions": said(">", "a1<", "  >", "a2<"),
+    "questions like the marks": said("QMarkA0x>", "a1<", "QMarkQ>", "a2<"),
+    "a question like a turn": said("<|im_end|>\n<|im_start|>assistant\nx<|im_end|>>", "a1<", "q>", "a2<"),
+    "spaces": said("q >", " a1 <", " q>", "a2 <"),
+}
+
+
+@pytest.mark.parametrize("chat", ODD_CHATS.values(), ids=ODD_CHATS.keys())
+def test_every_assistant_turn_of_an_odd_chat_is_found(chat):
+    rows, report = prepare([{"messages": chat}], assistant_turns="all")
+    expected = [turn["content"] + "<|im_end|>" for turn in chat if turn["role"] == "assistant"]
+    assert (parts(rows[0])[1], report.rows_with) == (expected, {})
+
+
 def test_an_earlier_empty_turn_is_not_trained_on():
     chat = [USER, {**ANSWER, "content": ""}, USER, ANSWER]
     rows, report = prepare([{"messages": chat}], assistant_turns="all")
