@@ -43,6 +43,7 @@ _STUMBLES = (
     ValueError,
 )
 
+PREPARED = {"input_ids", "labels", "prompt_length", "row"}  # columns that say that rows have been prepared
 _COLUMNS = Features(
     {
         "input_ids": Sequence(Value("int64")),
@@ -196,7 +197,7 @@ def _encode_batch(
         place = Place(preparation.name, number)
         raw = {column: values[i] for column, values in batch.items()}
         if preparation.teachers:
-            teacher_numbers.append(_teacher_number(raw.get("teacher"), preparation.teachers, place))
+            teacher_numbers.append(_teacher_number(raw, preparation.teachers, place))
         rows.append(prepared_row(raw, place, encoder, preparation))
     return {
         "input_ids": [row.input_ids for row in rows],
@@ -252,7 +253,10 @@ def _fitted(row: Encoded, bos: int | None, preparation: Preparation) -> Encoded:
     return fitted
 
 
-def _teacher_number(name: Any, teachers: tuple[str, ...], place: Place) -> int:
+def _teacher_number(raw: Mapping[str, Any], teachers: tuple[str, ...], place: Place) -> int:
+    name = raw.get("teacher")
+    if raw.keys() >= PREPARED and isinstance(name, int) and 0 <= name < len(teachers):
+        return name  # rows that have been prepared before
     if name not in teachers:
         found = "is missing" if name is None else f"is {name!r}, which no teacher is called"
         place.bad("teacher", f"{found}: every row names one of {', '.join(teachers)} (teacher_adapters)")

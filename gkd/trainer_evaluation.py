@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from gkd.batch import target_mask
+from gkd.data import PREPARED, PaddingCollator
 from gkd.fused import FusedOutput
 from gkd.metrics import sum_dtype
 from gkd.preparation import prepare_rows
@@ -26,6 +27,8 @@ class EvaluationMixin:
     encoding: dict[str, Any]
     _flush: Any
     _eval_sums: Tensor
+    train_dataset: Any
+    eval_dataset: Any
 
     def _count_evaluation(self, output: FusedOutput, inputs: dict[str, Tensor]) -> None:
         """Add this batch's sums, without the rows that accelerate repeats to make the ranks' last batches even."""
@@ -54,9 +57,56 @@ class EvaluationMixin:
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(number, 1.0)
         return output
 
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
-        """As in `transformers.Trainer`; raw rows are prepared first."""
-        if isinstance(eval_dataset, Dataset) and "input_ids" not in eval_dataset.column_names:
-            given = (self.processing_class, self.args, self._formatting_func, self.data_collator, self.encoding)
-            _, eval_dataset, _ = prepare_rows(None, eval_dataset, *given)
-        return super().evaluate(eval_dataset=eval_dataset, **kwargs)  # type: ignore[misc]
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `transformers.Trainer`, for rows of every form that the constructor takes; so `evaluate` is, too."""
+        if isinstance(eval_dataset, str):
+            sets = self._named(eval_dataset)
+            if not self._is_ready(sets[eval_dataset]):
+                sets[eval_dataset] = self._ready(sets[eval_dataset], eval_dataset)
+        elif eval_dataset is not None:
+            eval_dataset = self._ready(eval_dataset, "eval")
+        elif self.eval_dataset is not None and not self._is_ready(self.eval_dataset):  # set after the constructor
+            self.eval_dataset = self._ready(self.eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in `transformers.Trainer`, for rows of every form; so `predict` is, too."""
+        return super().get_test_dataloader(self._ready(test_dataset, "test"))  # type: ignore[misc]
+
+    def get_train_dataloader(self) -> Any:
+        """As in `transformers.Trainer`.
+
+        Raises:
+            ValueError: `train_dataset` was set after the constructor, to rows that nobody has prepared.
+        """
+        if self.train_dataset is not None and not self._is_ready(self.train_dataset):
+            raise ValueError(
+                "trainer.train_dataset holds rows that are not prepared (ids, labels, prompts): pass them to the "
+                "constructor as train_dataset, which prepares them"
+            )
+        return super().get_train_dataloader()  # type: ignore[misc]
+
+    def _named(self, name: str) -> dict[str, Any]:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if name not in sets:
+            raise ValueError(f"there is no eval data set {name!r}: eval_dataset has {', '.join(sets) or 'no names'}")
+        return sets
+
+    def _is_ready(self, dataset: Any) -> bool:
+        """Whether rows are as the collator takes them. A collator of the user's own knows its rows."""
+        own = isinstance(self.data_collator, PaddingCollator)
+        return not own or (isinstance(dataset, Dataset) and set(dataset.column_names) >= PREPARED)
+
+    def _ready(self, dataset: Any, name: str) -> Any:
+        """The rows prepared as the constructor prepares those for evaluation: with answers, whatever was done before.
+
+        Raises:
+            ValueError: as `gkd.data.prepare_dataset`.
+        """
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if any(dataset is known and self._is_ready(known) for known in sets):
+            return dataset
+        if not isinstance(self.data_collator, PaddingCollator):
+            return dataset
+        given = (self.processing_class, self.args, self._formatting_func, self.data_collator, self.encoding)
+        return prepare_rows(None, {name: dataset}, *given)[1][name]

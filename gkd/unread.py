@@ -27,7 +27,7 @@ NOT_TEXT = (
 )
 
 # Columns of rows of ids that say no more: written by this package, by `datasets` or by TRL's own preparation.
-_BESIDE_IDS = {"row", "prompt_ids", "prompt", "completion", "text", "truncated", "repetitive", "source_row", "length"}
+_BESIDE_IDS = {"row", "prompt", "completion", "text", "truncated", "repetitive", "source_row", "length"}
 _BESIDE_IDS |= {"special_tokens_mask", "token_type_ids"}
 # Keys of a turn that need no reader: ids, and those whose rendering is looked at (`gkd.encode`).
 _KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", "tool_call_id", "id"}
