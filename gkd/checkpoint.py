@@ -74,11 +74,14 @@ class CheckpointMixin(GoingOnMixin):
             self._choose_run(checkpoint)
             self._saved, self._started, self._ends_early = checkpoint, time.monotonic(), False
             self.guard.start()
-            with self.guard.request, self._saved_when_a_server_fails(trial):
-                output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
+            try:
+                with self.guard.request, self._saved_when_a_server_fails(trial):
+                    output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
+            finally:
+                self.guard.is_training = False
             self._seconds_before, self._started = self.training_seconds, None
             self.guard.raise_if_stopped(self.state, self._folder(trial))
-            return output
+            return output._replace(training_loss=output.metrics["train_loss"])
 
     def _load_state(self, checkpoint: str) -> None:
         state = files.read_state(checkpoint)
@@ -93,6 +96,7 @@ class CheckpointMixin(GoingOnMixin):
             self.positions.load(state["positions"])
         self._total_train_tokens = state["num_tokens"]
         self.guard.nonfinite_steps = state.get("nonfinite_steps", 0)
+        self.guard.empty_steps = state.get("empty_steps", 0)
 
     @property
     def training_seconds(self) -> float:
@@ -136,6 +140,7 @@ class CheckpointMixin(GoingOnMixin):
             "num_tokens": self._total_train_tokens,
             "positions": self.positions.as_dict(),
             "nonfinite_steps": self.guard.nonfinite_steps,
+            "empty_steps": self.guard.empty_steps,
         }
 
     def _begin_window(self) -> None:

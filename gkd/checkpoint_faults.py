@@ -33,6 +33,7 @@ _SHAPES: dict[str, type | tuple[type, ...]] = {
     "positions": dict,
     "num_tokens": int,
     "nonfinite_steps": int,
+    "empty_steps": int,
     "seconds": (int, float),
     "belongs": dict,
     "commands": list,

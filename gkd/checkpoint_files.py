@@ -159,7 +159,7 @@ def rotate(output_dir: str | Path, limit: int | None, keep: list[str | None], ru
         output_dir: holds the checkpoints.
         limit: `save_total_limit`; None or 0 deletes nothing.
         keep: never deleted: the one just saved, and the best.
-        run: whose checkpoints are counted and deleted; None: all.
+        run: whose complete checkpoints are counted and deleted; None: all.
     """
     if not limit or limit < 0:
         return
@@ -170,9 +170,16 @@ def rotate(output_dir: str | Path, limit: int | None, keep: list[str | None], ru
         if os.path.realpath(path) not in kept:
             discard(path)
     remaining = [path for path in complete if path.is_dir()]
-    for path in own:
-        if remaining and path not in remaining and fault_of(path) is not None and os.path.realpath(path) not in kept:
+    for path in checkpoints(output_dir):
+        worthless = _is_debris(path) or (path in own and fault_of(path) is not None)
+        if remaining and path not in remaining and worthless and os.path.realpath(path) not in kept:
             discard(path)
+
+
+def _is_debris(folder: Path) -> bool:
+    """Whether a save or a deletion was cut off there, of whatever run."""
+    state = _state_or_nothing(folder)
+    return state.get("complete") is False or not any((folder / name).exists() for name in (STATE_FILE, TRAINER_STATE))
 
 
 def discard(folder: str | Path) -> None:

@@ -1,7 +1,11 @@
 """What ends a training early, or a step: signals, and a loss or gradient that is not finite.
 
-A signal (SIGTERM, SIGINT) asks for a stop: the optimizer step is finished, a checkpoint is saved, and `train` raises
-`TrainingStopped`, which ends the program with 128 + the signal's number. A second one ends it at once.
+A signal (SIGTERM, SIGINT) asks for a stop: the optimizer step is finished, or an evaluation left at the next batch; a
+checkpoint is saved, and `train` raises `TrainingStopped`, which ends the program with 128 + the signal's number. A
+second one ends it at once.
+
+A window without a single target, on any rank, is not stepped on: nothing would be learnt, but the optimizer's momentum
+and weight decay would move the weights. It is told, and left out of the logged mean of the loss.
 
 A step whose loss or gradient is not finite is skipped: no weight and no optimizer state moves. All ranks decide
 alike without a word, because a loss that is not finite makes its gradients NaN (`nan_unless_finite`) and the ranks'
@@ -34,6 +38,10 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher hands on to its ranks a signal that the terminal or the scheduler has already sent them.
 _ECHO_SECONDS = 5.0
+
+
+class EvaluationLeft(Exception):  # noqa: N818 - nothing went wrong
+    """A signal asked for a stop in the middle of an evaluation; all ranks leave it at the same batch."""
 
 
 def nan_unless_finite(loss: Tensor) -> Tensor:
@@ -88,7 +96,7 @@ class FaultGuard(TrainerCallback):
 
     Args:
         accelerator: to agree with the other ranks.
-        ledger: a skipped step is taken out of it.
+        ledger: of the steps that were made; a skipped one is none.
         max_nonfinite_steps: so many skipped steps in a row end the training; 0 skips on for ever.
     """
 
@@ -99,34 +107,59 @@ class FaultGuard(TrainerCallback):
         self.request = StopRequest()
         self.nonfinite_steps = 0  # so far, over resumes
         self.stopped_by: int | None = None  # a signal that all ranks have agreed on
+        self.is_training = False
         self._in_a_row = 0
         self._counts: Tensor | None = None
         self._losses: list[tuple[Tensor, list[int]]] = []
         self._skipped = False
+        self.is_empty = False  # the present window: no rank has a target in it
+        self.empty_steps = 0  # so far, over resumes
+        self._since_log = self._in_training = (0, 0)  # steps, and those of them without a target
 
     # ------------------------------------------------------------------------------ what the trainer tells it
 
     def start(self) -> None:
         """A training begins."""
-        self.stopped_by, self._in_a_row, self._losses = None, 0, []
+        self.stopped_by, self._in_a_row, self._losses, self.is_training = None, 0, [], True
+        self.is_empty, self._since_log, self._in_training = False, (0, 0), (0, 0)
 
     def open_window(self, counts: Tensor) -> None:
-        """A step begins; `counts` [2, 3] goes into the ledger."""
-        self.ledger.add(counts)
+        """A step begins; `counts` [2, 3] goes into the ledger once it has been made."""
         self._counts, self._losses, self._skipped = counts, [], False
+        self.is_empty = int(counts[1].sum()) == 0
+
+    def step_loss(self, loss: Tensor, hidden: Tensor) -> Tensor:
+        """A training loss whose gradients are NaN where the engine must leave the step out; `hidden` led to it."""
+        if self.is_empty and self._skips_by_itself:
+            return loss + hidden.float().sum() * float("nan")  # of no target the loss itself has no gradient
+        return loss
+
+    def logged_loss(self, mean: float) -> float | None:
+        """The mean over the steps of a logging period that had a target, from that over all; None without any."""
+        (steps, empty), self._since_log = self._since_log, (0, 0)
+        return None if empty >= steps > 0 else mean * steps / max(steps - empty, 1)
+
+    def mean_loss(self, mean: float) -> float:
+        """The same over the whole training; 0 without any."""
+        steps, empty = self._in_training
+        return mean * steps / max(steps - empty, 1)
 
     def watch(self, loss: Tensor, rows: Tensor) -> None:
         """A micro-batch's loss, and its row numbers. Nothing waits for the device here."""
-        self._losses.append((loss.detach(), rows.tolist()))
+        if not self.is_empty:
+            self._losses.append((loss.detach(), rows.tolist()))
 
     # --------------------------------------------------------------------------------- what the Trainer calls
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An optimizer leaves a parameter without gradient alone, state included: a skipped step has none."""
-        accelerator = self.accelerator
-        if accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.scaler is not None:
-            return  # both skip by themselves
+        if self._skips_by_itself:
+            return
         parameters = [p for group in kwargs["optimizer"].param_groups for p in group["params"]]
+        if self.is_empty:
+            for parameter in parameters:
+                parameter.grad = None
+            return
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not torch.isfinite(norm):
             self._skipped = True
@@ -139,17 +172,35 @@ class FaultGuard(TrainerCallback):
         skipped = self._skipped or self.accelerator.optimizer_step_was_skipped
         if self.accelerator.mixed_precision == "fp16":  # overflowing is how its loss scale is found
             skipped = lost
-        if skipped:
+        self._since_log, self._in_training = (
+            (steps + 1, empty + self.is_empty) for steps, empty in (self._since_log, self._in_training)
+        )
+        assert self._counts is not None
+        if not skipped and not self.accelerator.optimizer_step_was_skipped:
+            self.ledger.add(self._counts)
+        if self.is_empty:
+            self._count_empty(state.global_step)
+        elif skipped:
             self._count(state.global_step, bad_rows, lost)
+        if skipped or self.is_empty:
             if self.accelerator.optimizer_step_was_skipped and isinstance(kwargs["lr_scheduler"], LambdaLR):
                 kwargs["lr_scheduler"].step()  # the Trainer has not: DeepSpeed told it of the skip
         else:
-            self._in_a_row = 0
+            self._in_a_row = 0  # an empty step is no finite one: it says nothing
         if term or interrupt:
             self.stopped_by = signal.SIGTERM if term else signal.SIGINT
         if self.is_stopping:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # a scheduler does not wait for long
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A scheduler does not wait for an evaluation: it is left, and what was trained is saved."""
+        if not self.is_training:
+            return
+        term, interrupt, _ = self._agreed(False)
+        if term or interrupt:
+            self.stopped_by = signal.SIGTERM if term else signal.SIGINT
+            raise EvaluationLeft
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.is_stopping:
@@ -191,6 +242,22 @@ class FaultGuard(TrainerCallback):
 
     # ------------------------------------------------------------------------------------------------- inside
 
+    @property
+    def _skips_by_itself(self) -> bool:
+        """Whether the engine leaves out a step with NaN gradients: DeepSpeed, and fp16's loss scaler."""
+        accelerator = self.accelerator
+        return accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.scaler is not None
+
+    def _count_empty(self, step: int) -> None:
+        if self.empty_steps == 0:
+            logger.warning(
+                "step %d has nothing to train on and is left out, as are others like it (empty_steps): no row of it "
+                "has a target. mask_truncated_completions and drop_repetitive_completions leave out rollouts; raise "
+                "max_new_tokens, or warm the student up on data (lmbda=0)",
+                step,
+            )
+        self.empty_steps += 1
+
     def _bad_rows(self) -> list[int] | None:
         """Rows of the micro-batches on this rank whose loss was not finite; None when all were."""
         if not self._losses:
@@ -209,8 +276,6 @@ class FaultGuard(TrainerCallback):
     def _count(self, step: int, bad_rows: list[int] | None, lost: bool) -> None:
         self.nonfinite_steps += 1
         self._in_a_row += 1
-        assert self._counts is not None
-        self.ledger.add(-self._counts)
         if bad_rows is None and lost:
             return  # the rank whose loss it was tells
         what = "gradient" if bad_rows is None else "loss"

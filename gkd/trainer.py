@@ -262,6 +262,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         before = meter.seconds("teacher")
         with meter.phase("student"):
             loss = super().training_step(*args, **kwargs)
+        if self.guard.is_empty:
+            loss = torch.zeros_like(loss)  # of nothing: also where a router's loss, or a NaN for the engine, was added
         self.guard.watch(loss, args[1]["rows"])
         meter.subtract("student", meter.seconds("teacher") - before)
         return loss
@@ -292,7 +294,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
 
         def loss_at_the_head(hidden: Tensor) -> Tensor:
             details.append(self._divergence(hidden, signal, inputs, num_items_in_batch))
-            return details[0][0].loss
+            loss = details[0][0].loss
+            return self.guard.step_loss(loss, hidden) if mode == "train" else loss
 
         loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head)
         output, sources = details[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gkd.batch import target_mask
 from gkd.data import PREPARED, PaddingCollator
+from gkd.faults import EvaluationLeft
 from gkd.fused import FusedOutput
 from gkd.metrics import sum_dtype
 from gkd.preparation import prepare_rows
@@ -21,6 +22,7 @@ class EvaluationMixin:
 
     args: Any
     accelerator: Any
+    control: Any
     processing_class: Any
     data_collator: Any
     _formatting_func: Any
@@ -43,12 +45,37 @@ class EvaluationMixin:
             per_row = torch.stack([per_row[:, 0] / per_row[:, 1].clamp(min=1), (per_row[:, 1] > 0).to(dtype)], dim=1)
         self._eval_sums += self.accelerator.gather_for_metrics(per_row).cpu().double().sum(dim=0)
 
+    def _evaluate(self, trial: Any, ignore_keys: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        try:
+            found: dict[str, float] = super()._evaluate(trial, ignore_keys, skip_scheduler)  # type: ignore[misc]
+            return found
+        except EvaluationLeft:
+            if not skip_scheduler:
+                raise
+            return {}  # before the first step: nothing has been trained that could be saved
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers.Trainer`; where a signal comes during the evaluation, it is left, and the step saved."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        except EvaluationLeft:
+            self.control.should_log = self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Data source only, nothing generated, the same normalisation as in training, no random stream moved."""
         self._eval_sums.zero_()
-        with preserved_random_state():
-            loop = super().evaluation_loop  # type: ignore[misc]
-            output = loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        gradients = self.accelerator.gradient_state
+        loaders = list(gradients.dataloader_references)
+        try:
+            with preserved_random_state():
+                loop = super().evaluation_loop  # type: ignore[misc]
+                output = loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        except EvaluationLeft:
+            gradients.dataloader_references = loaders  # else the loader that was left counts as the present one
+            self._flush("eval")
+            raise
         total, number = self._eval_sums.tolist()
         logs = self._flush("eval")
         output.metrics.update(

@@ -97,6 +97,15 @@ class LoggingMixin:
             if self.guard.nonfinite_steps:
                 logs["nonfinite_steps"] = float(self.guard.nonfinite_steps)
             logs.update({f"ledger/targets/{s}": float(n) for s, n in self.ledger.targets.items() if n})
+            if self.guard.empty_steps:
+                logs["empty_steps"] = float(self.guard.empty_steps)
+            loss = self.guard.logged_loss(logs["loss"])
+            if loss is None:  # nothing was trained on since the last log
+                del logs["loss"]
+            else:
+                logs["loss"] = loss
+        if "train_loss" in logs:
+            logs["train_loss"] = self.guard.mean_loss(logs["train_loss"])
         super().log(logs, start_time)  # type: ignore[misc]
         if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
             self.state.log_history[-1]["divergence_by_position"] = self.positions.as_dict()

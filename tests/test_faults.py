@@ -78,6 +78,41 @@ def test_a_signal_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1]
 
 
+@pytest.mark.parametrize("when", ["steps", "epoch", "start"])
+def test_an_evaluation_is_left_at_the_next_batch(tmp_path, when):
+    """In its second batch of twelve: no further one, no further step, and the step before it is saved."""
+    batches = []
+
+    class Stop(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            batches.append(state.global_step)
+            if len(batches) == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    values = {
+        "max_steps": 6, "per_device_eval_batch_size": 1, "eval_dataset": Dataset.from_list(tiny_rows(12)),
+        "eval_strategy": "steps" if when == "start" else when, "eval_steps": 3, "metric_for_best_model": "loss",
+        **SAVING,
+    }  # fmt: skip
+    if when == "start":
+        values |= {"eval_on_start": True, "eval_steps": 100}
+    trainer = trainer_of(tmp_path, **values)
+    trainer.callback_handler.callbacks.insert(0, Stop())
+    with pytest.raises(TrainingStopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 143
+    assert len(batches) == 2
+    step = {"steps": 3, "epoch": 4, "start": 1}[when]
+    assert trainer.state.global_step == step
+    assert files.find(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+    resumed = trainer_of(tmp_path, **values)
+    resumed.train(resume_from_checkpoint=True)
+    never = trainer_of(tmp_path / "never", **values)
+    never.train()
+    assert torch.equal(weights(resumed), weights(never))
+    assert never.evaluate()["eval_loss"] == pytest.approx(resumed.evaluate()["eval_loss"])
+
+
 def test_a_signal_too_late_to_stop_training_is_not_swallowed(tmp_path):
     class AtTheEnd(TrainerCallback):
         def on_train_end(self, *args, **kwargs):

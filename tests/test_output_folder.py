@@ -134,6 +134,14 @@ def test_the_limit_leaves_other_runs_alone(finished, tmp_path):
     assert steps_in(finished) == [3, 9]
 
 
+def test_what_was_cut_off_is_nobodys(finished):
+    """A run that is killed in its first save leaves a folder that no later one knows."""
+    files.begin(finished / "checkpoint-7", "another")
+    (finished / "checkpoint-8").mkdir()
+    files.rotate(finished, 2, [], files.run_of(finished / "checkpoint-1"))
+    assert steps_in(finished) == [2, 3]
+
+
 def test_cut_off_checkpoints_are_no_obstacle(tmp_path):
     files.begin(tmp_path / "checkpoint-1", "another")
     trainer_of(tmp_path, **SAVING).train()

@@ -23,7 +23,7 @@ from tiny import tiny_rows  # noqa: E402
 from training import trainer_of  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-import gkd.trainer  # noqa: E402, F401 - imported before the fork
+import gkd.trainer  # noqa: E402 - imported before the fork
 from gkd.checkpoint_files import find, read_state  # noqa: E402
 from gkd.distributed import gathered, zero_stage  # noqa: E402
 
@@ -69,6 +69,7 @@ def report(trainer: Any, say: Say) -> None:
         "finite": bool(torch.isfinite(trained).all()),
         "ledger": trainer.ledger.as_dict(),
         "nonfinite": trainer.guard.nonfinite_steps,
+        "empty": trainer.guard.empty_steps,
         "step": trainer.state.global_step,
         "learning_rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -220,6 +221,32 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def nothing_to_train_on(folder: Path, stage: int = 0) -> list[Any]:
+    """In the second step no rank has a target, in the third only the first has."""
+
+    def work(say: Say) -> None:
+        original, second = gkd.trainer.write_completions, os.environ["RANK"] == "1"
+
+        def write(window: Any, sources: Any, rollouts: Any, step: int, hygiene: Any) -> Any:
+            written = original(window, sources, rollouts, step, hygiene)
+            for sequence in written if step == 1 or (step == 2 and second) else ():
+                sequence.labels[:] = [-100] * len(sequence.labels)
+            return written
+
+        gkd.trainer.write_completions = write  # type: ignore[attr-defined]
+        trainer = build(folder / "run", max_steps=4, weight_decay=0.1)
+        assert zero_stage(trainer.accelerator) == stage
+        trainer.train()
+        report(trainer, say)
+
+    return outcome(ranks(work, folder))
+
+
+def nothing_under_zero(folder: Path, stage: int) -> list[Any]:
+    with zero(folder, stage):
+        return nothing_to_train_on(folder, stage)
+
+
 def one_rank_dies(folder: Path) -> list[Any]:
     def work(say: Say) -> None:
         build(folder / "run", AtStep(3, 1, lambda: os._exit(7)), save_steps=1).train()
@@ -238,6 +265,9 @@ SCENES: dict[str, Callable[[Path], list[Any]]] = {
     "skip_zero2_bf16": lambda folder: under_zero(folder, 2, bf16=True),
     "skip_zero3_bf16": lambda folder: under_zero(folder, 3, bf16=True),
     "one_rank_dies": one_rank_dies,
+    "nothing_ddp": nothing_to_train_on,
+    "nothing_zero2": lambda folder: nothing_under_zero(folder, 2),
+    "nothing_zero3": lambda folder: nothing_under_zero(folder, 3),
     "one_rank_is_started_otherwise": one_rank_is_started_otherwise,
     "foreign_zero1": lambda folder: a_foreign_checkpoint(folder, 1),
     "foreign_zero2": lambda folder: a_foreign_checkpoint(folder, 2),

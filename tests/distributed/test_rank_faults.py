@@ -68,6 +68,18 @@ def test_zero_and_ddp_skip_alike(results: dict[str, Any], scene: str) -> None:
     assert ddp["weights"] == pytest.approx(other["weights"], rel=1e-2 if "bf16" in scene else 1e-6)
 
 
+@pytest.mark.parametrize("scene", ["nothing_ddp", "nothing_zero2", "nothing_zero3"])
+def test_a_step_without_a_target_on_any_rank_is_left_out(results: dict[str, Any], scene: str) -> None:
+    first, second = last_lines(results[scene])
+    assert first == second
+    assert (first["empty"], first["nonfinite"]) == (1, 0)
+    assert sum(first["ledger"]["sequences"].values()) == 4 + 0 + 2 + 4
+    assert len(first["learning_rates"]) == 3  # the logs that have a loss
+    assert first["learning_rates"] == pytest.approx([0.01, 0.005, 0.0025])
+    ddp = last_lines(results["nothing_ddp"])[0]
+    assert first["weights"] == pytest.approx(ddp["weights"], rel=1e-6)  # DDP leaves out the optimizer's step itself
+
+
 def test_the_others_do_not_wait_for_a_dead_rank(results: dict[str, Any]) -> None:
     survivor, dead, facts = results["one_rank_dies"]
     assert dead["code"] == 7
