@@ -131,16 +131,23 @@ def _add_new(commands: Any) -> None:
         _new,
         "write a recipe for your data",
         "Look at the data and write a recipe that runs. Rows: messages, conversations, prompt and completion, "
-        "instruction, text; or any two columns, named by --prompt_column and --completion_column.",
+        "instruction, text; or any two columns, named by --prompt_column and --completion_column, or a prompt of "
+        "several, by --prompt_template.",
         "gkd new mine --data rows.jsonl --student my/student --teacher my/teacher",
     )
     new.add_argument("name", metavar="NAME", help="the recipe's name")
-    new.add_argument("--data", metavar="FILE", required=True, help="a .jsonl, .json, .csv or .parquet, or a Hub set")
+    new.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="a file of rows (.jsonl, .json, .csv, .tsv, .parquet), or a Hub set",
+    )
     new.add_argument("--student", metavar="MODEL", required=True, help="name or folder")
     new.add_argument("--teacher", metavar="MODEL", required=True, help="name or folder")
     new.add_argument("--output", metavar="FILE", help="recipes/NAME.py without it")
     new.add_argument("--prompt_column", metavar="COLUMN", help="with the question")
     new.add_argument("--completion_column", metavar="COLUMN", help="with the answer")
+    new.add_argument("--prompt_template", metavar="TEXT", help="a prompt of several columns: '{passage}\\n{question}'")
     new.add_argument("--force", action="store_true", help="overwrite the file")
 
 
@@ -259,8 +266,12 @@ def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     columns = None
     if arguments.prompt_column is not None:
         columns = (arguments.prompt_column, arguments.completion_column)
+        if arguments.prompt_template is not None:
+            raise ValueError("--prompt_template does not go with --prompt_column: name the column in the template")
     elif arguments.completion_column is not None:
-        raise ValueError("--completion_column needs --prompt_column beside it")
+        if arguments.prompt_template is None:
+            raise ValueError("--completion_column needs --prompt_column or --prompt_template beside it")
+        columns = ("", arguments.completion_column)
     path = write_recipe(
         arguments.name,
         arguments.data,
@@ -269,6 +280,7 @@ def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
         output=arguments.output,
         columns=columns,
         force=arguments.force,
+        template=arguments.prompt_template,
     )
     print(f"wrote {path}; next: gkd doctor {path}")
     return 0

@@ -120,6 +120,7 @@ LEVELS = {
         "doctor_view",
         "evaluate_recipe",
         "new_recipe",
+        "look",
         "doctor_cost",
         "evaluate_forward",
         "evaluate_teacher",

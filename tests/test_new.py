@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny import save_tiny, tiny_rows, tiny_tokenizer
 
 from gkd.cli import main
-from gkd.new_recipe import look_at
+from gkd.look import look_at
 from gkd.recipe import capture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +164,12 @@ def test_a_known_format_wins_over_a_pair_of_names():
     [
         (["--data", "none.jsonl"], ["none.jsonl", "does not exist"]),
         (["--prompt_column", "Frage"], ["'Frage'", "question, answer"]),
-        (["--completion_column", "answer"], ["--prompt_column"]),
+        (["--completion_column", "answer"], ["--prompt_column", "--prompt_template"]),
+        (["--prompt_template", "{Frage}"], ["'Frage'", "question, answer"]),
+        (["--prompt_template", "no column"], ["--prompt_template", "braces"]),
+        (["--prompt_template", "{question"], ["--prompt_template", "no template"]),
+        (["--prompt_template", "{question!r}"], ["--prompt_template", "braces"]),
+        (["--prompt_template", "{question}", "--prompt_column", "question"], ["--prompt_template", "--prompt_column"]),
         (["--output", "mine.txt"], [".py"]),
         (["--output", "there.py"], ["there.py", "--force"]),
     ],
@@ -202,6 +207,76 @@ def test_data_of_no_known_format_is_named(rows, tmp_path, capsys):
         )
     assert next(iter(rows[0])) in capsys.readouterr().err
     assert not (tmp_path / "mine.py").exists()
+
+
+PASSAGES = [
+    {"passage": f"There are {n} {{red}} apples.", "question": "How many?", "n": n, "answer": str(n), "title": "x" * n}
+    for n in range(3, 11)
+]
+
+
+def test_a_prompt_of_several_columns(folder, caplog):
+    recipe = new(folder, PASSAGES, "--prompt_template", r"{passage}\n{question} ({n})")
+    made = runpy.run_path(str(recipe), run_name="recipe")["as_row"](PASSAGES[0])
+    prompt = "There are 3 {red} apples.\nHow many? (3)"
+    assert made == {"prompt": [{"role": "user", "content": prompt}], "completion": "3"}
+    assert "the recipe does not use title; into the prompt" in caplog.text
+    assert "does not use" not in recipe.read_text()
+    plain = new(folder, PASSAGES, "--prompt_template", "{n}: ", "--completion_column", "title", student="plain")
+    assert runpy.run_path(str(plain), run_name="recipe")["as_row"](PASSAGES[0]) == {
+        "prompt": "3: ",
+        "completion": "xxx",
+    }
+
+
+def test_text_that_goes_nowhere_is_named_with_the_way_to_use_it(folder, caplog):
+    new(folder, PASSAGES)
+    assert "the recipe does not use passage, title; into the prompt with" in caplog.text
+    assert "'{passage}\\\\n{question}'" in caplog.text
+    caplog.clear()
+    new(folder, FORMATS["questions"])  # an id is no text
+    assert "does not use" not in caplog.text
+
+
+def test_a_chosen_answer_that_holds_the_whole_chat(folder):
+    ask, say = ({"role": role, "content": text} for role, text in (("user", "How many?"), ("assistant", "Three.")))
+    rows = [{"prompt": "How many?", "chosen": [ask, say], "rejected": [ask, say]}] * 4
+    recipe = runpy.run_path(str(new(folder, rows)), run_name="recipe")
+    assert recipe["as_row"](rows[0]) == {"prompt": [ask], "completion": [ask, say]}
+    asked = [{"prompt": [ask], "chosen": [ask, say]}] * 4
+    assert runpy.run_path(str(new(folder, asked)), run_name="recipe")["as_row"](asked[0])["prompt"] == [ask]
+
+
+def test_several_answers_of_a_chat_are_hinted_at(folder):
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    text = new(folder, [{"messages": turns}] * 4).read_text()
+    assert '"assistant_turns": "last",  # all trains on each: 4 of the first rows have several answers' in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([{"foo": "a", "bar": "b"}], ["foo, bar", "--prompt_column", "--completion_column", "--prompt_template"]),
+        ([{"question": "a", "answer": ["b", "c"]}], ["row 0, column 'answer': should be text, got list ['b', 'c']"]),
+        ([{"question": "a", "answer": "b"}, {"question": None, "answer": "b"}], ["row 1, column 'question': is None"]),
+        ([{"a\x1b[2J": "a", "b\x9b": "b"}], ["a\\x1b[2J"]),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_names_of_the_data(rows, parts, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--student", "x", "--teacher", "y", "--output", str(tmp_path / "mine.py")]
+    with pytest.raises(SystemExit):
+        main(["new", "mine", "--data", str(tmp_path / "rows.jsonl"), *flags])
+    message = capsys.readouterr().err
+    assert all(part in message for part in parts), message
+    assert "\x1b" not in message
+
+
+def test_column_names_with_escapes_are_written_as_escapes(folder):
+    rows = [{"a\x1b\n\x9b\u202e😀": "1?", "b": "2"}] * 3
+    recipe = new(folder, rows, "--prompt_column", next(iter(rows[0])), "--completion_column", "b")
+    assert recipe.read_text().isascii() or "\x1b" not in recipe.read_text()
+    assert runpy.run_path(str(recipe), run_name="recipe")["as_row"](rows[0])["completion"] == "2"
 
 
 @pytest.mark.parametrize("name", ["../up", "a b", "class", ""])
