@@ -59,6 +59,7 @@ TeacherSignal = DenseSignal | TopKSignal
 # Where the architectures keep the factor of their logits: (config field, power it is raised to).
 _SCALES = (("logit_scale", 1), ("output_multiplier", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_BLOCK = 2**14  # rows of a head that are converted at once to be compared
 _MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)  # the others that have `logits_scaling` divide by it
 _SCALE_BEFORE_THE_HEAD = ("minicpm3",)  # their hidden states are scaled already where the head sees them
 
@@ -165,8 +166,11 @@ def _softcap(config: Any) -> float | None:
 def check_head(model: nn.Module, head: Head, input_ids: Tensor | None = None) -> None:
     """Run the model on a few tokens and compare its logits with the head's: catches what no config field tells.
 
+    Call it in the precision that the model runs in (`gkd.precision.mixed_precision`): some kernels take no fp32.
+
     Args:
-        model: the causal language model, not partitioned (no ZeRO-3). head: what `head_of` gave.
+        model: the causal language model, whole (under ZeRO-3 `gkd.hidden.instead_of_logits` checks instead).
+        head: what `head_of` gave.
         input_ids: [1, T] to run on. None = a few small ids.
 
     Raises:
@@ -177,13 +181,49 @@ def check_head(model: nn.Module, head: Head, input_ids: Tensor | None = None) ->
     base = _base(model)
     with torch.no_grad(), _evaluating(model), _head_input(base) as seen:
         logits = model(input_ids=input_ids, use_cache=False).logits
-        ours = head.logits(seen[-1])
-    # Two orders of the same few operations: apart by rounding of the model's dtype, not by more.
-    tolerance = 64 * torch.finfo(logits.dtype).eps * float(ours.abs().max().clamp_min(1))
-    if logits.shape != ours.shape or not torch.allclose(logits.float(), ours.float(), rtol=0, atol=tolerance):
+        compare_logits(base, head, logits, *exact_logits(head, seen[-1]))
+
+
+@torch.no_grad()
+def exact_logits(head: Head, hidden: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Logits of a few tokens, from what the model multiplies but in fp32 (fp64 for fp64), and the dtype it does so in.
+
+    The head is converted a block at a time: as a whole it may be gigabytes.
+    """
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    wide = torch.promote_types(compute, torch.float32)
+    few = hidden.detach().to(compute).to(wide)
+    blocks = []
+    with torch.autocast(device, enabled=False):
+        for start in range(0, head.weight.shape[0], _BLOCK):
+            bias = None if head.bias is None else head.bias[start : start + _BLOCK].to(compute).to(wide)
+            weight = head.weight[start : start + _BLOCK].to(compute).to(wide)
+            blocks.append(Head(weight, bias, head.logit_scale, head.softcap).logits(few))
+    return torch.cat(blocks, dim=-1), compute
+
+
+def compare_logits(model: nn.Module, head: Head, logits: Tensor, exact: Tensor, compute: torch.dtype) -> None:
+    """Whether a model's logits are `exact` ones up to the rounding of its dtype.
+
+    A rounding is half an eps of a logit at most, and a few are made on the way. So none may be off by more than some
+    eps of the largest, and all together, where roundings average out and a mistake does not, by one eps.
+
+    Raises:
+        ValueError: they are not.
+    """
+    eps, half = torch.finfo(compute).eps, compute in (torch.bfloat16, torch.float16)
+    same = logits.shape == exact.shape
+    if same:
+        off = (logits.to(exact.dtype) - exact).abs()
+        same = bool(off.max() <= (4 if half else 64) * eps * exact.abs().max().clamp_min(1))
+        if half:
+            same = same and bool(off.square().mean().sqrt() <= eps * exact.square().mean().sqrt())
+    if not same:
         raise ValueError(
-            f"{type(base).__name__} does something to its logits that gkd does not know (scale {head.logit_scale}, "
-            f"softcap {head.softcap} give other logits than the model's own): this model is not supported"
+            f"{type(_base(model)).__name__} does something to its logits that gkd does not know (scale "
+            f"{head.logit_scale}, softcap {head.softcap} give other logits than the model's own): this model is not "
+            "supported"
         )
 
 

@@ -36,6 +36,7 @@ from gkd.hub import HubMixin
 from gkd.launch_checks import check_launch, check_wiring
 from gkd.lengths import check_lengths
 from gkd.metrics import Ledger, Meter
+from gkd.precision import mixed_precision
 from gkd.preparation import encoding_options, hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.quantized import keep_layout
 from gkd.rollouts.routed import routed
@@ -161,8 +162,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         place_student(keep_layout(student), accelerator)
         self._head = head_of(student)
         self._head_module = output_layer(student)
-        if zero_stage(accelerator) < 3:  # a sharded model cannot be run outside its engine
-            check_head(student, self._head)
+        self._head_unchecked = zero_stage(accelerator) == 3  # cannot be run outside its engine: in the first step
+        if not self._head_unchecked:
+            with mixed_precision(accelerator, student):
+                check_head(student, self._head)
         if args.disable_dropout:
             checks.disable_dropout(self.model)
         teacher_model = shared_base(args, teacher_model, student)
@@ -297,7 +300,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             loss = details[0][0].loss
             return self.guard.step_loss(loss, hidden) if mode == "train" else loss
 
-        loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head)
+        check, self._head_unchecked = self._head if self._head_unchecked else None, False
+        loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head, check)
         output, sources = details[0]
         teachers = per_target(inputs["teachers"], inputs["labels"]) if self.args.teacher_names else None
         self._meters[mode].add_targets(output, sources, teachers)

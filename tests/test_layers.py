@@ -76,6 +76,7 @@ LEVELS = {
         "lengths",
         "bounded_http",
         "vllm_answers",
+        "precision",
         "vllm_client",
         "vllm_checks",
         "servers",

@@ -1,15 +1,26 @@
 """Heads of real (tiny) models: what `head_of` reads gives the model's own logits, or it raises."""
 
+import copy
+import math
+from contextlib import nullcontext
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
+from tiny import tiny_model, tiny_rows
 from torch import nn
+from training import trainer_of
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gkd.dense_loss import generalized_jsd_loss
 from gkd.divergence import make_divergence
 from gkd.fused import LossSettings, fused_divergence
-from gkd.signals import DenseSignal, Head, check_head, head_of
+from gkd.hidden import instead_of_logits
+from gkd.precision import mixed_precision
+from gkd.signals import DenseSignal, Head, check_head, head_of, output_layer
 
 KINDS = {
     "llama": {},
@@ -159,3 +170,134 @@ def test_a_cut_head_is_refused():
     model.config.unpadded_vocab_size = 200
     with pytest.raises(ValueError, match="unpadded_vocab_size=200"):
         head_of(model)
+
+
+# ------------------------------------------------------------------------------- the check in reduced precision
+
+# What a model may do to its logits that no config field tells.
+QUIRKS = {
+    "x 0.6": lambda logits: logits * 0.6,
+    "x 1.05": lambda logits: logits * 1.05,
+    "x 1.3": lambda logits: logits * 1.3,
+    "capped": lambda logits: 5 * torch.tanh(logits / 5),
+    "+ 0.3": lambda logits: logits + 0.3,
+}
+
+
+def with_quirk(model, quirk):
+    """The model with something done to its logits behind the head."""
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = QUIRKS[quirk](outputs.logits)
+        return outputs
+
+    model.forward = changed
+    return model
+
+
+def modes(model):
+    """The model in each of the precisions that training uses, and the context for it."""
+    yield copy.deepcopy(model), nullcontext()
+    yield copy.deepcopy(model), torch.autocast("cpu", torch.bfloat16)
+    yield copy.deepcopy(model).bfloat16(), nullcontext()
+    yield copy.deepcopy(model).half(), nullcontext()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_head_passes_in_every_precision(kind):
+    model = tiny_model(kind, hidden=64, **KINDS[kind])
+    if kind == "phi":
+        nn.init.normal_(model.lm_head.bias, generator=torch.Generator().manual_seed(0))
+    for runs, precision in modes(model):
+        with precision:
+            check_head(runs, head_of(runs))
+
+
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_check_head_has_power_in_every_precision(quirk):
+    for runs, precision in modes(tiny_model("llama", hidden=64)):
+        with precision, pytest.raises(ValueError, match="does something to its logits"):
+            check_head(with_quirk(runs, quirk), head_of(runs))
+
+
+def first_value(hidden):
+    return hidden[..., 0].float().sum()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "phi"])
+def test_the_check_inside_a_forward_pass(kind):
+    """For models that run in their engine only: the loss is the same, and a quirk is seen."""
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]])}
+    for model, precision in modes(tiny_model(kind, hidden=64, **KINDS[kind])):
+        head, layer = head_of(model), output_layer(model)
+        with precision:
+            plain, _ = instead_of_logits(model, layer, inputs, first_value)
+            loss, outputs = instead_of_logits(model, layer, inputs, first_value, head)
+            assert torch.equal(loss, plain)
+            assert outputs.logits.shape == (1, 4, 259)
+            for parameter in model.parameters():
+                parameter.grad = None
+            (outputs.logits.sum() * 0 + loss).backward()  # the graph still hangs on the outputs
+            assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+            with pytest.raises(ValueError, match="does something to its logits"):
+                instead_of_logits(with_quirk(model, "x 1.05"), layer, inputs, first_value, head)
+
+
+def test_a_large_head_is_compared_in_blocks(monkeypatch):
+    model = tiny_model("llama", hidden=64)
+    monkeypatch.setattr("gkd.signals._BLOCK", 100)
+    check_head(model, head_of(model))
+
+
+# -------------------------------------------------------------------------------------- kernels that take no fp32
+
+
+def halves_only(module, query, key, value, mask, **kwargs):
+    """Attention with FlashAttention's rule; as in transformers, autocast's dtype is taken where there is one."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    ALL_ATTENTION_FUNCTIONS.register("halves_only", halves_only)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("halves_only", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    yield lambda model: model.set_attn_implementation("halves_only") or model
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_fp32_weights_under_bf16_with_flash_attention(flash, tmp_path):
+    """TRL's defaults: the student is loaded in fp32, and bf16 comes from autocast."""
+    student, teacher = flash(tiny_model(layers=1)), flash(tiny_model(layers=1, seed=2))
+    with pytest.raises(RuntimeError, match="FlashAttention"):
+        student(torch.tensor([[1, 2]]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rows = Dataset.from_list(tiny_rows(4))
+    trainer = trainer_of(
+        tmp_path, rows, student=student, teacher=teacher, bf16=True, max_steps=1, lmbda=0.5, max_new_tokens=4
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_under_deepspeed_what_is_in_no_engine_gets_the_runs_precision(monkeypatch):
+    """The student that is measured before the first step, a teacher in fp32: accelerate has no autocast there."""
+
+    class Wired:
+        device, mixed_precision = torch.device("cpu"), "bf16"
+
+    monkeypatch.setattr("gkd.precision.zero_stage", lambda _accelerator: 2)
+    model, engine = nn.Linear(2, 2), nn.Linear(2, 2)
+    engine.zero_optimization_stage = lambda: 2
+    for module, expected in ((model, torch.bfloat16), (engine, torch.float32)):
+        with mixed_precision(Wired(), module):
+            assert module(torch.ones(1, 2)).dtype == expected
+    with mixed_precision(Wired(), nn.Linear(2, 2).bfloat16()):
+        assert not torch.is_autocast_enabled("cpu"), "the engine's own arithmetic: no autocast over bf16 weights"
+    with mixed_precision(None, model):
+        assert model(torch.ones(1, 2)).dtype == torch.float32

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gkd.distributed import gathered, without_zero_hooks
 from gkd.placement import on_accelerator
+from gkd.precision import mixed_precision
 
 
 @contextmanager
@@ -47,8 +48,7 @@ def generation_mode(model: nn.Module, accelerator: Accelerator | None) -> Iterat
         stack.enter_context(_without_checkpointing(bare))
         stack.enter_context(_without_generation_config(bare))
         stack.enter_context(_without_router_logits(bare))
-        if accelerator is not None:
-            stack.enter_context(accelerator.autocast())
+        stack.enter_context(mixed_precision(accelerator, model))
         yield bare
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from gkd.batch import select_targets
 from gkd.hidden import last_hidden
 from gkd.placement import is_sharded, on_accelerator, place_teacher
+from gkd.precision import mixed_precision
 from gkd.signals import DenseSignal, TeacherSignal, check_head, head_of, output_layer
 
 
@@ -27,16 +28,18 @@ class LocalTeacher:
         self._head_module = output_layer(model)
         self.accelerator = accelerator
         self.model = place_teacher(model, accelerator, placement)
-        if not is_sharded(self.model):  # such a model cannot be run outside its engine
-            with on_accelerator(self.model):
+        self._unchecked = is_sharded(self.model)  # such a model cannot be run outside its engine: when it first scores
+        if not self._unchecked:
+            with on_accelerator(self.model), mixed_precision(accelerator, model):
                 check_head(model, self.head)
 
     @torch.no_grad()
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        check, self._unchecked = self.head if self._unchecked else None, False
         # The teacher is not prepared by accelerate, so nothing else enters its autocast.
-        with on_accelerator(self.model), self.accelerator.autocast():
-            hidden, _ = last_hidden(self.model, self._head_module, inputs)
+        with on_accelerator(self.model), mixed_precision(self.accelerator, self.model):
+            hidden, _ = last_hidden(self.model, self._head_module, inputs, check)
         return DenseSignal(select_targets(hidden, batch["labels"]), self.head)
 
     def head_parameters(self) -> Iterable[Tensor | None]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from gkd.batch import per_target, target_mask
 from gkd.distributed import freeze, gathered
+from gkd.placement import is_sharded
+from gkd.precision import mixed_precision
 from gkd.signals import DenseSignal, TeacherSignal, check_head, head_of, output_layer
 from gkd.teachers.local import LocalTeacher
 
@@ -35,8 +37,10 @@ class SharedTeacher(LocalTeacher):
         self.model = freeze(model)
         if not getattr(model, "is_quantized", False):
             _move(model, accelerator.device)
-        if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # split up: cannot be run yet
-            check_head(model, self.head)
+        self._unchecked = is_sharded(model)  # cannot be run yet: when it first scores
+        if not self._unchecked:
+            with mixed_precision(accelerator, model):
+                check_head(model, self.head)
 
     @torch.no_grad()
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
