@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gkd import fused_rows as rows
-from gkd.fused_pass import Gradients, Pass, Projection, chunk_rows
+from gkd.fused_pass import Gradients, Pass, chunk_rows, even_cuts
+from gkd.fused_projection import Projection
 from gkd.loss_settings import FusedOutput, LossSettings
 from gkd.signals import DenseSignal, Head, TeacherSignal, TopKSignal
 
@@ -35,7 +36,8 @@ def fused_divergence(
 ) -> FusedOutput:
     """sum_n weights[n] D_n + ce_weights[n] CE_n over the target tokens, without building their logits.
 
-    The matrix products run in the hidden states' dtype (under autocast: in its dtype), everything else in fp32. Heads
+    The matrix products take factors of the hidden states' dtype (under autocast: of its dtype) and leave fp32 logits,
+    everything else is in fp32. Heads
     must be whole tensors while this runs (ZeRO-3: gather them around the call); the backward pass does not need them.
 
     Args:
@@ -63,8 +65,8 @@ def fused_divergence(
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         gradients = Gradients.zeros(inputs, needs, dtype)
         work = Pass(student, teacher, signal, targets, weights, ce_weights, settings, gradients)
-        for start in range(0, targets.shape[0], work.chunk):
-            work.run_chunk(slice(start, min(start + work.chunk, targets.shape[0])))
+        for at in even_cuts(targets.shape[0], work.chunk):
+            work.run_chunk(at)
         output = work.output()
     if not any(needs):
         return output
@@ -101,8 +103,7 @@ def fused_cross_entropy(
         default = chunk_rows(vocab, dtype.itemsize, targets.device.type, gradients.weight is not None)
         chunk = max(1, min(settings.chunk_size or default, n))
         buffer = student.buffer(chunk)
-        for start in range(0, n, chunk):
-            at = slice(start, min(start + chunk, n))
+        for at in even_cuts(n, chunk):
             z, slope_of_cap = student.logits(student.project(at, buffer))
             gradient = torch.empty_like(z)
             rows.log_softmax_(rows.shift_(z), gradient)

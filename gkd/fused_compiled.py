@@ -10,6 +10,8 @@ test holds the two together.
 
 from __future__ import annotations
 
+import logging
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +25,8 @@ from torch.utils._triton import has_triton
 from gkd.divergence import Divergence
 from gkd.integrand import Integrand
 from gkd.loss_settings import LossSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,21 @@ class Spec:
     kls: bool
 
 
+# Why nothing can be compiled here, once that is known; None until then.
+_failure: str | None = None
+
+
+class CannotCompileError(Exception):
+    """This machine cannot compile, and nobody asked for it by name: use the eager rows."""
+
+
+def _pays(device: torch.device) -> bool:
+    return device.type == "cuda" and bool(has_triton())
+
+
 def can_compile(settings: LossSettings, device: torch.device, vocab: int) -> bool:
     """Whether the compiled rows serve these settings: all of the vocabulary, a divergence that can be traced."""
-    wanted = settings.compiled if settings.compiled is not None else device.type == "cuda" and has_triton()
+    wanted = settings.compiled if settings.compiled is not None else _pays(device) and _failure is None
     whole = settings.teacher_top_k is None or settings.teacher_top_k >= vocab
     return wanted and whole and settings.divergence.phi_a is not None and settings.divergence.traceable
 
@@ -115,10 +131,53 @@ def dense_rows(
     return gradient.to(raw.dtype), tokens
 
 
-@lru_cache(maxsize=8)
-def compiled_rows(spec: Spec) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
-    """`dense_rows` compiled for one `Spec`. The vocabulary is compiled in, the number of rows is not."""
+def compiled_rows(spec: Spec, optional: bool) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
+    """`dense_rows` compiled for one `Spec`. The vocabulary is compiled in, the number of rows is not.
 
+    Args:
+        spec: constants.
+        optional: the default, not the user's wish: the first failure to compile is `CannotCompileError`, with one
+            warning, and `can_compile` says no from then on. Every rank finds out by itself; the numbers are the same.
+    """
+
+    def run(raw: Tensor, raw_teacher: Tensor, *others: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+        if not optional or spec in _WORKS:
+            return _compiled(spec)(raw, raw_teacher, *others)
+        if _failure is not None:
+            raise CannotCompileError
+        try:
+            found = _compiled(spec)(raw, raw_teacher, *others)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # the device's trouble, not the compiler's
+        except _COMPILER_ERRORS as error:
+            _give_up(error)
+            raise CannotCompileError from error
+        _WORKS.add(spec)
+        return found
+
+    return run
+
+
+# Dynamo's and Inductor's errors are RuntimeErrors, as is Triton's of a missing C compiler; one that runs and fails (no
+# Python.h) is a CalledProcessError; a missing library an ImportError or OSError.
+_COMPILER_ERRORS = (RuntimeError, subprocess.SubprocessError, ImportError, OSError)
+_WORKS: set[Spec] = set()  # specs that have compiled once: what they raise later is no matter of the compiler
+
+
+def _give_up(error: BaseException) -> None:
+    global _failure
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    _failure = lines[0]
+    logger.warning(
+        "the loss cannot be compiled on this machine (%s: %s), so it runs step by step: the same numbers, more time. "
+        "torch.compile needs a C compiler and Python's headers; loss_compile=False leaves it out without this warning",
+        type(error).__name__,
+        _failure,
+    )
+
+
+@lru_cache(maxsize=8)
+def _compiled(spec: Spec) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
     def rows(
         raw: Tensor, raw_teacher: Tensor, targets: Tensor, share: Tensor | None, ce_share: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:

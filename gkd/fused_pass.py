@@ -9,7 +9,7 @@ rather than to [C, V]: cheaper, and the [C, V] gradient keeps the scale of proba
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 
 from gkd import fused_rows as rows
-from gkd.fused_compiled import Spec, can_compile, compiled_rows
+from gkd.fused_compiled import CannotCompileError, Spec, can_compile, compiled_rows
+from gkd.fused_projection import Projection, add_product
 from gkd.loss_settings import FusedOutput, LossSettings
-from gkd.signals import Head, TeacherSignal, TopKSignal
+from gkd.signals import TeacherSignal, TopKSignal
 
 # Bytes of the two [C, V] logit buffers that decide the default chunk. A chunk reads both heads once and, with a
 # trained head, writes the head's gradient once, so a trained head wants more rows per chunk.
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 # Bytes of one [R, V] buffer of a block on a CPU: a handful of them should stay in the cache.
 _BLOCK_BYTES = 5 * 2**19
-# torch.mm(..., out_dtype=) for bf16 and fp16 inputs, CUDA only.
-_MM_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def chunk_rows(vocab: int, itemsize: int, device: str, trained_head: bool) -> int:
@@ -36,66 +35,11 @@ def chunk_rows(vocab: int, itemsize: int, device: str, trained_head: bool) -> in
     return max(1, budget // (2 * vocab * itemsize))
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-class Projection:
-    """One model's hidden states and head, in the dtype of the matrix products."""
-
-    def __init__(self, hidden: Tensor, head: Head, vocab: int, dtype: torch.dtype) -> None:
-        if hidden.shape[1] != head.weight.shape[1]:
-            raise ValueError(
-                f"hidden states {list(hidden.shape)} do not fit the head's weight {list(head.weight.shape)}"
-            )
-        compute = _compute_dtype(hidden)
-        self.hidden = hidden.detach().to(compute)
-        self.weight = head.weight.detach()[:vocab].to(compute)
-        self.bias = None if head.bias is None else head.bias.detach()[:vocab].to(compute)
-        self.logit_scale, self.softcap, self.dtype = head.logit_scale, head.softcap, dtype
-        # bf16 and fp16 products can leave fp32 logits behind on CUDA; elsewhere they are rounded like the model's own.
-        self.wide = compute != dtype and hidden.is_cuda and _MM_OUT_DTYPE
-
-    def buffer(self, chunk: int) -> Tensor:
-        dtype = self.dtype if self.wide else self.hidden.dtype
-        return torch.empty(chunk, self.weight.shape[0], dtype=dtype, device=self.hidden.device)
-
-    def project(self, at: slice, out: Tensor | None) -> Tensor:
-        """h W^T + bias of the rows `at`, written into the first rows of `out` [C, V]."""
-        assert out is not None
-        out = out[: at.stop - at.start]
-        if self.wide:
-            torch.mm(self.hidden[at], self.weight.t(), out_dtype=self.dtype, out=out)
-            return out if self.bias is None else out.add_(self.bias)
-        if self.bias is None:
-            return torch.mm(self.hidden[at], self.weight.t(), out=out)
-        return torch.addmm(self.bias, self.hidden[at], self.weight.t(), out=out)
-
-    def logits(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scaled and soft-capped logits in fp32 (in place if raw is fp32), and the slope of the cap or None."""
-        z = raw.to(self.dtype)
-        if self.logit_scale != 1:
-            z.mul_(self.logit_scale)
-        if self.softcap is None:
-            return z, None
-        z.div_(self.softcap).tanh_()
-        slope = 1 - z * z
-        return z.mul_(self.softcap), slope
-
-    def back(self, gradient: Tensor) -> Tensor:
-        """Gradient [C, V] of the logits -> of the hidden states [C, D]."""
-        if self.wide:
-            return torch.mm(gradient, self.weight, out_dtype=self.dtype)
-        return torch.mm(gradient, self.weight).to(self.dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> None:
-    """total += left @ (scale * right), accumulated in total's fp32 whatever the dtype of the factors."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right * scale)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype) * scale)
+def even_cuts(count: int, most: int) -> Iterator[slice]:
+    """Slices of at most `most` rows that differ by one row at most: no short rest, which would be compiled anew."""
+    number = -(-count // most)
+    for i in range(number):
+        yield slice(i * count // number, (i + 1) * count // number)
 
 
 @dataclass(eq=False)
@@ -130,7 +74,7 @@ class Gradients:
         if self.hidden is not None:
             torch.mul(student.back(lowered), scale, out=self.hidden[at])
         if self.weight is not None:
-            _add_product(self.weight[:vocab], lowered.t(), student.hidden[at], scale)
+            add_product(self.weight[:vocab], lowered.t(), student.hidden[at], scale)
         if self.bias is not None:
             self.bias[:vocab].addmv_(gradient.to(self.bias.dtype).t(), scale[:, 0])
 
@@ -176,8 +120,7 @@ class Pass:
         self.z_student = student.buffer(self.chunk)
         self.z_teacher = None if teacher is None else teacher.buffer(self.chunk)
         self.spec = self._spec() if can_compile(settings, device, self.vocab) else None
-        if self.spec is None:
-            self.buffers = torch.empty(3, self.block, self.vocab, dtype=self.dtype, device=device)
+        self.buffers: Tensor | None = None  # of the eager rows, made when they are needed
 
     def _spec(self) -> Spec | None:
         """What the compiled rows are made for; None for a teacher without logits."""
@@ -201,23 +144,37 @@ class Pass:
         n = at.stop - at.start
         z_student = self.student.project(at, self.z_student)
         z_teacher = None if self.teacher is None else self.teacher.project(at, self.z_teacher)
-        if self.spec is not None:
-            assert z_teacher is not None
-            shares = (None, None) if self.ce_weights is None else (self.divergence_share[at], self.ce_share[at])
-            gradient, tokens = compiled_rows(self.spec)(z_student, z_teacher, self.targets[at], *shares)
-            for name, values in tokens.items():
-                self.tokens[name][at] = values
-            z_student = z_student if gradient is None else gradient
-        for start in range(0, n if self.spec is None else 0, self.block):
-            stop = min(start + self.block, n)
-            here = slice(at.start + start, at.start + stop)
-            self._run_block(here, z_student[start:stop], None if z_teacher is None else z_teacher[start:stop])
+        gradient = self._run_compiled(at, z_student, z_teacher)
+        if gradient is None:
+            for start in range(0, n, self.block):
+                stop = min(start + self.block, n)
+                here = slice(at.start + start, at.start + stop)
+                self._run_block(here, z_student[start:stop], None if z_teacher is None else z_teacher[start:stop])
+            gradient = z_student
         if self.gradients.any:
             scale = self.scale[at, None] * self.student.logit_scale
-            self.gradients.add(self.student, at, z_student, scale)
+            self.gradients.add(self.student, at, gradient, scale)
+
+    def _run_compiled(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> Tensor | None:
+        """The gradient (or, where none is asked for, the logits); None where the eager rows have to do it."""
+        # One row is a case of its own to the compiler, which would take seconds for it.
+        if self.spec is None or at.stop - at.start == 1:
+            return None
+        shares = (None, None) if self.ce_weights is None else (self.divergence_share[at], self.ce_share[at])
+        rows_of = compiled_rows(self.spec, optional=self.settings.compiled is None)
+        try:
+            gradient, tokens = rows_of(z_student, z_teacher, self.targets[at], *shares)
+        except CannotCompileError:
+            self.spec = None
+            return None
+        for name, values in tokens.items():
+            self.tokens[name][at] = values
+        return z_student if gradient is None else gradient
 
     def _run_block(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> None:
         r, targets, settings = at.stop - at.start, self.targets[at], self.settings
+        if self.buffers is None:
+            self.buffers = torch.empty(3, self.block, self.vocab, dtype=self.dtype, device=targets.device)
         p, q, scratch = self.buffers[:, :r]
         z, slope_of_cap = self.student.logits(z_student)
         rows.shift_(z)

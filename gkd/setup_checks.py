@@ -112,7 +112,8 @@ def check_steps(args: GKDConfig, rows: Any, split_batches: bool) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn the model's own dropout off, in modules and in the probabilities that attention functions read.
+    """Turn the model's own noise off: dropout in modules and in the probabilities that attention functions read, and
+    the noise of routers, which chooses other experts at random (`jitter`; without it they run as when they generate).
 
     A LoRA adapter's `lora_dropout` is the user's choice and stays.
     """
@@ -124,6 +125,13 @@ def disable_dropout(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+        # The same number also bounds which experts are looked at (PhiMoE): it stays, and the module's own flag goes.
+        if any("jitter" in attribute and isinstance(value, float) for attribute, value in vars(module).items()):
+            module.register_forward_pre_hook(_without_noise)
+
+
+def _without_noise(module: nn.Module, _inputs: Any) -> None:
+    module.training = False
 
 
 def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:

@@ -1,14 +1,19 @@
 """The compiled rows against the eager ones, which the float64 oracle holds; they need a C++ compiler on a CPU."""
 
+import logging
 import shutil
 
 import pytest
 import torch
 from test_fused import Case
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import fresh_cache
 
+from gkd import fused_compiled
 from gkd.divergence import make_divergence
-from gkd.fused import LossSettings
+from gkd.fused import LossSettings, fused_divergence
 from gkd.fused_compiled import can_compile
+from gkd.fused_pass import even_cuts
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 ALL = {"softcap": 5.0, "scale": 0.5}
@@ -63,3 +68,104 @@ def test_compiled_where_it_can_be():
 def test_asking_for_what_cannot_be_compiled_is_an_error(name, options):
     with pytest.raises(ValueError, match="compiled=True has no effect"):
         LossSettings(make_divergence(name), compiled=True, **options)
+
+
+# -------------------------------------------------------------------------------------- a machine without a compiler
+
+
+JSD = make_divergence("jsd")
+
+
+def run(case, settings):
+    return fused_divergence(case.hidden, case.head, case.signal, case.targets, case.weights, settings)
+
+
+@pytest.fixture
+def by_default(monkeypatch):
+    """As on CUDA, where compiling is the default; nothing is compiled yet."""
+    monkeypatch.setattr(fused_compiled, "_pays", lambda _device: True)
+    monkeypatch.setattr(fused_compiled, "_failure", None)
+    monkeypatch.setattr(fused_compiled, "_WORKS", set())
+    fused_compiled._compiled.cache_clear()
+    torch._dynamo.reset()
+    yield
+    fused_compiled._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_compiler():
+    with fresh_cache(), torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/c++"), "fx_graph_cache": False}):
+        yield
+
+
+def test_without_a_compiler_the_eager_rows_do_it_with_one_warning(by_default, no_compiler, caplog):
+    cases = [Case() for _ in range(3)]
+    with caplog.at_level(logging.WARNING, logger="gkd"):
+        first, second = (case.fused(chunk_size=5) for case in cases[:2])
+        other = cases[1].fused("reverse_kl", chunk_size=5)  # another spec does not try again
+    eager = cases[2].fused(compiled=False, chunk_size=5)
+    for output in (first, second):
+        torch.testing.assert_close(output.loss, eager.loss)
+        torch.testing.assert_close(output.divergence, eager.divergence)
+    torch.testing.assert_close(
+        torch.autograd.grad(first.loss, cases[0].leaves()), torch.autograd.grad(eager.loss, cases[2].leaves())
+    )
+    assert other.loss.isfinite()
+    told = [record.getMessage() for record in caplog.records if "cannot be compiled" in record.getMessage()]
+    assert len(told) == 1
+    assert "loss_compile=False" in told[0]
+
+
+def test_who_asks_for_it_by_name_is_told(by_default, no_compiler):
+    with pytest.raises(RuntimeError, match="compiler"):
+        Case().fused(compiled=True)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("illegal access")])
+def test_the_devices_own_trouble_is_no_missing_compiler(by_default, monkeypatch, error):
+    def broken(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda *_args, **_options: broken)
+    with pytest.raises(type(error)):
+        Case().fused()
+    assert fused_compiled._failure is None
+
+
+def test_what_fails_after_it_has_worked_is_not_hidden(by_default, monkeypatch):
+    calls = []
+
+    def once(function, **_options):
+        def run(*args):
+            calls.append(1)
+            if len(calls) > 1:
+                raise RuntimeError("something else")
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", once)
+    run(Case(), LossSettings(JSD))
+    with pytest.raises(RuntimeError, match="something else"):
+        run(Case(), LossSettings(JSD))
+
+
+def test_one_graph_for_all_numbers_of_rows(by_default, monkeypatch):
+    """Also for what a chunk leaves over: a single row would be compiled for itself, for seconds."""
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counter, **options))
+    for n in (13, 1, 11, 6, 16, 21, 2, 31, 5, 10):
+        ours, eager = (run(Case(n=n), LossSettings(JSD, chunk_size=5, compiled=c)) for c in (None, False))
+        torch.testing.assert_close(ours.divergence, eager.divergence)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 100])
+def test_cuts_are_even(most):
+    for count in range(40):
+        sizes = [at.stop - at.start for at in even_cuts(count, most)]
+        assert sum(sizes) == count
+        assert len(sizes) == -(-count // most)
+        assert not sizes or max(sizes) - min(sizes) <= 1
+        assert [at.start for at in even_cuts(count, most)] == [sum(sizes[:i]) for i in range(len(sizes))]

@@ -16,6 +16,7 @@ LEVELS = {
         "signals",
         "fused",
         "fused_pass",
+        "fused_projection",
         "fused_rows",
         "fused_compiled",
         "loss_settings",

@@ -249,6 +249,17 @@ def test_growing_layers_hold_what_transformers_layers_hold():
         assert rows < 7
 
 
+def test_rows_stay_in_a_cache_that_holds_something_beside_its_layers():
+    """MiniMax keeps the state of its linear attention there: finished rows go on unseen, and the tokens are right."""
+    layers = ["linear_attention", "full_attention"]
+    model = tiny_model("minimax", layer_types=layers, num_local_experts=2, num_experts_per_tok=1, head_dim=16)
+    stop_ids, prompts = tuple(range(0, 256, 5)), [[row, 7, 9] for row in range(8)]
+    together = rollout_of(model, stop_ids=stop_ids).generate(prompts, 0)
+    assert len({len(completion) for completion in together}) > 2, "rows must finish at different times"
+    for row, prompt in enumerate(prompts):
+        assert rollout_of(model, stop_ids=stop_ids).generate([prompt], 0, [row]) == [together[row]]
+
+
 def test_few_rows_move():
     assert places_to_keep(5, {1}) == [0, 4, 2, 3]
     assert places_to_keep(5, {4}) == [0, 1, 2, 3]

@@ -9,6 +9,7 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from gkd import GKDTrainer
 from gkd.batch import unpad
+from gkd.setup_checks import disable_dropout
 
 
 def test_the_routers_auxiliary_loss_is_added_once_per_window(tmp_path):
@@ -35,6 +36,20 @@ def test_the_routers_auxiliary_loss_is_added_once_per_window(tmp_path):
     auxiliary = logged(trainer, "aux_loss")[0]
     assert auxiliary > 0
     assert found[0.5] - found[0.0] == pytest.approx(0.5 * auxiliary, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "mixtral", "minimax_m2"])
+def test_a_router_without_noise_trains_as_it_generates(kind):
+    """PhiMoE samples its experts in training, others multiply what the router sees by random numbers."""
+    noise = {"input_jitter_noise": 0.3} if kind == "phimoe" else {"router_jitter_noise": 0.3}
+    model = tiny_model(kind, num_local_experts=4, num_experts_per_tok=2, head_dim=16, **noise)
+    ids = torch.arange(1, 40)[None]
+    expected = model(ids).logits
+    model.train()
+    assert not torch.equal(model(ids).logits, expected), "there is noise to turn off"
+    disable_dropout(model)
+    model.train()
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

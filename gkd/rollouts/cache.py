@@ -82,6 +82,14 @@ def use_growing_layers(cache: object) -> None:
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
+def can_drop_rows(cache: object) -> bool:
+    """Whether a model's state is known row by row: a `Cache` that keeps all of it in its layers.
+
+    One that selects rows in a way of its own holds something beside them (MiniMax: the state of its linear attention).
+    """
+    return isinstance(cache, Cache) and type(cache).batch_select_indices is Cache.batch_select_indices
+
+
 def keep_rows(cache: Cache, places: list[int], device: torch.device) -> None:
     """Keep the rows at `places` in every layer of a cache, in place."""
     index: Any = torch.tensor(places, device=device)

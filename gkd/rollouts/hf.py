@@ -23,7 +23,7 @@ from gkd.lengths import positions
 from gkd.metrics import sum_dtype
 from gkd.rollouts.adapter import castable, foldable, folded
 from gkd.rollouts.base import SamplingSettings, row_uniforms
-from gkd.rollouts.cache import keep_rows, places_to_keep, use_growing_layers
+from gkd.rollouts.cache import can_drop_rows, keep_rows, places_to_keep, use_growing_layers
 from gkd.rollouts.modes import generation_mode
 from gkd.rollouts.sampling import NOT_A_TOKEN, most_likely, sample
 
@@ -203,7 +203,7 @@ class _Decoding:
             leaving = {place for place, row in enumerate(rows) if row in finished}
             if len(leaving) == len(rows):
                 break
-            if leaving and isinstance(model_kwargs.get("past_key_values"), Cache):
+            if leaving and can_drop_rows(model_kwargs.get("past_key_values")):
                 places = places_to_keep(len(rows), leaving)
                 index = torch.tensor(places, device=input_ids.device)
                 input_ids, uniforms = input_ids[index], uniforms[index]
