@@ -32,6 +32,7 @@ class Sequence:
         truncated: the completion reached the cap without a stop token.
         teacher: number of the teacher that scores this row, of several (`teacher_adapters`).
         prompt_ids: what a rollout starts from where `input_ids[:prompt_length]` is not that, else empty.
+        log_probs: what the server that sampled the completion says of its tokens; empty where nobody says it.
     """
 
     input_ids: list[int]
@@ -42,6 +43,7 @@ class Sequence:
     truncated: bool = False
     teacher: int = 0
     prompt_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
 
     @property
     def prompt(self) -> list[int]:
@@ -117,7 +119,8 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
 
     Returns:
         `input_ids`, `attention_mask`, `labels` [B, T] and `sources`, `rows`, `teachers` [B], all int64. A causal
-        model's hidden states at real positions do not see padding on their right.
+        model's hidden states at real positions do not see padding on their right. `server_log_probs` [B, T] fp32,
+        NaN where there are none, when any row has some.
     """
     longest = max(len(s.input_ids) for s in sequences)
     if multiple:
@@ -131,7 +134,7 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
         input_ids[i, :length] = torch.tensor(sequence.input_ids, dtype=torch.long)
         labels[i, :length] = torch.tensor(sequence.labels, dtype=torch.long)
         attention_mask[i, :length] = 1
-    return {
+    batch: dict[str, Tensor] = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": labels,
@@ -139,6 +142,12 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
         "rows": torch.tensor([s.row for s in sequences]),
         "teachers": torch.tensor([s.teacher for s in sequences]),
     }
+    if any(s.log_probs for s in sequences):
+        batch["server_log_probs"] = torch.full(shape, torch.nan)
+        for i, sequence in enumerate(sequences):
+            start, end = sequence.prompt_length, sequence.prompt_length + len(sequence.log_probs)
+            batch["server_log_probs"][i, start:end] = torch.tensor(sequence.log_probs)
+    return batch
 
 
 def target_mask(labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from trl import SFTConfig
 
 from gkd.config_logging import COMPLETIONS_TO_PRINT, check_logging
-from gkd.config_servers import SERVER_TIMEOUT, check_servers
+from gkd.config_servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config_teacher import check_teacher
 from gkd.config_values import check_counts, check_dicts, check_values
 from gkd.divergence import DIVERGENCES, Divergence, make_divergence
@@ -159,6 +159,11 @@ class GKDConfig(SFTConfig):
     )
     server_proxy: str | None = _field(
         None, "An HTTP proxy to the servers, http://host:port. None = direct; the environment's is never used."
+    )
+    rollout_logprob_tolerance: float = _field(
+        LOGPROB_TOLERANCE,
+        "Most difference, in nats per token, between a server's log-probabilities of the tokens it sampled and the "
+        "student's own in the same step; more is an error. 0 = not compared.",
     )
     rollout_staleness: int = _field(
         0, "0: every rollout is from the present weights. 1: a server writes the next step's while this one trains."

@@ -7,6 +7,7 @@ from typing import Any
 
 ROLLOUT_BACKENDS = ("hf", "vllm")
 SERVER_TIMEOUT = 600.0  # seconds
+LOGPROB_TOLERANCE = 0.2  # nats per token; reduced precision gives 0.01 to 0.05
 
 
 def check_servers(config: Any) -> None:
@@ -52,6 +53,15 @@ def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
         (
             not any_server and timeout != SERVER_TIMEOUT,
             f"rollout_server_timeout={timeout} has no effect without a server: leave it out",
+        ),
+        (
+            not 0 <= config.rollout_logprob_tolerance < math.inf,
+            f"rollout_logprob_tolerance={config.rollout_logprob_tolerance} is out of range: nats per token, "
+            f"{LOGPROB_TOLERANCE}, say; 0 compares nothing",
+        ),
+        (
+            not on_server and config.rollout_logprob_tolerance != LOGPROB_TOLERANCE,
+            f"rollout_logprob_tolerance={config.rollout_logprob_tolerance} {no_effect}",
         ),
         (
             not any_server and config.server_proxy is not None,

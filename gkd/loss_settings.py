@@ -91,6 +91,7 @@ class FusedOutput:
         teacher_log_prob: [N] the teacher's log-probability of the target at temperature 1; for a top-k signal and a
             target outside it, the log of the tail's whole mass (an upper bound).
         cross_entropy: [N] nats, of the student on the target at temperature 1, or None without ce_weights.
+        top_k_mass: [N] what the K tokens of a top-k signal hold of the teacher's probability, or None.
         forward_kl: [N] KL(teacher || student) over the compared outcomes, or None. reverse_kl: the other way round.
     """
 
@@ -101,5 +102,6 @@ class FusedOutput:
     agreement: Any = None
     teacher_log_prob: Any = None
     cross_entropy: Tensor | None = None
+    top_k_mass: Tensor | None = None
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None

@@ -26,6 +26,7 @@ TOKEN_METRICS = (
     ("student/agreement", "agreement"),
     ("teacher/log_prob", "teacher_log_prob"),
     ("student/cross_entropy", "cross_entropy"),
+    ("teacher/top_k_mass", "top_k_mass"),
 )
 # Those that are also told for each of several teachers, as `teacher/<name>/<log name>`.
 TEACHER_METRICS = (("divergence", "divergence"), ("agreement", "agreement"))

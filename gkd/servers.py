@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config import GKDConfig
+from gkd.rollout_check import RolloutCheck
 from gkd.rollouts import ROLLOUTS, SamplingSettings, VLLMRollout
+from gkd.rollouts.upload import agree
+from gkd.signals import TeacherSignal
+from gkd.teachers import ServerTeacher
 from gkd.vllm_answers import ServedModel
 from gkd.vllm_checks import check_length, check_tokenizer, served_model
-from gkd.vllm_client import VLLMClient
+from gkd.vllm_client import ServerError, VLLMClient
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,30 @@ def connect(
     return found
 
 
+def rollout_check(args: GKDConfig, rollout: Any, accelerator: Accelerator) -> RolloutCheck | None:
+    """What compares the student's rollouts with the student; None where they are not from a server, or not to be."""
+    if not isinstance(rollout, VLLMRollout) or args.rollout_logprob_tolerance == 0:
+        return None
+    return RolloutCheck(rollout.settings, args.rollout_logprob_tolerance, accelerator, rollout.client.field)
+
+
+def score_together(teacher: Any, batch: dict[str, Tensor], accelerator: Accelerator) -> TeacherSignal:
+    """`Teacher.score`; what goes wrong with a server on one rank is raised on all of them, so that no rank is waited
+    for and a checkpoint can be saved."""
+    if not isinstance(teacher, ServerTeacher):
+        signal: TeacherSignal = teacher.score(batch)
+        return signal
+    found: TeacherSignal | None = None
+    failure: Exception | None = None
+    try:
+        found = teacher.score(batch)
+    except (ServerError, ValueError) as error:
+        failure = error
+    agree(accelerator, None, failure)
+    assert found is not None
+    return found
+
+
 def make_server_rollout(
     args: GKDConfig,
     source: str,
@@ -79,6 +108,7 @@ def make_server_rollout(
         adapter_dir=args.rollout_adapter_folder,
         accelerator=accelerator,
         vocabulary=vocabulary,
+        log_probs=source == "student" and args.rollout_logprob_tolerance > 0,
     )
     if rollout.upload is not None:
         rollout.upload.current(step=0)

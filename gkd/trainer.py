@@ -40,8 +40,8 @@ from gkd.precision import mixed_precision
 from gkd.preparation import encoding_options, hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.quantized import keep_layout
 from gkd.rollouts.routed import routed
-from gkd.servers import connect
-from gkd.signals import check_head, head_of, output_layer
+from gkd.servers import connect, rollout_check, score_together
+from gkd.signals import TopKSignal, check_head, head_of, output_layer
 from gkd.source import SOURCES
 from gkd.teacher_scores import evaluation_sets, load_unless_covered
 from gkd.teacher_setup import frozen_models, make_teacher, shared_base
@@ -212,6 +212,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             )
             for source, of_source in models.items()
         }
+        self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)
         self.hygiene = hygiene(args, self.stop_ids)
         load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
         checks.warn_of_differences(self.stop_ids, tokenizer, teacher_tokenizer)
@@ -238,7 +239,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         window, sources = opened
         with self._meters["train"].phase("rollout"):
             sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)
-            self._count_age(sources)
+            self._count_age(sources, len(window.sizes))
             self._ask_ahead(epoch_iterator)
         measure(sequences, self.hygiene, self._meters["train"])
         counts = count(sequences)
@@ -289,7 +290,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             batch = collate(unpad(inputs), self._pad_id)
             inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
         with self._meters[mode].phase("teacher"):
-            signal = None if mode == "train" and self.args.trains_on_nll_alone else self.teacher.score(inputs)
+            signal = None
+            if not (mode == "train" and self.args.trains_on_nll_alone):
+                signal = score_together(self.teacher, inputs, self.accelerator)
         model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
@@ -305,6 +308,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         output, sources = details[0]
         teachers = per_target(inputs["teachers"], inputs["labels"]) if self.args.teacher_names else None
         self._meters[mode].add_targets(output, sources, teachers)
+        if mode == "train":
+            self._compare_rollouts()
         if mode == "eval":
             self._count_evaluation(output, inputs)
         elif signal is not None:
@@ -349,15 +354,18 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         sources = per_target(row_sources, labels)
         options = (args.loss_reduction, args.ce_weight, args.ce_on_student_tokens, args.seq_kd_loss == "nll")
         weights, ce_weights = target_weights(labels, row_sources, num_items, *options)
+        selected = select_targets(hidden, labels)
+        if self.rollout_check is not None and "server_log_probs" in inputs:
+            said = inputs["server_log_probs"][:, 1:][target_mask(labels)]
+            self.rollout_check.add(selected, self._head, targets, said)
         if signal is None:
             assert ce_weights is not None
-            selected = select_targets(hidden, labels)
             return fused_cross_entropy(selected, self._head, targets, ce_weights, self.loss_settings), sources
         # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
         with gathered(self.teacher.head_parameters()):
-            output = fused_divergence(
-                select_targets(hidden, labels), self._head, signal, targets, weights, self.loss_settings, ce_weights
-            )
+            output = fused_divergence(selected, self._head, signal, targets, weights, self.loss_settings, ce_weights)
+        if isinstance(signal, TopKSignal):
+            output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
         return output, sources
 
 

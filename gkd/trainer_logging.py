@@ -18,6 +18,7 @@ from gkd.redact import redact_process_arguments
 
 logger = logging.getLogger(__name__)
 
+LITTLE_MASS = 0.5  # of a teacher's top K, mean over a logging period
 TRUNCATION_WARNING = 0.2  # share of truncated rollouts in one logging period
 
 
@@ -59,6 +60,7 @@ class LoggingMixin:
     add_callback: Any
     completions: CompletionLog | None = None
     _warned_of_truncation = False
+    _warned_of_little_mass = False
 
     def _set_up_logging(self) -> None:
         if self.args.report_to:
@@ -94,6 +96,7 @@ class LoggingMixin:
         if "loss" in logs and self.model.training:
             logs.update(self._flush("train"))
             self._warn_of_truncation(logs)
+            self._warn_of_little_mass(logs)
             if self.guard.nonfinite_steps:
                 logs["nonfinite_steps"] = float(self.guard.nonfinite_steps)
             logs.update({f"ledger/targets/{s}": float(n) for s, n in self.ledger.targets.items() if n})
@@ -109,6 +112,19 @@ class LoggingMixin:
         super().log(logs, start_time)  # type: ignore[misc]
         if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
             self.state.log_history[-1]["divergence_by_position"] = self.positions.as_dict()
+
+    def _warn_of_little_mass(self, logs: dict[str, float]) -> None:
+        mass = logs.get("teacher/top_k_mass", 1.0)
+        if mass < LITTLE_MASS and not self._warned_of_little_mass:
+            self._warned_of_little_mass = True
+            logger.warning(
+                "the teacher's %d most likely tokens hold %.3g of its probability on average, where those of a "
+                "language model hold nearly all: does the server give log-probabilities of the whole vocabulary, at "
+                "temperature 1? "
+                "If it does, raise teacher_top_k",
+                self.args.teacher_top_k,
+                mass,
+            )
 
     def _warn_of_truncation(self, logs: dict[str, float]) -> None:
         share = logs.get("rollout/truncated", 0.0)

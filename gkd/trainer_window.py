@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gkd.rollout_check import RolloutCheck
 from gkd.rollouts import VLLMRollout
 from gkd.source import choose_sources
 from gkd.window import Window, open_window, prompts_of
@@ -26,6 +27,7 @@ class WindowMixin:
     accelerator: Any
     train_dataset: Any
     rollouts: dict[str, Any]
+    rollout_check: RolloutCheck | None
     _metrics: dict[str, dict[str, list[float]]]
     _looked_at: tuple[Iterator[Any], Batches, bool] | None = None
 
@@ -57,12 +59,22 @@ class WindowMixin:
             _, prompts, numbers = prompts_of(*opened, "student")
             rollout.generate_ahead(prompts, step, numbers)
 
-    def _count_age(self, sources: list[str]) -> None:
-        """Log how old the weights were that a server sampled this window's rollouts from, in optimizer steps."""
+    def _count_age(self, sources: list[str], micro_batches: int) -> None:
+        """Log how old the weights were that a server sampled this window's rollouts from, in optimizer steps; what it
+        says of its tokens is compared while they are trained on."""
         rollout = self.rollouts["student"]
         if isinstance(rollout, VLLMRollout) and "student" in sources:
             assert rollout.age in (0, self.args.rollout_staleness), rollout.age
             self._metrics["train"]["rollout/staleness"].append(float(rollout.age))
+            if self.rollout_check is not None:
+                self.rollout_check.open(micro_batches, rollout.age)
+
+    def _compare_rollouts(self) -> None:
+        """Behind each micro-batch, before its backward pass: after the step's last one the ranks compare."""
+        compared = None if self.rollout_check is None else self.rollout_check.close()
+        if compared is not None:
+            self._metrics["train"]["rollout/logprob_gap"].append(compared.gap)
+            self._metrics["train"]["rollout/surprise"].append(compared.surprise)
 
     def _fetch(self, iterator: Iterator[Any], number: int) -> tuple[Batches, bool]:
         """The next batches, and whether the epoch ends with them."""

@@ -16,6 +16,7 @@ from gkd.batch import IGNORE, Sequence, join, unpad
 from gkd.metrics import Meter
 from gkd.rollouts.base import Rollout, is_truncated, repeated_ngram_share
 from gkd.rollouts.routed import RoutedRollout
+from gkd.rollouts.vllm import VLLMRollout
 from gkd.source import SOURCES
 
 
@@ -153,10 +154,13 @@ def write_completions(
             completions = rollout.generate_by([row.teacher for row in rows], prompts, step, numbers)
         else:
             completions = rollout.generate(prompts, step, numbers)
+        said = rollout.log_probs if isinstance(rollout, VLLMRollout) and source == "student" else []
         for i, row, prompt, completion in zip(mine, rows, prompts, completions, strict=True):
             verdict = hygiene.judge(completion, source)
             train = hygiene.trains(verdict)
             written[i] = join(prompt, completion, source, row.row, verdict.truncated, train, row.teacher)
+        for i, log_probs in zip(mine, said, strict=False):  # no list at all where they were not asked for
+            written[i].log_probs = log_probs
     return written
 
 

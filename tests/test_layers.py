@@ -75,6 +75,7 @@ LEVELS = {
     }
     | {
         "lengths",
+        "rollout_check",
         "bounded_http",
         "vllm_answers",
         "precision",

@@ -50,7 +50,7 @@ class _Request:
     version: int
     model: str
     failure: Exception | None
-    future: Future[list[list[int]]]
+    future: Future[list[Completion]]
     stop: threading.Event
 
 
@@ -59,6 +59,7 @@ class VLLMRollout:
 
     Attributes:
         age: of the weights that sampled the last completions, in optimizer steps; 0 is on-policy.
+        log_probs: what the server says of the tokens of each of the last completions; empty unless asked for.
 
     Args:
         client: the servers.
@@ -70,6 +71,7 @@ class VLLMRollout:
         adapter_dir: where the student's adapter is written for the server, see `AdapterUpload`.
         accelerator: to agree with the other ranks; None is one process.
         vocabulary: ids from here on are an error, since the other model could not read them; None allows all.
+        log_probs: ask for the log-probabilities of the sampled tokens, to compare weights by.
 
     Raises:
         ValueError: an option that a server cannot honour; a student without a plain LoRA adapter.
@@ -87,6 +89,7 @@ class VLLMRollout:
         adapter_dir: str = "rollout_adapters",
         accelerator: Accelerator | None = None,
         vocabulary: int | None = None,
+        log_probs: bool = False,
     ) -> None:
         foreign = sorted(set(settings.extra) - {"min_new_tokens", "suppress_tokens"})
         if foreign:
@@ -100,6 +103,8 @@ class VLLMRollout:
         self.upload = None if get_model is None else AdapterUpload(client, get_model, accelerator, adapter_dir)
         self._weights_compared = get_model is None
         self._ahead: _Request | None = None
+        self._asks_log_probs = log_probs
+        self.log_probs: list[list[float]] = []
         self.age = 0
 
     def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
@@ -117,7 +122,7 @@ class VLLMRollout:
             request = self._ask(prompts, step, rows, version=step)
         asked_for = (request.step, request.rows, request.prompts)
         assert asked_for == (step, rows, prompts), f"step {request.step} was asked for ahead, not {step}"
-        completions: list[list[int]] = []
+        completions: list[Completion] = []
         failure = request.failure
         try:
             completions = request.future.result()
@@ -126,7 +131,8 @@ class VLLMRollout:
         agree(self.accelerator, request.model, failure)
         self._weights_compared = True
         self.age = step - request.version
-        return completions
+        self.log_probs = [answer.log_probs for answer in completions if answer.log_probs is not None]
+        return [answer.ids for answer in completions]
 
     def generate_ahead(self, prompts: list[list[int]], step: int, rows: list[int]) -> None:
         """Ask for the completions of the next step, from the weights that this step starts with, and come back at
@@ -149,7 +155,7 @@ class VLLMRollout:
         model = self.served.name if self.upload is None else self.upload.current(version)
         assert self.upload is None or version_of(model) == version, (model, version)
         failure: Exception | None = None
-        calls: list[Callable[[threading.Event], list[int]]] = []
+        calls: list[Callable[[threading.Event], Completion]] = []
         try:
             if not self._weights_compared:
                 self._compare_weights(model, [prompt for prompt in prompts if prompt][:_COMPARED_PROMPTS])
@@ -165,9 +171,12 @@ class VLLMRollout:
 
     # ------------------------------------------------------------------------------------------------ a request
 
-    def _call(self, model: str, prompt: list[int], step: int, row: int) -> Callable[[threading.Event], list[int]]:
-        def call(stop: threading.Event) -> list[int]:
-            return self._checked(self._post(self._payload(model, prompt, step, row), row, stop), row)
+    def _call(self, model: str, prompt: list[int], step: int, row: int) -> Callable[[threading.Event], Completion]:
+        def call(stop: threading.Event) -> Completion:
+            payload = self._payload(model, prompt, step, row)
+            if self._asks_log_probs:
+                payload["logprobs"] = 0  # of the sampled tokens, and of no others
+            return self._checked(self._post(payload, row, stop, self._asks_log_probs), row)
 
         return call
 
@@ -216,8 +225,8 @@ class VLLMRollout:
         except ServerError as error:
             raise ServerError(f"{self.client.field}: for row {row} the server gives {error}") from error
 
-    def _checked(self, completion: Completion, row: int) -> list[int]:
-        """The sampled ids, after a look at what must hold for them.
+    def _checked(self, completion: Completion, row: int) -> Completion:
+        """The completion, after a look at what must hold for its ids.
 
         Raises:
             ServerError: it does not.
@@ -234,7 +243,7 @@ class VLLMRollout:
             wrong = f"an end without a stop token (finish_reason={completion.finish_reason!r})"
         if wrong:
             raise ServerError(f"{self.client.field}: for row {row} the server gives {wrong}")
-        return ids
+        return completion
 
     # ------------------------------------------------------------------------------------------------- checks
 

@@ -28,6 +28,7 @@ from gkd.vllm_client import RefusedError, ServerError, VLLMClient
 
 _TOKENS_ONLY = "/inference/v1/generate"  # about half the cost: no text is made of the K tokens; not always open
 _COMPLETIONS = "/v1/completions"
+_ENOUGH = 8  # targets that are not all alike by chance
 _BYTES_PER_SCORE = 400  # of JSON, text of a token and its rank included; about 70 in fact
 
 T = TypeVar("T")
@@ -76,6 +77,10 @@ class ServerTeacher:
         scores: list[Scores] = self.client.run_all(calls)
         ids_of = [row for ids, _ in scores for row in ids]
         log_probs_of = [row for _, log_probs in scores for row in log_probs]
+        if self.top_k > 1 and len(log_probs_of) >= _ENOUGH and all(row[0] == row[-1] for row in log_probs_of):
+            raise ServerError(
+                f"{self.client.field}: all {self.top_k} scores of a position are equal, at every position"
+            )
         return TopKSignal(
             torch.tensor(ids_of, dtype=torch.long, device=device).view(-1, self.top_k),
             torch.tensor(log_probs_of, dtype=torch.float32, device=device).view(-1, self.top_k),

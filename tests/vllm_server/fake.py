@@ -43,6 +43,9 @@ class FakeServer:
             are sent as they are, text as text, all else as JSON.
         seen: requests so far, (path, body). authorization: that header of the last one.
         adapters: name -> model, what is loaded now.
+        stuck: "base" or "first": what is served, under whatever name was asked for, the first adapter or none.
+        times: the temperature is multiplied by this. raw: False gives the log-probabilities after the sampling's
+            temperature and suppressions, as --logprobs-mode processed_logprobs does.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, port: int = 0, **options: Any) -> None:
@@ -59,6 +62,9 @@ class FakeServer:
         self.status: int | None = None  # of the answers, instead of their own
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.authorization: str | None = None
+        self.stuck: str | None = None
+        self.first: Any = None
+        self.times, self.raw = 1.0, True
         self.connections: list[socket.socket] = []
         self.adapters: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -123,6 +129,8 @@ class FakeServer:
     def _model(self, name: str) -> Any:
         if name != "base" and name not in self.adapters:
             raise Answer(404, f"The model `{name}` does not exist.")
+        if self.stuck is not None:
+            return self.base if self.stuck == "base" else self.first or self.base
         return self.base if name == "base" else self.adapters[name]
 
     def _completions(self, body: dict[str, Any]) -> Any:
@@ -134,20 +142,22 @@ class FakeServer:
             raise Answer(400, f"max_tokens={body['max_tokens']} is too large")
         draw = torch.Generator().manual_seed(body["seed"] % 2**63)
         ids: list[int] = []
-        first = None
+        said: list[float] = []
         while len(ids) < body["max_tokens"] and not (ids and ids[-1] in body["stop_token_ids"]):
             logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].double()
+            raw = logits.clone()
             for token, bias in body["logit_bias"].items():
                 logits[int(token)] += bias
             if body["temperature"] == 0:
                 ids.append(int(logits.argmax()))
             else:
-                chances = (logits / body["temperature"]).softmax(-1)
-                ids.append(int(torch.multinomial(chances, 1, generator=draw)))
-            first = float(logits.log_softmax(-1)[ids[0]]) if first is None else first
+                logits = logits / (body["temperature"] * self.times)
+                ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=draw)))
+            said.append(float((raw if self.raw else logits).log_softmax(-1)[ids[-1]]))
         ended = ids[-1] in body["stop_token_ids"]
         choice = {"index": 0, "text": "", "finish_reason": "stop" if ended else "length", "token_ids": ids}
-        choice |= {"prompt_token_ids": prompt, "logprobs": {"token_logprobs": [first]}}
+        choice["prompt_token_ids"] = prompt
+        choice["logprobs"] = {"token_logprobs": said} if "logprobs" in body else None
         return {"model": body["model"], "choices": [choice]}
 
     def _generate(self, body: dict[str, Any]) -> Any:
@@ -182,6 +192,7 @@ class FakeServer:
         if rank > self.options["max_lora_rank"]:
             raise Answer(500, f"LoRA rank {rank} is greater than max_lora_rank {self.options['max_lora_rank']}.")
         self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self.base), path).eval()
+        self.first = self.first or self.adapters[name]
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def _unload(self, body: dict[str, Any]) -> Any:
