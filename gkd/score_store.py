@@ -38,7 +38,7 @@ from torch import Tensor
 
 from gkd.disk import full_disk_explained
 from gkd.errors import DiskFullError
-from gkd.sequence_store import digest
+from gkd.sequence_store import digest, readable_folder
 from gkd.signals import Head
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,10 @@ def open_scores(folder: str | Path, key: Mapping[str, Any], notes: Mapping[str, 
     except DiskFullError:
         raise
     except OSError as error:
-        if not path.is_dir():
+        if not readable_folder(path):
             raise ValueError(
-                f"teacher_scores_dir={str(folder)!r} cannot be made ({error.strerror}): name a folder that can be "
-                "written to"
+                f"teacher_scores_dir={str(folder)!r} cannot be made or read ({error.strerror}): name a folder that "
+                "can be written to"
             ) from error
     return ScoreStore(path, name)
 
@@ -99,16 +99,25 @@ def write_whole(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which becomes `path` at the end, or vanishes."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, where a file should be: remove it")
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with full_disk_explained("what the teacher said", path, _REMEDY):
             yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that nobody else may read
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 class ScoreStore:
@@ -195,8 +204,9 @@ class ScoreStore:
                 str(self.path),
             )
         places, tensors, total = _shard_of(name, pending)
+        form = str([str(tensors["hidden"].dtype), list(tensors["hidden"].shape)])
         with _replacing(self.path / name) as temporary:
-            save_file(tensors, temporary, metadata={"store": self.key, "sum": str(total)})
+            save_file(tensors, temporary, metadata={"store": self.key, "sum": str(total), "form": form})
         self._seen.add(name)
         self._places.update(places)
 
@@ -209,14 +219,23 @@ class ScoreStore:
     def _read(self, path: Path) -> None:
         self._seen.add(path.name)
         try:
+            if not path.is_file():  # a pipe would be waited for
+                raise IsADirectoryError(errno.EISDIR, "it is no file")
+            path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 keys, ends, sums = (file.get_tensor(name) for name in ("keys", "ends", "sums"))
+                form = _form_of(file.get_slice("hidden"))
             if about.get("store") != self.key or about.get("sum") != str(_sum_of(keys, ends, sums)):
                 raise ValueError("its list of rows does not match its checksum")
+            if about.get("form", form) != form:
+                raise ValueError("its states have another form than those that were written")
         except FileNotFoundError:
             return
-        except (SafetensorError, OSError, ValueError) as error:
+        except OSError as error:  # not damage: somebody else's file, perhaps
+            logger.warning("%s cannot be read (%s): its rows are scored again", path, error.strerror or error)
+            return
+        except (SafetensorError, ValueError) as error:
             self._forget(path.name, str(error))
             return
         start = 0
@@ -261,8 +280,9 @@ class ScoreStore:
         """
         tensors = {"weight": head.weight, "bias": head.bias}
         kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
-        numbers = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-        about = {"store": self.key, "numbers": json.dumps(numbers), "sum": str(_sum_of(*kept.values()))}
+        numbers = json.dumps({"logit_scale": head.logit_scale, "softcap": head.softcap})
+        about = {"store": self.key, "numbers": numbers, "sum": str(_sum_of(*kept.values()))}
+        about["form"] = _form_of_head(kept, numbers)
         with _replacing(self.path / _HEAD) as temporary:
             save_file(kept, temporary, metadata=about)
 
@@ -270,19 +290,34 @@ class ScoreStore:
         """The head as `write_head` got it; None when there is none, or a damaged one."""
         path = self.path / _HEAD
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
+            path.open("rb").close()
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys(), reverse=True)}
+            numbers = json.loads(about["numbers"])
             if about.get("store") != self.key or about["sum"] != str(_sum_of(*tensors.values())):
                 raise ValueError("it does not match its checksum")
+            if about["form"] != _form_of_head(tensors, about["numbers"]):
+                raise ValueError("its numbers or shapes do not match their checksum")
+            moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+            return Head(moved["weight"], moved.get("bias"), **numbers)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s): it is written anew", path, error)
             return None
-        numbers = json.loads(about["numbers"])
-        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return Head(moved["weight"], moved.get("bias"), **numbers)
+
+
+def _form_of(part: Any) -> str:
+    """dtype and shape of a tensor of a safetensors file: a bit of its head makes bf16 of fp16, with the same bytes."""
+    return str([str(part[0:0].dtype), list(part.get_shape())])
+
+
+def _form_of_head(tensors: Mapping[str, Tensor], numbers: str) -> str:
+    form = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())}
+    return str(zlib.crc32(json.dumps([form, numbers]).encode()))
 
 
 def _shard_of(

@@ -11,6 +11,7 @@ completion, not the completion.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -24,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from gkd.disk import full_disk_explained
+from gkd.errors import DiskFullError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+_REMEDY = "What was kept before is untouched: make room, or name another place with teacher_cache_dir"
 
 
 def digest(value: Any) -> str:
@@ -57,6 +60,11 @@ def prompt_number(prompt: Sequence[int]) -> int:
     return int(digest(list(prompt))[:16], 16) >> 1
 
 
+def readable_folder(path: Path) -> bool:
+    """Whether its files can be found: somebody else's folder may be closed, and then looks empty."""
+    return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
+
+
 def open_store(folder: str | Path, key: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> SequenceStore:
     """The store of everything made under `key`, below `folder`.
 
@@ -64,15 +72,29 @@ def open_store(folder: str | Path, key: Mapping[str, Any], notes: Mapping[str, A
         folder: holds one store per key.
         key: all that a completion depends on beside its prompt. Another key is another store.
         notes: written beside it for humans; decides nothing.
+
+    Raises:
+        ValueError: the folder is not there and cannot be made.
+        DiskFullError: not even that has room.
     """
     name = digest({"format": FORMAT, **key})
     path = Path(folder).expanduser() / name[:16]
-    path.mkdir(parents=True, exist_ok=True)
     about = path / "about.json"
-    if not about.exists():
-        temporary = path / f".{uuid.uuid4().hex}.tmp"
-        temporary.write_text(json.dumps({"key": key, "notes": notes or {}}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, about)
+    try:
+        with full_disk_explained("the teacher's sequences", path, _REMEDY):
+            path.mkdir(parents=True, exist_ok=True)
+            if not about.exists():
+                temporary = path / f".{uuid.uuid4().hex}.tmp"
+                temporary.write_text(json.dumps({"key": key, "notes": notes or {}}, indent=2) + "\n", encoding="utf-8")
+                os.replace(temporary, about)
+    except DiskFullError:
+        raise
+    except OSError as error:
+        if not readable_folder(path):
+            raise ValueError(
+                f"teacher_cache_dir={str(folder)!r} cannot be made or read ({error.strerror}): name a folder that can "
+                "be written to, or off"
+            ) from error
     return SequenceStore(path, name)
 
 
@@ -88,6 +110,8 @@ class _Shard:
 class SequenceStore:
     """Completions by prompt in one folder. Use `open_store`.
 
+    A folder of somebody else is read as far as its files may be; what cannot be written there is kept in memory.
+
     Args:
         path: the folder; it exists.
         key: hash of all that completions depend on beside the prompt; part of every record's key.
@@ -99,14 +123,16 @@ class SequenceStore:
         self._places: dict[bytes, tuple[str, int]] = {}  # record key -> file name and offset in it
         self._shards: dict[str, _Shard] = {}
         self._own: str | None = None
+        self._in_memory: dict[bytes, list[int]] | None = None  # once the folder has turned out not to be writable
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._places) + len(self._in_memory or ())
 
     def __contains__(self, prompt: object) -> bool:
         assert isinstance(prompt, (list, tuple)), type(prompt)
-        return self._record_key(prompt) in self._places
+        key = self._record_key(prompt)
+        return key in self._places or (self._in_memory is not None and key in self._in_memory)
 
     def about(self) -> dict[str, Any]:
         """`key` and `notes` as `open_store` was given them (the notes by whoever came first)."""
@@ -120,33 +146,53 @@ class SequenceStore:
             ValueError: its record was changed or removed by somebody else meanwhile.
         """
         key = self._record_key(prompt)
+        if self._in_memory is not None and key in self._in_memory:
+            return list(self._in_memory[key])
         name, offset = self._places[key]
         try:
             with open(self.path / name, "rb") as file:
                 file.seek(offset)
                 record = _parsed(file.readline())
-        except FileNotFoundError:
+        except OSError:
             record = None
         if record is None or record[0] != key:
             raise ValueError(f"{self.path / name} was changed while it was in use: start again (it will be re-read)")
         return record[1]
 
     def add(self, completions: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
-        """Append (prompt, completion) pairs to this process's own file, and hand them to the operating system.
+        """Append (prompt, completion) pairs to this process's own file, and hand them to the operating system. Where
+        nothing may be written, they are kept for this run only.
 
         Raises:
             DiskFullError: there is no space left for them.
         """
-        lines = [(key, _line(key, ids)) for key, ids in ((self._record_key(p), c) for p, c in completions)]
-        if not lines:
+        pairs = [(self._record_key(prompt), list(ids)) for prompt, ids in completions]
+        if not pairs:
             return
+        if self._in_memory is not None:
+            self._in_memory.update({key: ids for key, ids in pairs if key not in self._places})
+            return
+        try:
+            self._append([(key, _line(key, ids)) for key, ids in pairs])
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            logger.warning(
+                "%s cannot be written to (%s): the sequences that are there are used, new ones are kept for this run "
+                "only; for a folder that several users share, give them a group that may write, or one folder each "
+                "with teacher_cache_dir",
+                self.path,
+                error.strerror,
+            )
+            self._in_memory = {key: ids for key, ids in pairs if key not in self._places}
+
+    def _append(self, lines: list[tuple[bytes, bytes]]) -> None:
         if self._own is None:
             self._own = f"{_safe(socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl"
             self._shards[self._own] = _Shard()
         shard = self._shards[self._own]
         path = self.path / self._own
-        remedy = "What was kept before is untouched: make room, or name another place with teacher_cache_dir"
-        with full_disk_explained("a sequence of the teacher", path, remedy), open(path, "ab") as file:
+        with full_disk_explained("a sequence of the teacher", path, _REMEDY), open(path, "ab") as file:
             assert file.tell() == shard.read, "this file has one writer"
             file.write(b"".join(line for _, line in lines))
         for key, line in lines:
@@ -157,9 +203,14 @@ class SequenceStore:
     def refresh(self) -> None:
         """Read what other processes have added since the last time."""
         for path in sorted(self.path.glob("*.jsonl")):
+            known = path.name in self._shards
             shard = self._shards.setdefault(path.name, _Shard())
-            if path.name != self._own and path.stat().st_size > shard.read:
-                self._read(path, shard)
+            try:  # a folder or a pipe of that name has no records, and a pipe would be waited for
+                if path.name != self._own and path.is_file() and path.stat().st_size > shard.read:
+                    self._read(path, shard)
+            except OSError as error:
+                if not known:
+                    logger.warning("%s cannot be read (%s): it is left out", path, error.strerror)
 
     def _read(self, path: Path, shard: _Shard) -> None:
         with open(path, "rb") as file:
@@ -192,9 +243,11 @@ def _parsed(line: bytes) -> tuple[bytes, list[int]] | None:
     try:
         record = json.loads(line)
         key, ids, total = record["key"], record["ids"], record["sum"]
-        whole = isinstance(ids, list) and total == _checksum(key, ids)
-        return (bytes.fromhex(key), ids) if whole else None
-    except (ValueError, TypeError, KeyError):  # json's and the unicode decoder's errors are ValueErrors
+        whole = isinstance(ids, list) and all(type(token) is int and 0 <= token < 1 << 63 for token in ids)
+        if not whole or total != _checksum(key, ids):
+            return None
+        return bytes.fromhex(key), ids
+    except (ValueError, TypeError, KeyError, RecursionError):  # json's and the decoder's errors are ValueErrors
         return None
 
 

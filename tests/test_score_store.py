@@ -330,7 +330,7 @@ def test_a_read_only_folder_is_read(tmp_path, caplog):
         store.flush()
         assert len(store) == 6
         assert torch.equal(store.get(KEYS[4]), states()[KEYS[4]])
-        with pytest.raises(ValueError, match=r"teacher_scores_dir='.*' cannot be made"):
+        with pytest.raises(ValueError, match=r"teacher_scores_dir='.*' cannot be made or read"):
             open_scores(folder, {"model": "b"})
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)

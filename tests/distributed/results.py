@@ -62,7 +62,9 @@ def assert_equal(one: Result, other: Result) -> None:
         assert _timeless(mine) == _timeless(theirs)
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-12), f"step {number}"
         for name in _timeless(mine):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-9), f"{name} of step {number}"
+            # Differences of nearly equal numbers: what they are without chance is nothing but rounding.
+            small = 1e-5 if name in ("rollout/logprob_gap", "rollout/surprise") else 1e-9
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=small), f"{name} of step {number}"
     assert one.weights.keys() == other.weights.keys()
     for name, weight in one.weights.items():
         torch.testing.assert_close(weight, other.weights[name], rtol=0, atol=1e-5, msg=lambda text, n=name: n + text)
