@@ -49,7 +49,7 @@ def load_adapter(
     Raises:
         ValueError: there is no adapter, none in safetensors, it does not fit the model, or it changes what is shared.
     """
-    folder = _folder(name, field)
+    folder = adapter_folder(name, field)
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
@@ -159,8 +159,12 @@ def parameter_uses(model: nn.Module) -> dict[int, int]:
     return uses
 
 
-def _folder(name: str, field: str) -> Path:
-    """The folder with both files; from the Hub they come from one revision."""
+def adapter_folder(name: str, field: str) -> Path:
+    """The folder of an adapter with both files; from the Hub they come from one revision.
+
+    Raises:
+        ValueError: one of them is missing, or the weights are a pickle.
+    """
     if os.path.isdir(name):
         missing = [file for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (Path(name) / file).is_file()]
         if not missing:

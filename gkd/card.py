@@ -8,7 +8,8 @@ redacted from the command line and from the settings, and a path of this machine
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _introduction(info: CardInfo) -> str:
 
 
 def _quick_start(info: CardInfo) -> str:
-    where = info.hub_model_id or info.model_name
+    where = info.hub_model_id or info.weights_in or info.model_name
     load = (
         ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", ""]
         if info.lora is not None
@@ -228,11 +229,41 @@ def _run_facts(info: CardInfo) -> list[tuple[str, str]]:
 
 
 def _reproduction(info: CardInfo) -> str:
-    if not info.command:
+    commands = _distinct([(step, shlex.split(line)) for step, line in info.commands])
+    if not commands and info.command:
+        commands = [(0, list(info.command))]
+    if not commands:
         return ""
+    parts = [_shell_line(commands[0][1])]
+    for step, command in commands[1:]:
+        parts.append(f"stopped after step {step:,}, and gone on with\n\n{_shell_line(command)}")
+    return "\n\n".join(parts)
+
+
+def _distinct(commands: Sequence[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """Without those that only went on with what the one before them had begun."""
+    kept: list[tuple[int, list[str]]] = []
+    for step, command in commands:
+        if not kept or _without_resume(command) != _without_resume(kept[-1][1]):
+            kept.append((step, command))
+    return kept
+
+
+def _without_resume(command: Sequence[str]) -> list[str]:
+    words, skip = [], False
+    for word in command:
+        name = word.lstrip("-").replace("-", "_").split("=")[0]
+        is_flag = word.startswith("--") and name == "resume_from_checkpoint"
+        if not is_flag and not skip:
+            words.append(word)
+        skip = is_flag and "=" not in word
+    return words
+
+
+def _shell_line(command: Sequence[str]) -> str:
     # What Python puts first into sys.argv is the script, which a shell does not run by its name.
-    interpreter = ["python"] if info.command[0].endswith(".py") else []
-    return fenced(redact_command([*interpreter, *info.command]), "bash")
+    interpreter = ["python"] if command[0].endswith(".py") else []
+    return fenced(redact_command([*interpreter, *command]), "bash")
 
 
 def _count(number: int) -> str:

@@ -75,6 +75,8 @@ class CardInfo:
         peak_memory_bytes: of the fullest device.
         versions: package -> version, see `installed_versions`.
         command: the argument vector that started the run; secrets are redacted here.
+        commands: those of a run that was stopped and gone on with: (step, shell line), in place of `command`.
+        weights_in: the folder that has the weights, where it is not the card's own.
         steps, num_processes: optimizer steps taken; processes used.
         hub_model_id: where the model will live, for the quick start.
         license: the Hub's license id, if known.
@@ -98,6 +100,8 @@ class CardInfo:
     peak_memory_bytes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] | None = None
+    commands: Sequence[tuple[int, str]] = ()
+    weights_in: str | None = None
     steps: int | None = None
     num_processes: int | None = None
     hub_model_id: str | None = None

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from gkd._version import __version__
-from gkd.recipe import capture, execute_recipe, mistakes_in_one_line
+from gkd.recipe import capture, mistakes_in_one_line, run_recipe
 
 Action = Callable[[argparse.Namespace, list[str]], int]
 
@@ -174,7 +174,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    execute_recipe(arguments.recipe, [*flags, *arguments.flags])
+    run_recipe(arguments.recipe, [*flags, *arguments.flags])
     return 0
 
 

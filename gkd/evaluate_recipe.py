@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 
-from gkd.adapters import second_model
+from gkd.adapters import adapter_folder, second_model
 from gkd.comparison import MEASURE_WIDTH, as_dict, footnotes, format_estimate, format_label
 from gkd.comparison import table as comparison_table
 from gkd.measures import METRICS, Measures
@@ -46,6 +46,8 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
             f"--adapter {adapter}: the folder has no adapter_config.json. Is it a whole model? Then pass it as "
             f"--model_name_or_path {adapter}"
         )
+    if adapter is not None:
+        adapter = str(adapter_folder(adapter, "--adapter"))
     settings = recipe.settings
     settings.model.use_peft = settings.model.use_peft and settings.training.share_base_model
     # The harness lets every model write in this process; a server for the rollouts would want a student in training.

@@ -76,6 +76,8 @@ class _Captured(BaseException):
 
 
 _capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+_NEVER_CALLS = "the recipe {!r} does not call gkd.run.run(load_data, defaults=...)"
+_calls = 0  # of `run`, in this process
 
 
 def is_captured() -> bool:
@@ -103,7 +105,25 @@ def capture(path: str | Path, argv: list[str]) -> Recipe:
         return captured.recipe
     finally:
         _capturing.reset(outside)
-    raise ValueError(f"the recipe {str(path)!r} does not call gkd.run.run(load_data, defaults=...)")
+    raise ValueError(_NEVER_CALLS.format(str(path)))
+
+
+def count_call() -> None:
+    """`run` has been called."""
+    global _calls
+    _calls += 1
+
+
+def run_recipe(path: str | Path, argv: list[str]) -> None:
+    """Execute a recipe file, which trains.
+
+    Raises:
+        ValueError: there is no such file, or it never calls `run`: then nothing was trained.
+    """
+    before = _calls
+    execute_recipe(path, argv)
+    if _calls == before:
+        raise ValueError(_NEVER_CALLS.format(str(path)))
 
 
 def execute_recipe(path: str | Path, argv: list[str]) -> None:

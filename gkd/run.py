@@ -16,7 +16,7 @@ from gkd.held_out import hold_out, warn_of_overlap, with_held_out
 from gkd.launcher import end_with_the_launcher
 from gkd.loading import load_tokenizer
 from gkd.progress import ProgressBar, close_bars
-from gkd.recipe import Recipe, hand_over, is_captured, mistakes_in_one_line
+from gkd.recipe import Recipe, count_call, hand_over, is_captured, mistakes_in_one_line
 from gkd.report import Report, evaluator_of
 from gkd.run_end import Results, save_weights, write_history
 from gkd.settings import (
@@ -69,6 +69,7 @@ def run(
         description: what the recipe does, for `--help`.
         argv: instead of `sys.argv[1:]`.
     """
+    count_call()
     if is_captured():
         hand_over(Recipe(parse(defaults or {}, argv, description), load_data, score, corpus_score))
     with mistakes_in_one_line():

@@ -86,13 +86,23 @@ class CardMixin:
             "hardware": describe_hardware(),
             "versions": installed_versions(),
             "command": list(sys.argv),
+            "commands": [(part["step"], part["command"]) for part in getattr(self, "commands", ())],
             "chat": bool(self.processing_class.chat_template),  # type: ignore[attr-defined]
             "steps": self.state.global_step,  # type: ignore[attr-defined]
             "num_processes": accelerator.num_processes,
             "hub_model_id": getattr(self, "hub_model_id", None) or args.hub_model_id,  # the first with its owner
             "notes": [*_about_teacher(args), *extras.pop("notes", ())],
         }
+        if self._is_saving:  # type: ignore[attr-defined]
+            values |= self._at_a_checkpoint(values)
         return CardInfo(**{**values, **extras})
+
+    def _at_a_checkpoint(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A card that is written while the run goes on: the weights are in the checkpoint, not beside the card."""
+        state = self.state  # type: ignore[attr-defined]
+        folder = f"{self.args.output_dir.rstrip('/').split('/')[-1]}/checkpoint-{state.global_step}"  # type: ignore[attr-defined]
+        note = f"The run had not ended: these are the weights after step {state.global_step:,} of {state.max_steps:,}."
+        return {"weights_in": folder, "notes": [note, *values["notes"]]}
 
 
 def _about_teacher(args: Any) -> list[str]:
