@@ -17,6 +17,7 @@ from torch import Tensor
 from gkd.source import SOURCES
 
 IGNORE = -100
+_OF_ROWS = ("input_ids", "attention_mask", "labels", "prompt_lengths", "prompt_ids", "rows", "teachers")
 
 
 @dataclass
@@ -77,6 +78,8 @@ def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
 
     Without `prompt_lengths` (a foreign collator), the prompt is what stands before the first trained token.
     """
+    # One transfer of each tensor, not one of each row.
+    batch = {name: value.cpu() for name, value in batch.items() if name in _OF_ROWS}
     mask = batch["attention_mask"].bool()
     prompt_lengths = batch.get("prompt_lengths")
     prompts = batch["prompt_ids"].tolist() if "prompt_ids" in batch else [[]] * mask.shape[0]
@@ -102,11 +105,13 @@ def unpad(batch: dict[str, Tensor]) -> list[Sequence]:
 def cut(sequences: list[Sequence], sizes: Seq[int]) -> list[list[Sequence]]:
     """Sort by length, then cut into micro-batches of the given sizes, so that each pads to its own longest row only.
 
+    Longest first: what does not fit into memory fails at once, and later micro-batches reuse the first one's blocks.
+
     Raises:
         AssertionError: the sizes do not add up to the number of sequences.
     """
     assert sum(sizes) == len(sequences), (sizes, len(sequences))
-    ordered = sorted(sequences, key=lambda s: len(s.input_ids))
+    ordered = sorted(sequences, key=lambda s: -len(s.input_ids))
     micro_batches, start = [], 0
     for size in sizes:
         micro_batches.append(ordered[start : start + size])
@@ -118,9 +123,9 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
     """Pad on the right to the longest row (rounded up to `multiple`).
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` [B, T] and `sources`, `rows`, `teachers` [B], all int64. A causal
-        model's hidden states at real positions do not see padding on their right. `server_log_probs` [B, T] fp32,
-        NaN where there are none, when any row has some.
+        `input_ids`, `attention_mask`, `labels` [B, T], `sources`, `rows`, `teachers` [B] and the targets [N] (see
+        `Targets`), all int64. A causal model's hidden states at real positions do not see padding on their right.
+        `server_log_probs` [B, T] fp32, NaN where there are none, when any row has some.
     """
     longest = max(len(s.input_ids) for s in sequences)
     if multiple:
@@ -134,6 +139,7 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
         input_ids[i, :length] = torch.tensor(sequence.input_ids, dtype=torch.long)
         labels[i, :length] = torch.tensor(sequence.labels, dtype=torch.long)
         attention_mask[i, :length] = 1
+    targets = find_targets(labels)
     batch: dict[str, Tensor] = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -141,6 +147,7 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int | None = None)
         "sources": torch.tensor([SOURCES.index(s.source) for s in sequences]),
         "rows": torch.tensor([s.row for s in sequences]),
         "teachers": torch.tensor([s.teacher for s in sequences]),
+        **{f"target_{name}": value for name, value in vars(targets).items()},
     }
     if any(s.log_probs for s in sequences):
         batch["server_log_probs"] = torch.full(shape, torch.nan)
@@ -155,32 +162,58 @@ def target_mask(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORE
 
 
-def select_targets(hidden: Tensor, labels: Tensor) -> Tensor:
-    """[B, T, D] hidden states, [B, T] labels -> [N, D]: the hidden states that predict a trained token."""
-    return hidden[:, :-1][target_mask(labels)]
+@dataclass(frozen=True)
+class Targets:
+    """Where the N targets of a padded batch are; int64, in row-major order.
+
+    `collate` knows them on the CPU and sends them along. Looking for them on an accelerator (a boolean mask) would
+    make the CPU wait for it, each time.
+
+    Attributes:
+        at: [N] position in the flattened [B * T] batch, whose hidden state predicts the target.
+        ids: [N] the token to predict.
+        rows: [N] row of the batch.
+        places: [N] which target of its row it is, counted from 1.
+    """
+
+    at: Tensor
+    ids: Tensor
+    rows: Tensor
+    places: Tensor
 
 
-def sequence_weights(labels: Tensor) -> Tensor:
+def find_targets(labels: Tensor) -> Targets:
+    """The targets of [B, T] labels. Waits for the device that they are on."""
+    mask = target_mask(labels)
+    rows, positions = mask.nonzero(as_tuple=True)
+    return Targets(rows * labels.shape[1] + positions, labels[:, 1:][mask], rows, mask.cumsum(dim=1)[mask])
+
+
+def targets_of(batch: Mapping[str, Tensor]) -> Targets:
+    """The targets that `collate` has put into a batch, or those of the labels where it has not made the batch."""
+    if "target_at" not in batch:
+        return find_targets(batch["labels"])
+    return Targets(*(batch[f"target_{name}"] for name in ("at", "ids", "rows", "places")))
+
+
+def select_targets(hidden: Tensor, targets: Targets) -> Tensor:
+    """[B, T, D] hidden states -> [N, D]: those that predict a target."""
+    return hidden.flatten(0, 1).index_select(0, targets.at.to(hidden.device))
+
+
+def sequence_weights(labels: Tensor, targets: Targets) -> Tensor:
     """[B, T] labels -> [N]: 1 / (targets of the row), so that a row's targets sum to one (GKD paper, Eq. 2)."""
-    mask = target_mask(labels)
-    counts = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (1.0 / counts).expand_as(mask)[mask]
+    return per_target(1.0 / target_mask(labels).sum(dim=1).clamp(min=1), targets)
 
 
-def target_positions(labels: Tensor) -> Tensor:
-    """[B, T] labels -> [N]: which target of its row each one is, counted from 1."""
-    mask = target_mask(labels)
-    return mask.cumsum(dim=1)[mask]
-
-
-def per_target(values: Tensor, labels: Tensor) -> Tensor:
+def per_target(values: Tensor, targets: Targets) -> Tensor:
     """[B] per-row values -> [N] per-target values."""
-    mask = target_mask(labels)
-    return values[:, None].expand_as(mask)[mask]
+    return values.index_select(0, targets.rows)
 
 
 def target_weights(
     labels: Tensor,
+    targets: Targets,
     sources: Tensor,
     num_items: Tensor | int | None,
     reduction: str = "token",
@@ -191,7 +224,7 @@ def target_weights(
     """What each target counts in loss = sum_n weights[n] D_n + ce_weights[n] CE_n.
 
     Args:
-        labels: [B, T].
+        labels: [B, T]. targets: of these labels.
         sources: [B], indices into SOURCES.
         num_items: targets (or sequences, reduction="sequence") of the whole step; None = of these labels.
         reduction: "token" (every target counts alike) or "sequence" (every sequence counts alike; GKD Eq. 2).
@@ -205,16 +238,16 @@ def target_weights(
     """
     mask = target_mask(labels)
     if reduction == "sequence":
-        weights, own = sequence_weights(labels), mask.any(dim=1).sum()
+        weights, own = sequence_weights(labels, targets), mask.any(dim=1).sum()
     else:
-        weights, own = torch.ones(int(mask.sum()), device=labels.device), mask.sum()
+        weights, own = torch.ones(targets.at.shape[0], device=labels.device), mask.sum()
     weights = weights / (own.clamp(min=1) if num_items is None else num_items)
     if ce_weight == 0 and not nll_on_teacher_tokens:
         return weights, None
-    written_by = per_target(sources, labels)
+    written_by = per_target(sources, targets)
     shares = torch.full_like(weights, ce_weight)
     if nll_on_teacher_tokens:
-        shares[written_by == SOURCES.index("teacher")] = 1.0
+        shares = torch.where(written_by == SOURCES.index("teacher"), 1.0, shares)
     given = torch.ones_like(weights, dtype=torch.bool)
     if not ce_on_student_tokens:
         given = written_by != SOURCES.index("student")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gkd.batch import collate, join, select_targets
+from gkd.batch import collate, join, select_targets, targets_of
 from gkd.hidden import last_hidden
 from gkd.signals import Head, output_layer
 
@@ -31,7 +31,7 @@ def hidden_of_targets(model: PreTrainedModel, batch: dict[str, Tensor], device: 
     """Hidden states [N, D] that predict the batch's targets, on `device`."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     hidden, _ = last_hidden(model, output_layer(model), inputs)
-    return select_targets(hidden, batch["labels"].to(hidden.device)).to(device or hidden.device)
+    return select_targets(hidden, targets_of(batch)).to(device or hidden.device)
 
 
 def collated(sequences: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:

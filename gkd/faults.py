@@ -110,7 +110,7 @@ class FaultGuard(TrainerCallback):
         self.is_training = False
         self._in_a_row = 0
         self._counts: Tensor | None = None
-        self._losses: list[tuple[Tensor, list[int]]] = []
+        self._losses: list[tuple[Tensor, Tensor]] = []
         self._skipped = False
         self.is_empty = False  # the present window: no rank has a target in it
         self.empty_steps = 0  # so far, over resumes
@@ -147,7 +147,7 @@ class FaultGuard(TrainerCallback):
     def watch(self, loss: Tensor, rows: Tensor) -> None:
         """A micro-batch's loss, and its row numbers. Nothing waits for the device here."""
         if not self.is_empty:
-            self._losses.append((loss.detach(), rows.tolist()))
+            self._losses.append((loss.detach(), rows))
 
     # --------------------------------------------------------------------------------- what the Trainer calls
 
@@ -264,7 +264,7 @@ class FaultGuard(TrainerCallback):
             return None
         finite = torch.isfinite(torch.stack([loss.float() for loss, _ in self._losses])).tolist()
         bad = [rows for is_finite, (_, rows) in zip(finite, self._losses, strict=True) if not is_finite]
-        return [row for rows in bad for row in rows] if bad else None
+        return torch.cat(bad).tolist() if bad else None
 
     def _agreed(self, lost: bool) -> list[bool]:
         """Whether any rank has had a SIGTERM, a SIGINT, a loss that was not finite."""
@@ -279,5 +279,5 @@ class FaultGuard(TrainerCallback):
         if bad_rows is None and lost:
             return  # the rank whose loss it was tells
         what = "gradient" if bad_rows is None else "loss"
-        rows = [row for _, rows in self._losses for row in rows] if bad_rows is None else bad_rows
+        rows = torch.cat([rows for _, rows in self._losses]).tolist() if bad_rows is None else bad_rows
         logger.warning("step %d is skipped: its %s is not finite; rows %s", step, what, sorted(rows))

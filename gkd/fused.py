@@ -33,6 +33,8 @@ def fused_divergence(
     weights: Tensor,
     settings: LossSettings,
     ce_weights: Tensor | None = None,
+    *,
+    check_ids: bool = True,
 ) -> FusedOutput:
     """sum_n weights[n] D_n + ce_weights[n] CE_n over the target tokens, without building their logits.
 
@@ -48,6 +50,8 @@ def fused_divergence(
         weights: [N], everything that multiplies a token's divergence: mask, 1 / denominator, (1 - ce_weight).
         settings: see `LossSettings`.
         ce_weights: [N] factors of the cross-entropy on the target, or None.
+        check_ids: look whether all ids are in the vocabulary, for which the CPU waits for the device; False where
+            that is known.
 
     Returns:
         `FusedOutput`. N = 0 gives a loss of zero that still reaches every parameter in the backward pass.
@@ -57,6 +61,10 @@ def fused_divergence(
             temperature other than 1 with a top-k signal.
     """
     vocab = _compared_vocabulary(student_hidden, student_head, signal, targets, settings)
+    if check_ids:
+        ids_in_range("target", targets, vocab)
+        if isinstance(signal, TopKSignal):
+            ids_in_range("top-k id", signal.ids, vocab)
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     student = Projection(student_hidden, student_head, vocab, dtype)
     teacher = Projection(signal.hidden, signal.head, vocab, dtype) if isinstance(signal, DenseSignal) else None
@@ -75,7 +83,13 @@ def fused_divergence(
 
 
 def fused_cross_entropy(
-    student_hidden: Tensor, student_head: Head, targets: Tensor, ce_weights: Tensor, settings: LossSettings
+    student_hidden: Tensor,
+    student_head: Head,
+    targets: Tensor,
+    ce_weights: Tensor,
+    settings: LossSettings,
+    *,
+    check_ids: bool = True,
 ) -> FusedOutput:
     """sum_n ce_weights[n] CE_n over the target tokens alone, for steps in which no token has a divergence.
 
@@ -85,13 +99,14 @@ def fused_cross_entropy(
     Args:
         student_hidden: [N, Ds]. student_head: as in `fused_divergence`.
         targets: [N] token ids. ce_weights: [N].
-        settings: its `shared_vocab` and `chunk_size`.
+        settings: its `shared_vocab` and `chunk_size`. check_ids: as in `fused_divergence`.
 
     Raises:
         ValueError: a target outside the vocabulary.
     """
     vocab, n = settings.shared_vocab or student_head.weight.shape[0], targets.shape[0]
-    _check_ids("target", targets, vocab)
+    if check_ids:
+        ids_in_range("target", targets, vocab)
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     student = Projection(student_hidden, student_head, vocab, dtype)
     inputs = (student_hidden, student_head.weight, student_head.bias)
@@ -120,7 +135,12 @@ def fused_cross_entropy(
     return FusedOutput(loss=loss, student_entropy=entropy, cross_entropy=cross_entropy)
 
 
-def _check_ids(name: str, ids: Tensor, vocab: int) -> None:
+def ids_in_range(name: str, ids: Tensor, vocab: int) -> None:
+    """Refuse ids outside the compared vocabulary. Waits for the device that they are on.
+
+    Raises:
+        ValueError: there is one.
+    """
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise ValueError(
             f"a {name} is outside the {vocab} compared tokens ({int(ids.min())} to {int(ids.max())} found): "
@@ -154,9 +174,6 @@ def _compared_vocabulary(
         vocab = settings.shared_vocab
     if not n == rows_of_signal == targets.shape[0]:
         raise ValueError(f"{n} hidden states, {rows_of_signal} rows of the signal and {targets.shape[0]} targets")
-    _check_ids("target", targets, vocab)
-    if isinstance(signal, TopKSignal):
-        _check_ids("top-k id", signal.ids, vocab)
     return vocab
 
 

@@ -30,6 +30,7 @@ TOKEN_METRICS = (
 )
 # Those that are also told for each of several teachers, as `teacher/<name>/<log name>`.
 TEACHER_METRICS = (("divergence", "divergence"), ("agreement", "agreement"))
+_MANY_SPANS = 2000  # of phases that wait for the next log
 PHASES = ("rollout", "teacher", "student")
 _ROLLOUT = ("sequences", "length", "ended", "truncated", "repetitive", "empty")
 
@@ -96,11 +97,13 @@ class Meter:
         self._rollouts = torch.zeros(len(_ROLLOUT), len(SOURCES), dtype=torch.float64)
         self._longest = torch.zeros(len(SOURCES), dtype=torch.float64)
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._spans: list[tuple[str, str | None, Any, Any]] = []
+        self._open: list[str] = []
 
     def add_targets(self, output: Any, sources: Tensor, teachers: Tensor | None = None) -> None:
         """Add per-target values of a `FusedOutput`; `sources` [N] holds indices into SOURCES, `teachers` [N] the
         numbers of the teachers where there are several."""
-        membership = torch.nn.functional.one_hot(sources, len(SOURCES)).to(self._dtype)  # [N, 3]
+        membership = _membership(sources, len(SOURCES)).to(self._dtype)  # [N, 3]
         for i, (_, attribute) in enumerate(TOKEN_METRICS):
             values = getattr(output, attribute)
             if values is not None:  # stays on the device: no synchronisation per micro-batch
@@ -109,7 +112,7 @@ class Meter:
         if self.teachers and output.divergence is not None:
             assert teachers is not None
             values = [getattr(output, attribute).to(self._dtype) for _, attribute in TEACHER_METRICS]
-            whose = torch.nn.functional.one_hot(teachers, len(self.teachers)).to(self._dtype)  # [N, teachers]
+            whose = _membership(teachers, len(self.teachers)).to(self._dtype)  # [N, teachers]
             self._by_teacher = self._by_teacher + torch.stack([*values, torch.ones_like(values[0])]) @ whose
 
     def add_sequence(self, sequence: Sequence, ended: bool, repetitive: bool = False, empty: bool = False) -> None:
@@ -122,22 +125,29 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to a phase (waiting for the device, so that the time is the phase's own)."""
-        _synchronize()
-        start = time.perf_counter()
+        """Add the seconds spent inside to a phase; those of a phase inside this one are that one's alone.
+
+        On CUDA the device keeps the time, and nothing waits for it before the next log.
+        """
+        outer = self._open[-1] if self._open else None
+        self._open.append(name)
+        start = _mark(self.device)
         try:
             yield
         finally:
-            _synchronize()
-            self._seconds[name] += time.perf_counter() - start
+            self._open.pop()
+            self._spans.append((name, outer, start, _mark(self.device)))
+            if len(self._spans) > _MANY_SPANS:
+                self._settle(_MANY_SPANS // 2)  # the older half is long over
 
-    def seconds(self, name: str) -> float:
-        """Seconds of a phase so far in this period."""
-        return self._seconds[name]
-
-    def subtract(self, name: str, seconds: float) -> None:
-        """Take back seconds that another phase, nested inside, has counted."""
-        self._seconds[name] -= seconds
+    def _settle(self, number: int | None = None) -> None:
+        """Turn the first `number` spans into seconds; all of them when None."""
+        for name, outer, start, end in self._spans[:number]:
+            seconds = _seconds_between(start, end)
+            self._seconds[name] += seconds
+            if outer is not None:
+                self._seconds[outer] -= seconds
+        self._spans = [] if number is None else self._spans[number:]
 
     def flush(self, sum_over_ranks: Reduce, max_over_ranks: Reduce) -> dict[str, float]:
         """Reduce over ranks (every rank calls this), return the means by log name, and start a new period.
@@ -153,6 +163,7 @@ class Meter:
         rollout_sums = self._rollouts.flatten().to(self.device, self._dtype)
         sums = torch.cat([*self._token_sums, *self._token_counts, rollout_sums, self._by_teacher.flatten()])
         sums = sum_over_ranks(sums).cpu().double()
+        self._settle()
         peaks = torch.cat([self._longest, torch.tensor([self._seconds[p] for p in PHASES], dtype=torch.float64)])
         peaks = max_over_ranks(peaks.to(self.device, self._dtype)).cpu()
         self._reset()
@@ -213,6 +224,24 @@ def _rollout_means(sums: Tensor, longest: Tensor) -> dict[str, float]:
     return logs
 
 
-def _synchronize() -> None:
+def _membership(numbers: Tensor, size: int) -> Tensor:
+    """[N] -> [N, size], true where it is the number. `one_hot` looks at the numbers first, and waits for them."""
+    return numbers[:, None] == torch.arange(size, device=numbers.device)
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in time: an event in CUDA's queue, else seconds, for which the CPU waits until the device is idle."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _seconds_between(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000

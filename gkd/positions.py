@@ -37,7 +37,7 @@ class PositionProfile:
         Args:
             divergence: [N], nats.
             sources: [N], indices into SOURCES.
-            positions: [N], of each target among its row's targets, from 1 (`gkd.batch.target_positions`).
+            positions: [N], of each target among its row's targets, from 1 (`gkd.batch.Targets.places`).
             step, max_steps: optimizer steps done, and in all.
         """
         third = min(THIRDS * step // max(max_steps, 1), THIRDS - 1)

@@ -23,14 +23,14 @@ from trl import SFTTrainer
 
 from gkd import setup_checks as checks
 from gkd import student_setup
-from gkd.batch import collate, cut, per_target, select_targets, target_mask, target_weights, unpad
+from gkd.batch import Targets, collate, cut, per_target, select_targets, target_weights, targets_of, unpad
 from gkd.checkpoint import CheckpointMixin
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator
 from gkd.distributed import gathered, place_student, sum_over_ranks, zero_stage
 from gkd.divergence import generalized_jsd_loss
 from gkd.faults import FaultGuard, nan_unless_finite
-from gkd.fused import FusedOutput, fused_cross_entropy, fused_divergence
+from gkd.fused import FusedOutput, fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.hidden import instead_of_logits
 from gkd.hub import HubMixin
 from gkd.launch_checks import check_launch, check_wiring
@@ -253,6 +253,9 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         if self.completions is not None:
             self.completions.open(micro_batches)
         collated = [collate(rows, self._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
+        compared = self.loss_settings.shared_vocab or _vocabulary_rows(self.accelerator.unwrap_model(self.model))
+        for batch in collated:
+            ids_in_range("target", batch["target_ids"], compared)
         return collated, trained.clamp(min=1).to(device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -262,14 +265,11 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
-        meter = self._meters["train"]
-        before = meter.seconds("teacher")
-        with meter.phase("student"):
+        with self._meters["train"].phase("student"):
             loss = super().training_step(*args, **kwargs)
         if self.guard.is_empty:
             loss = torch.zeros_like(loss)  # of nothing: also where a router's loss, or a NaN for the engine, was added
         self.guard.watch(loss, args[1]["rows"])
-        meter.subtract("student", meter.seconds("teacher") - before)
         return loss
 
     def compute_loss(
@@ -296,24 +296,25 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
-        details: list[tuple[FusedOutput, Tensor]] = []
+        targets = targets_of(inputs)
+        details: list[FusedOutput] = []
 
         def loss_at_the_head(hidden: Tensor) -> Tensor:
-            details.append(self._divergence(hidden, signal, inputs, num_items_in_batch))
-            loss = details[0][0].loss
+            details.append(self._divergence(hidden, signal, targets, inputs, num_items_in_batch))
+            loss = details[0].loss
             return self.guard.step_loss(loss, hidden) if mode == "train" else loss
 
         check, self._head_unchecked = self._head if self._head_unchecked else None, False
         loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head, check)
-        output, sources = details[0]
-        teachers = per_target(inputs["teachers"], inputs["labels"]) if self.args.teacher_names else None
+        output, sources = details[0], per_target(_sources(inputs), targets)
+        teachers = per_target(inputs["teachers"], targets) if self.args.teacher_names else None
         self._meters[mode].add_targets(output, sources, teachers)
         if mode == "train":
             self._compare_rollouts()
         if mode == "eval":
-            self._count_evaluation(output, inputs)
+            self._count_evaluation(output, inputs["labels"], targets)
         elif signal is not None:
-            self._observe(output, sources, inputs["labels"])
+            self._observe(output, sources, targets.places)
         if mode == "train" and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
@@ -345,28 +346,32 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         return loss + self.router_aux_loss_coef * balance / steps
 
     def _divergence(
-        self, hidden: Tensor, signal: Any, inputs: dict[str, Tensor], num_items: Tensor | int | None
-    ) -> tuple[FusedOutput, Tensor]:
-        """The fused divergence of the N targets, and their sources [N]."""
-        labels, args = inputs["labels"], self.args
-        targets = labels[:, 1:][target_mask(labels)]
-        row_sources = inputs.get("sources", torch.zeros_like(labels[:, 0]))  # evaluation: all from the data
-        sources = per_target(row_sources, labels)
+        self, hidden: Tensor, signal: Any, targets: Targets, inputs: dict[str, Tensor], num_items: Tensor | int | None
+    ) -> FusedOutput:
+        """The fused divergence of the N targets."""
+        args, head, settings = self.args, self._head, self.loss_settings
         options = (args.loss_reduction, args.ce_weight, args.ce_on_student_tokens, args.seq_kd_loss == "nll")
-        weights, ce_weights = target_weights(labels, row_sources, num_items, *options)
-        selected = select_targets(hidden, labels)
+        weights, ce_weights = target_weights(inputs["labels"], targets, _sources(inputs), num_items, *options)
+        selected, check_ids = select_targets(hidden, targets), not self.model.training  # else checked on the CPU
         if self.rollout_check is not None and "server_log_probs" in inputs:
-            said = inputs["server_log_probs"][:, 1:][target_mask(labels)]
-            self.rollout_check.add(selected, self._head, targets, said)
+            said = inputs["server_log_probs"].flatten().index_select(0, targets.at + 1)  # of the token to predict
+            self.rollout_check.add(selected, head, targets.ids, said)
         if signal is None:
             assert ce_weights is not None
-            return fused_cross_entropy(selected, self._head, targets, ce_weights, self.loss_settings), sources
+            return fused_cross_entropy(selected, head, targets.ids, ce_weights, settings, check_ids=check_ids)
         # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
         with gathered(self.teacher.head_parameters()):
-            output = fused_divergence(selected, self._head, signal, targets, weights, self.loss_settings, ce_weights)
+            output = fused_divergence(
+                selected, head, signal, targets.ids, weights, settings, ce_weights, check_ids=check_ids
+            )
         if isinstance(signal, TopKSignal):
             output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
-        return output, sources
+        return output
+
+
+def _sources(inputs: dict[str, Tensor]) -> Tensor:
+    """[B], indices into SOURCES; in the evaluation all rows are from the data."""
+    return inputs["sources"] if "sources" in inputs else torch.zeros_like(inputs["labels"][:, 0])
 
 
 def _vocabulary_rows(model: Any) -> int:

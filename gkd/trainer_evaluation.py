@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from gkd.batch import target_mask
+from gkd.batch import Targets, target_mask
 from gkd.data import PREPARED, PaddingCollator
 from gkd.faults import EvaluationLeft
 from gkd.fused import FusedOutput
@@ -32,15 +32,12 @@ class EvaluationMixin:
     train_dataset: Any
     eval_dataset: Any
 
-    def _count_evaluation(self, output: FusedOutput, inputs: dict[str, Tensor]) -> None:
+    def _count_evaluation(self, output: FusedOutput, labels: Tensor, targets: Targets) -> None:
         """Add this batch's sums, without the rows that accelerate repeats to make the ranks' last batches even."""
-        labels = inputs["labels"]
-        mask = target_mask(labels)
         dtype = sum_dtype(labels.device)
         per_row = torch.zeros(labels.shape[0], 2, dtype=dtype, device=labels.device)
-        rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(mask)[mask]
-        per_row[:, 0].index_add_(0, rows, output.divergence.to(dtype))
-        per_row[:, 1] = mask.sum(dim=1)
+        per_row[:, 0].index_add_(0, targets.rows, output.divergence.to(dtype))
+        per_row[:, 1] = target_mask(labels).sum(dim=1)
         if self.args.loss_reduction == "sequence":
             per_row = torch.stack([per_row[:, 0] / per_row[:, 1].clamp(min=1), (per_row[:, 1] > 0).to(dtype)], dim=1)
         self._eval_sums += self.accelerator.gather_for_metrics(per_row).cpu().double().sum(dim=0)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from gkd.batch import target_positions
 from gkd.completions import CompletionLog
 from gkd.distributed import max_over_ranks, sum_over_ranks
 from gkd.faults import FaultGuard
@@ -76,12 +75,12 @@ class LoggingMixin:
             )
             self.add_callback(self.completions)
 
-    def _observe(self, output: Any, sources: Tensor, labels: Tensor) -> None:
-        """Keep what a training micro-batch shows: `output` of the fused divergence, `sources` [N], `labels` [B, T]."""
+    def _observe(self, output: Any, sources: Tensor, places: Tensor) -> None:
+        """Keep what a training micro-batch shows: `output` of the fused divergence, `sources` and `places` [N]."""
         if self.completions is not None:
             self.completions.add(output.divergence)
         done = (self.state.global_step, self.state.max_steps)
-        self.positions.add(output.divergence, sources, target_positions(labels), *done)
+        self.positions.add(output.divergence, sources, places, *done)
 
     def _flush(self, mode: str) -> dict[str, float]:
         return self._meters[mode].flush(

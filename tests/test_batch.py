@@ -9,11 +9,13 @@ from gkd.batch import (
     Sequence,
     collate,
     cut,
+    find_targets,
     join,
     per_target,
     select_targets,
     sequence_weights,
     target_mask,
+    targets_of,
     unpad,
 )
 from gkd.source import SOURCES
@@ -64,21 +66,24 @@ def test_cut_sorts_and_loses_nothing(lengths, size):
     flat = [s for batch in micro_batches for s in batch]
     assert [len(batch) for batch in micro_batches] == sizes
     assert sorted(s.row for s in flat) == list(range(len(lengths)))
-    assert [len(s.input_ids) for s in flat] == sorted(lengths)
+    assert [len(s.input_ids) for s in flat] == sorted(lengths, reverse=True)
 
 
 def test_micro_batches_pad_to_their_own_longest_row():
     sequences = [Sequence([1] * n, [IGNORE] * n, 1) for n in (9, 2, 3, 8)]
-    assert [collate(b, 0)["input_ids"].shape[1] for b in cut(sequences, [2, 2])] == [3, 9]
+    assert [collate(b, 0)["input_ids"].shape[1] for b in cut(sequences, [2, 2])] == [9, 3]
     assert collate(sequences, 0, multiple=8)["input_ids"].shape[1] == 16
 
 
 def test_select_targets_and_weights_by_hand():
     batch = collate([join([1, 2], [3, 4, 5], "student", 0, False, True), join([6], [7], "data", 1, False, True)], 0)
     hidden = torch.arange(2 * 5).view(2, 5, 1)
-    assert select_targets(hidden, batch["labels"]).flatten().tolist() == [1, 2, 3, 5]
-    torch.testing.assert_close(sequence_weights(batch["labels"]), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0]))
-    assert per_target(batch["sources"], batch["labels"]).tolist() == [1, 1, 1, 0]
+    for targets in (targets_of(batch), find_targets(batch["labels"])):
+        assert select_targets(hidden, targets).flatten().tolist() == [1, 2, 3, 5]
+        weights = sequence_weights(batch["labels"], targets)
+        torch.testing.assert_close(weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0]))
+        assert per_target(batch["sources"], targets).tolist() == [1, 1, 1, 0]
+        assert (targets.ids.tolist(), targets.places.tolist()) == ([3, 4, 5, 7], [1, 2, 3, 1])
 
 
 def test_truncated_rows_can_be_left_out():

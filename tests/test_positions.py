@@ -4,7 +4,7 @@ import torch
 from tiny import tiny_model
 from training import trainer_of
 
-from gkd.batch import IGNORE, target_positions
+from gkd.batch import IGNORE, find_targets
 from gkd.positions import STARTS, PositionProfile
 from gkd.source import SOURCES
 
@@ -18,7 +18,7 @@ def profile_of(values, sources, positions, step=0, max_steps=1, profile=None):
 
 def test_positions_count_the_targets_of_each_row():
     labels = torch.tensor([[IGNORE, IGNORE, 5, 6, 7], [IGNORE, 8, IGNORE, 9, IGNORE], [IGNORE] * 5])
-    assert target_positions(labels).tolist() == [1, 2, 3, 1, 2]
+    assert find_targets(labels).places.tolist() == [1, 2, 3, 1, 2]
 
 
 def test_each_target_goes_into_its_bucket_source_and_third():
@@ -77,8 +77,8 @@ def test_a_training_leaves_the_profile_in_its_history(tmp_path):
     assert abs(total - expected) < 1e-6 * expected
     firsts = [  # the first target of each row, from the micro-batches as they were trained on
         value
-        for output, _, labels in kept
-        for value, place in zip(output.divergence.tolist(), target_positions(labels).tolist(), strict=True)
+        for output, _, places in kept
+        for value, place in zip(output.divergence.tolist(), places.tolist(), strict=True)
         if place == 1
     ]
     found = sum(profile["sums"][source][third][0] for source in SOURCES for third in range(3))

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gkd.batch import select_targets
+from gkd.batch import select_targets, targets_of
 from gkd.hidden import last_hidden
 from gkd.placement import is_sharded, on_accelerator, place_teacher
 from gkd.precision import mixed_precision
@@ -40,7 +40,7 @@ class LocalTeacher:
         # The teacher is not prepared by accelerate, so nothing else enters its autocast.
         with on_accelerator(self.model), mixed_precision(self.accelerator, self.model):
             hidden, _ = last_hidden(self.model, self._head_module, inputs, check)
-        return DenseSignal(select_targets(hidden, batch["labels"]), self.head)
+        return DenseSignal(select_targets(hidden, targets_of(batch)), self.head)
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         return (self.head.weight, self.head.bias)

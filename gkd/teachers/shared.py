@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gkd.batch import per_target, target_mask
+from gkd.batch import Targets, target_mask, targets_of
 from gkd.distributed import freeze, gathered
 from gkd.placement import is_sharded
 from gkd.precision import mixed_precision
@@ -81,17 +81,22 @@ class RoutedTeacher:
     @torch.no_grad()
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
         """As `Teacher.score`; one forward pass for each teacher that has a row in the batch."""
-        labels, numbers = batch["labels"], batch["teachers"]
-        whose = per_target(numbers, labels)
+        targets, width = targets_of(batch), batch["labels"].shape[1]
+        columns = (batch["teachers"], batch["attention_mask"].sum(dim=1), target_mask(batch["labels"]).sum(dim=1))
+        numbers, lengths, counts = torch.stack(columns).tolist()  # the one wait for the device
+        places = torch.arange(sum(counts)).split(counts)
         hidden: Tensor | None = None
         # Ranks differ in whose rows they hold: what is split up is gathered here, once, on all of them.
         with gathered(parameter for teacher in self.teachers for parameter in teacher.model.parameters()):
-            for number in numbers.unique().tolist():
-                signal = self.teachers[number].score(_rows(batch, numbers == number))
+            for number in sorted(set(numbers)):
+                rows = [row for row, whose in enumerate(numbers) if whose == number]
+                own = torch.cat([places[row] for row in rows]).to(targets.at.device)
+                longest = max(lengths[row] for row in rows)
+                signal = self.teachers[number].score(_part(batch, targets, rows, own, longest, width))
                 assert isinstance(signal, DenseSignal)
                 if hidden is None:
-                    hidden = signal.hidden.new_empty(int(target_mask(labels).sum()), signal.hidden.shape[1])
-                hidden[whose == number] = signal.hidden
+                    hidden = signal.hidden.new_empty(sum(counts), signal.hidden.shape[1])
+                hidden.index_copy_(0, own.to(hidden.device), signal.hidden)
         assert hidden is not None, "a batch without rows"
         return DenseSignal(hidden, self.head)
 
@@ -99,7 +104,22 @@ class RoutedTeacher:
         return self.teachers[0].head_parameters()
 
 
-def _rows(batch: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """Some rows of a batch that is padded on the right, without the padding that all of them have."""
-    longest = int(batch["attention_mask"][keep].sum(dim=1).max())
-    return {name: batch[name][keep, :longest] for name in ("input_ids", "attention_mask", "labels")}
+def _part(
+    batch: dict[str, Tensor], targets: Targets, rows: list[int], own: Tensor, longest: int, width: int
+) -> dict[str, Tensor]:
+    """Some rows of a batch that is padded on the right, without the padding that all of them have.
+
+    Args:
+        own: which of the batch's targets are theirs. longest: tokens of the longest of them. width: of the batch.
+    """
+    device = targets.at.device
+    at = torch.tensor(rows, device=device)
+    part = {name: batch[name].index_select(0, at)[:, :longest] for name in ("input_ids", "attention_mask", "labels")}
+    new_row = torch.zeros(batch["labels"].shape[0], dtype=torch.long, device=device)
+    new_row.index_copy_(0, at, torch.arange(len(rows), device=device))
+    row = targets.rows.index_select(0, own)
+    part["target_rows"] = new_row.index_select(0, row)
+    part["target_at"] = targets.at.index_select(0, own) - row * width + part["target_rows"] * longest
+    part["target_ids"] = targets.ids.index_select(0, own)
+    part["target_places"] = targets.places.index_select(0, own)
+    return part
