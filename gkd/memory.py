@@ -179,6 +179,24 @@ def teacher_weights(setup: Setup) -> tuple[int, int]:
     return whole // (setup.gpus if split else 1), 0
 
 
+def host_memory(setup: Setup) -> int:
+    """Bytes of weights and optimizer states in the CPU memory of a machine with all the GPUs.
+
+    `cpu_offload` keeps a pinned copy of the teacher for each process; DeepSpeed's offloading splits its share up.
+    """
+    teacher = 0
+    if setup.teacher_here and not setup.shares_base:
+        if setup.placement == "cpu_offload":
+            teacher = setup.gpus * teacher_weights(setup)[1]
+        elif setup.placement == "zero3_offload":
+            teacher = setup.teacher.parameters * setup.teacher_bytes
+    if not setup.offload or not setup.zero_stage:
+        return teacher
+    states = setup.trained * (8 + (4 if setup.weight_bytes < 4 else 0))
+    weights = setup.student.parameters * setup.weight_bytes if setup.zero_stage == 3 else 0
+    return teacher + states + weights
+
+
 def _gathered(setup: Setup) -> int:
     """Models that are split up are gathered whole to write, one after the other."""
     sizes = [0]

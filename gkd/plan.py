@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gkd.loading import adapter_config, load_config
-from gkd.memory import GIB, MEASURED_ERROR, Estimate, ModelShape, Setup, estimate, smallest_change
+from gkd.memory import GIB, MEASURED_ERROR, Estimate, ModelShape, Setup, estimate, host_memory, smallest_change
 from gkd.quantized import with_quantization
 from gkd.recipe import Recipe
 from gkd.settings import Settings
@@ -148,7 +148,13 @@ def plan(
     fits = found.peak <= budget
     remedy = [] if fits else smallest_change(setup, budget)
     if as_json:
-        record = {"parts": found.parts, "rollout": found.rollout, "training": found.training, "peak": found.peak}
+        record = {
+            "parts": found.parts,
+            "rollout": found.rollout,
+            "training": found.training,
+            "peak": found.peak,
+            "host": host_memory(setup),
+        }
         record |= {"budget": budget, "fits": fits, "remedy": remedy}
         print(json.dumps({**record, "measured_error": MEASURED_ERROR.get(setup.device)}, indent=2))
     else:
@@ -172,6 +178,9 @@ def _show(setup: Setup, found: Estimate, budget: int, remedy: list[str]) -> None
         f"{setup.student.parameters / 1e9:.2f}B student, {setup.trained / 1e6:.1f}M trained; "
         f"{setup.teacher.parameters / 1e9:.2f}B teacher; {setup.batch} rows of up to {setup.tokens} tokens"
     )
+    host = host_memory(setup) / GIB
+    if host:
+        console.print(f"CPU memory for what stands there: {host:.1f} GiB, with all {setup.gpus} GPU(s) on one machine")
     low, high = MEASURED_ERROR["cpu"]
     where = "" if setup.device in MEASURED_ERROR else "; on a GPU they have not been measured"
     console.print(

@@ -36,15 +36,17 @@ from gkd.hub import HubMixin
 from gkd.launch_checks import check_launch, check_wiring
 from gkd.lengths import check_lengths
 from gkd.metrics import Ledger, Meter
+from gkd.placement import on_accelerator
 from gkd.precision import mixed_precision
 from gkd.preparation import encoding_options, hygiene, loss_settings, make_rollout, prepare_rows
 from gkd.quantized import keep_layout
 from gkd.rollouts.routed import routed
 from gkd.servers import connect, rollout_check, score_together
-from gkd.signals import TopKSignal, check_head, head_of, output_layer
+from gkd.signals import DenseSignal, TeacherSignal, TopKSignal, check_head, head_of, output_layer
 from gkd.source import SOURCES
 from gkd.teacher_scores import evaluation_sets, load_unless_covered
 from gkd.teacher_setup import frozen_models, make_teacher, shared_base
+from gkd.teachers.local import LocalTeacher
 from gkd.tokenizer_options import template_already_taken
 from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
@@ -256,7 +258,20 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         compared = self.loss_settings.shared_vocab or _vocabulary_rows(self.accelerator.unwrap_model(self.model))
         for batch in collated:
             ids_in_range("target", batch["target_ids"], compared)
+        if args.teacher_placement == "cpu_offload" and len(collated) > 1 and not args.trains_on_nll_alone:
+            self._score_together(collated, device)
         return collated, trained.clamp(min=1).to(device)
+
+    def _score_together(self, batches: list[dict[str, Tensor]], device: torch.device) -> None:
+        """Score a whole window while the teacher is on the accelerator: its weights travel once, not once for each
+        micro-batch. What comes of it waits in CPU memory (two bytes for each of N x Dt numbers, or four)."""
+        if not isinstance(self.teacher, LocalTeacher):
+            return
+        with self._meters["train"].phase("teacher"), on_accelerator(self.teacher.model):
+            for batch in batches:
+                signal = self.teacher.score({name: value.to(device) for name, value in batch.items()})
+                assert isinstance(signal, DenseSignal)
+                batch["teacher_hidden"] = signal.hidden.cpu()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; warns of weights whose updates would be rounded away."""
@@ -290,8 +305,11 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
             batch = collate(unpad(inputs), self._pad_id)
             inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
         with self._meters[mode].phase("teacher"):
-            signal = None
-            if not (mode == "train" and self.args.trains_on_nll_alone):
+            signal: TeacherSignal | None = None
+            if "teacher_hidden" in inputs:
+                assert isinstance(self.teacher, LocalTeacher)
+                signal = DenseSignal(inputs["teacher_hidden"], self.teacher.head)
+            elif mode == "eval" or not self.args.trains_on_nll_alone:
                 signal = score_together(self.teacher, inputs, self.accelerator)
         model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if self.aux_loss_enabled:

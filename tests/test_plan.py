@@ -19,6 +19,7 @@ from gkd.memory import (
     activations,
     changes,
     estimate,
+    host_memory,
     kept_activations,
     kv_cache,
     layer_activations,
@@ -237,6 +238,9 @@ def test_where_the_teacher_stands(writes):
     assert rollouts["cpu_offload"] == (0 if writes else head - whole)
     assert rollouts["zero3"] == whole // 4 - whole + come
     assert rollouts["zero3_offload"] == -whole + come
+    # in CPU memory: a pinned copy for each process, or one that is split up
+    host = {name: host_memory(replace(plain, placement=name)) for name in PLACEMENTS}
+    assert host == {"same": 0, "cpu_offload": 4 * (whole - head), "zero3": 0, "zero3_offload": whole}
     packed = {bits: estimate(replace(plain, teacher_packed=bits)).parts["teacher weights"] for bits in (1.0, 0.5625)}
     assert packed == {1.0: 2_000_000 + 9_000_000, 0.5625: 2_000_000 + 5_062_500}
 
