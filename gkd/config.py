@@ -138,7 +138,9 @@ class GKDConfig(SFTConfig):
         None, "Further GenerationConfig fields for rollouts, as a dict or JSON. An unknown one is an error."
     )
     rollout_batch_size: int | None = _field(
-        None, "Most sequences generated at a time: bounds the KV cache. None = per_device_train_batch_size x 4."
+        None,
+        "Most sequences generated at a time: bounds the KV cache. None = per_device_train_batch_size x 4; on a GPU "
+        "the whole optimizer step's, while their KV cache takes at most an eighth of it.",
     )
     fold_adapter: bool = _field(
         True, "Fold a LoRA adapter into a copy of the weights for a rollout in this process: faster, more memory."

@@ -35,7 +35,9 @@ def examine_memory(out: Diagnosis, recipe: Recipe) -> None:
     Raises:
         ValueError: a model's config cannot be read.
     """
-    setup = setup_of(recipe, gpus=max(1, recipe.settings.training.world_size), zero_stage=0, offload=False)
+    args = recipe.settings.training
+    card = None if args.use_cpu else capacity("cuda")
+    setup = setup_of(recipe, gpus=max(1, args.world_size), zero_stage=0, offload=False, memory=card)
     found, room = estimate(setup), capacity(setup.device)
     where = "a GPU" if setup.device == "cuda" else "memory"
     text = f"about {found.peak / GIB:.1f} GiB of {room / GIB:.1f} GiB of {where} at the peak ({_largest(found)})"
@@ -84,7 +86,8 @@ def shorten(args: GKDConfig, rows: int) -> Schedule:
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     per_epoch = max(1, math.ceil(math.ceil(rows / (batch * max(1, args.world_size))) / accumulation))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    rollout_batch = args.rollout_batch_size or 4 * batch
+    # What is generated together has to be there in a timed step, too.
+    rollout_batch = args.rollout_batch_size or batch * (4 if args.use_cpu else max(4, accumulation))
     timed = min(accumulation, max(1, math.ceil(rollout_batch / batch)))
     args.gradient_accumulation_steps, args.max_steps = timed, STEPS
     args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO

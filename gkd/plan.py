@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gkd.loading import adapter_config, load_config
-from gkd.memory import GIB, MEASURED_ERROR, Estimate, ModelShape, Setup, estimate, host_memory, smallest_change
+from gkd.memory import (
+    GIB,
+    MEASURED_ERROR,
+    Estimate,
+    ModelShape,
+    Setup,
+    estimate,
+    host_memory,
+    key_width,
+    kv_cache,
+    rollout_rows,
+    smallest_change,
+)
 from gkd.quantized import with_quantization
 from gkd.recipe import Recipe
 from gkd.settings import Settings
@@ -52,15 +65,15 @@ def shape_of(config: Any) -> ModelShape:
         hidden=text.hidden_size,
         intermediate=intermediate * experts,
         query=heads * width,
-        key=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        key=key_width(config),
         vocab=text.vocab_size,
         lora_widths=sum(module.in_features + module.out_features for module in linear),
         lora_inputs=sum(module.in_features for module in linear),
     )
 
 
-def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup:
-    """The run that a recipe with its flags asks for.
+def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: int | None = None) -> Setup:
+    """The run that a recipe with its flags asks for, on GPUs with `memory` bytes each.
 
     Raises:
         ValueError: a model that is not named, or whose config cannot be read.
@@ -86,7 +99,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         who for who, writes in (("student", args.student_writes), ("teacher", args.teacher_writes)) if writes
     )
     tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
-    return Setup(
+    setup = Setup(
         student=student,
         teacher=teacher,
         gpus=gpus,
@@ -101,7 +114,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         tokens=tokens,
         targets=args.per_device_train_batch_size * (tokens if args.reads_answers else args.max_new_tokens),
         accumulates=args.gradient_accumulation_steps > 1,
-        rollout_batch=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
+        rollout_batch=args.rollout_batch_size or 1,
         generates=generates if args.rollout_backend == "hf" else (),
         checkpointing=args.gradient_checkpointing,
         zero_stage=zero_stage,
@@ -112,6 +125,11 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup
         placement=args.teacher_placement,
         teacher_packed=_packed_bytes(own),
     )
+    if args.rollout_batch_size is not None:
+        return setup
+    window = setup.batch * args.gradient_accumulation_steps
+    rows = rollout_rows(setup.batch, window, kv_cache(setup), (memory or 0) if cuda else None)
+    return replace(setup, rollout_batch=rows)
 
 
 def _rank(settings: Settings) -> int | None:
@@ -143,7 +161,7 @@ def plan(
 ) -> int:
     """Print the plan; returns 0 when the run fits, 1 when it does not."""
     budget = parse_memory(gpu_memory)
-    setup = setup_of(recipe, gpus, zero_stage, offload)
+    setup = setup_of(recipe, gpus, zero_stage, offload, budget)
     found = estimate(setup)
     fits = found.peak <= budget
     remedy = [] if fits else smallest_change(setup, budget)

@@ -30,7 +30,7 @@ from gkd.card_info import Repo
 from gkd.dataset_folder import check_folder, push_folder, write_folder
 from gkd.environment import installed_versions
 from gkd.loading import generation_config_of, vocabulary_rows
-from gkd.preparation import encoding_options, hygiene, keep_completions, make_rollout, prepare_rows
+from gkd.preparation import encoding_options, hygiene, keep_completions, make_rollout, prepare_rows, rows_at_a_time
 from gkd.recipe import Recipe
 from gkd.redact import redact_command
 from gkd.rollouts.cached import CachedRollout
@@ -169,6 +169,8 @@ def prepare(recipe: Recipe) -> Work:
         if not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
             rollout = keep_completions(rollout, args, server or scorer.model, accelerator)
     batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
+    if server is None:
+        batch_size = rows_at_a_time(args, teacher.config, accelerator.device)
     sets = evaluation_sets(asked)
     sound, held_out = hygiene(args, stop_ids), {name: part for name, part in data.items() if name != "train"}
     return Work(rows, sets, tokenizer, scorer, rollout, sound, accelerator, batch_size, held_out)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
@@ -18,6 +20,7 @@ from gkd.data import PaddingCollator, prepare_dataset
 from gkd.environment import installed_versions
 from gkd.fused import LossSettings
 from gkd.loading import generation_config_of, model_name, revision_of
+from gkd.memory import key_width, rollout_rows
 from gkd.rollouts import ROLLOUTS, SamplingSettings
 from gkd.rollouts.cached import CachedRollout, SampledRollout, fingerprint, key_of
 from gkd.sequence_store import open_store
@@ -134,6 +137,18 @@ def sampling_settings(
     )
 
 
+def rows_at_a_time(args: GKDConfig, config: Any, device: torch.device) -> int:
+    """`rollout_batch_size`, or what goes well on this device with a model of this config."""
+    if args.rollout_batch_size is not None:
+        return args.rollout_batch_size
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
+    layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
+    row_bytes = 2 * layers * key_width(config) * tokens * (2 if args.bf16 or args.fp16 else 4)
+    batch = args.per_device_train_batch_size
+    return rollout_rows(batch, batch * args.gradient_accumulation_steps, row_bytes, room)
+
+
 def make_rollout(
     args: GKDConfig,
     source: str,
@@ -153,7 +168,6 @@ def make_rollout(
     Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
     """
     settings = sampling_settings(args, source, stop_ids, pad_id, foreign_ids)
-    size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
     rollout: SampledRollout
     if server is not None:
         rollout = make_server_rollout(args, source, server, settings, get_model, accelerator, vocabulary)
@@ -161,7 +175,7 @@ def make_rollout(
         options: dict[str, Any] = {
             "seed": args.seed,
             "source": source,
-            "batch_size": size,
+            "batch_size": args.rollout_batch_size or partial(rows_at_a_time, args),
             "merge_adapter": args.fold_adapter,
         }
         rollout = ROLLOUTS["hf"](get_model, accelerator, settings, **options)

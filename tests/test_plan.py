@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model
+from training import config
 from transformers import DynamicCache
 
 from gkd.cli import main
@@ -23,9 +25,11 @@ from gkd.memory import (
     kept_activations,
     kv_cache,
     layer_activations,
+    rollout_rows,
     smallest_change,
 )
 from gkd.plan import parse_memory, shape_of
+from gkd.preparation import rows_at_a_time
 
 KINDS = ["llama", "qwen2", "gemma2"]
 
@@ -220,6 +224,35 @@ def test_the_command(tmp_path, capsys):
         main(["plan", str(recipe), "--gpu_memory", "many", *flags])
     assert stopped.value.code == 2
     assert "gpu_memory='many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch", "window", "row_bytes", "room", "rows"),
+    [
+        (4, 64, 100, None, 16),  # a CPU
+        (4, 8, 100, None, 16),
+        (4, 64, 100, 8 * 100 * 64, 64),  # all of them fill an eighth
+        (4, 64, 100, 8 * 100 * 64 - 1, 32),
+        (4, 64, 10**9, 8 * 100, 16),  # never fewer than on a CPU
+        (4, 64, 0, 80 * 10**9, 64),  # a model without a KV cache
+    ],
+)
+def test_rows_decoded_at_a_time(batch, window, row_bytes, room, rows):
+    assert rollout_rows(batch, window, row_bytes, room) == rows
+
+
+def test_a_run_decodes_as_many_rows_at_a_time_as_planned(tmp_path, monkeypatch):
+    """The plan's formulas and the rollout's own, from the same fields and config, on a card of each size."""
+    model = tiny_model().config
+    for card in (10**6, 4 * 10**6, 10**9):
+        args = config(tmp_path, gradient_accumulation_steps=16)
+        monkeypatch.setattr(
+            "torch.cuda.get_device_properties", lambda _, card=card: SimpleNamespace(total_memory=card)
+        )
+        setup = Setup(shape_of(model), shape_of(model), tokens=args.max_length, activation_bytes=4, rollout_batch=1)
+        assert rows_at_a_time(args, model, torch.device("cuda")) == rollout_rows(4, 64, kv_cache(setup), card)
+        assert rows_at_a_time(args, model, torch.device("cpu")) == 16
+    assert rows_at_a_time(config(tmp_path, rollout_batch_size=3), model, torch.device("cuda")) == 3
 
 
 @pytest.mark.parametrize("writes", [False, True])

@@ -153,6 +153,8 @@ def test_a_row_depends_on_nothing_but_its_key():
     expected = rollout_of(model, stop_ids=stop_ids).generate(PROMPTS, 7, rows)
     for batch_size in (1, 2, 5):
         assert rollout_of(model, batch_size, stop_ids=stop_ids).generate(PROMPTS, 7, rows) == expected
+        asked = rollout_of(model, lambda config, device, size=batch_size: size, stop_ids=stop_ids)
+        assert asked.generate(PROMPTS, 7, rows) == expected
     order = [4, 1, 6, 0, 5, 3, 2]
     shuffled = rollout_of(model, stop_ids=stop_ids).generate([PROMPTS[i] for i in order], 7, [rows[i] for i in order])
     assert shuffled == [expected[i] for i in order]

@@ -40,7 +40,8 @@ class HFRollout:
         settings: how to sample.
         seed: the run's seed, part of the key of the random numbers.
         source: `"student"` or `"teacher"`, so that the two draw different numbers for the same row.
-        batch_size: rows decoded at once, which bounds the memory of the KV cache; None takes all.
+        batch_size: rows decoded at once, which bounds the memory of the KV cache; None takes all, a function is asked
+            for them with the model's config and device.
         merge_adapter: fold a LoRA adapter into the weights for the rollout (see `adapter.py`): faster, at the price of
             a second copy of the adapted weights meanwhile.
 
@@ -56,10 +57,10 @@ class HFRollout:
         *,
         seed: int,
         source: str = "student",
-        batch_size: int | None = None,
+        batch_size: int | Callable[[Any, torch.device], int] | None = None,
         merge_adapter: bool = True,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
+        if isinstance(batch_size, int) and batch_size < 1:
             raise ValueError(f"rollout_batch_size={batch_size} is out of range: use 1 or more, or None for all rows")
         self.get_model = get_model
         self.accelerator = accelerator
@@ -88,7 +89,8 @@ class HFRollout:
             self._folded(model, prompts, step),
         ):
             self._check_lengths(model, prompts, rows)
-            for chunk in self._chunks(prompts):
+            size = self.batch_size(model.config, model.device) if callable(self.batch_size) else self.batch_size
+            for chunk in self._chunks(prompts, size):
                 sampled = self._generate_chunk(model, [prompts[i] for i in chunk], step, [rows[i] for i in chunk])
                 for i, completion in zip(chunk, sampled, strict=True):
                     completions[i] = completion
@@ -112,13 +114,13 @@ class HFRollout:
                     f"exceed the model's {room} positions: lower max_new_tokens or max_prompt_length"
                 )
 
-    def _chunks(self, prompts: list[list[int]]) -> Iterator[list[int]]:
+    def _chunks(self, prompts: list[list[int]], size: int | None) -> Iterator[list[int]]:
         """Indices of the prompts decoded together: longest first, so that memory runs out at once or never."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         unpadded = not _READS_IDS.isdisjoint(self.settings.extra)
         start = 0
         for end in range(1, len(order) + 1):
-            full = end - start == self.batch_size
+            full = end - start == size
             new_length = end < len(order) and len(prompts[order[end]]) != len(prompts[order[start]])
             if end == len(order) or full or (unpadded and new_length):
                 yield order[start:end]
