@@ -188,8 +188,8 @@ def spoil(trainer, steps, how, monkeypatch):
     """Make loss or gradient of these steps (from 0) not finite, in the first micro-batch of each."""
     original, done = type(trainer)._divergence, set()
 
-    def divergence(hidden, signal_, inputs, num_items):
-        output, sources = original(trainer, hidden, signal_, inputs, num_items)
+    def divergence(hidden, *args, **options):
+        output = original(trainer, hidden, *args, **options)
         step = trainer.state.global_step
         if step in steps and step not in done:
             done.add(step)
@@ -199,7 +199,7 @@ def spoil(trainer, steps, how, monkeypatch):
                 output = dataclasses.replace(output, loss=output.loss + float("inf"))
             else:
                 output = dataclasses.replace(output, loss=output.loss * float(how))
-        return output, sources
+        return output
 
     monkeypatch.setattr(trainer, "_divergence", divergence)
 
