@@ -259,10 +259,10 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         for batch in collated:
             ids_in_range("target", batch["target_ids"], compared)
         if args.teacher_placement == "cpu_offload" and len(collated) > 1 and not args.trains_on_nll_alone:
-            self._score_together(collated, device)
+            self._score_ahead(collated, device)
         return collated, trained.clamp(min=1).to(device)
 
-    def _score_together(self, batches: list[dict[str, Tensor]], device: torch.device) -> None:
+    def _score_ahead(self, batches: list[dict[str, Tensor]], device: torch.device) -> None:
         """Score a whole window while the teacher is on the accelerator: its weights travel once, not once for each
         micro-batch. What comes of it waits in CPU memory (two bytes for each of N x Dt numbers, or four)."""
         if not isinstance(self.teacher, LocalTeacher):
