@@ -24,7 +24,7 @@ from gkd.data_report import DROPPED, NOTES_OF_THE_ANSWER, OF_THE_ANSWER, UNREAD,
 from gkd.encode import Encoded, Limits, RowEncoder
 from gkd.files import read_rows
 from gkd.markdown import printable
-from gkd.row_values import RowError, without_arrow_nulls
+from gkd.row_values import without_arrow_nulls
 from gkd.rows import ChatRow, Place, Row, TextRow, canonical_row
 from gkd.unread import refuse_other_than_text, unread
 
@@ -267,11 +267,11 @@ def _encoded(encoder: RowEncoder, row: Row, place: Place) -> Encoded:
     """The row's ids; where a tokenizer or its chat template stumbles over a row, the row is named."""
     try:
         return encoder.encode(row, place)
-    except RowError:
-        raise
     except _STUMBLES as error:
+        if str(error).startswith(str(place)):  # it is ours, and says where
+            raise
         what = printable(" ".join(f"{type(error).__name__}: {error}".split()))
-        raise RowError(f"{place}: cannot be tokenized ({what})") from error
+        raise ValueError(f"{place}: cannot be tokenized ({what})") from error
 
 
 def _formatted(result: Any, place: Place) -> Mapping[str, Any]:

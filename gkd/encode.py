@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from gkd.batch import IGNORE
 from gkd.left_out import has_empty_thought, left_out
 from gkd.markdown import printable
-from gkd.row_values import RowError
 from gkd.rows import ChatRow, Message, Place, Row, TextRow, TokenRow
 from gkd.templates import STUMBLES, ChatTemplate, common_prefix
 from gkd.turn_spans import TurnFinder
@@ -218,7 +217,7 @@ class RowEncoder:
 
     def _chat(self, row: ChatRow, place: Place) -> Encoded:
         if self.template is None:
-            raise RowError(
+            raise ValueError(
                 f"{place} is a chat, but the tokenizer has no chat template: use "
                 f"an instruction-tuned model's tokenizer, set chat_template_path, or give plain text prompts"
             )
@@ -258,7 +257,7 @@ class RowEncoder:
         try:
             return template.render(messages, generate, row.tools, row.template_kwargs)
         except STUMBLES as error:
-            raise RowError(
+            raise ValueError(
                 f"{place}: the chat template cannot render the roles "
                 f"{printable(', '.join(message['role'] for message in messages))}: {printable(str(error))}. Take a "
                 f"template that can (chat_template_path), or merge or leave out turns in a formatting_func"

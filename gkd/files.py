@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pyarrow.parquet
 from datasets import Dataset, Json
 
 from gkd.rows import LEADING
+
+logger = logging.getLogger(__name__)
 
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # of all that names local files
 _AT_ONCE = 1000  # rows compared at a time
@@ -137,8 +140,9 @@ def _is_unicode(value: Any) -> bool:
 
 
 def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
+    twice: dict[str, list[int]] = {}
     try:
-        value = _parsed(text)
+        value = _parsed(text, 1, twice)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("{") and error.msg == "Extra data":
             return _json_lines(text, path)
@@ -153,17 +157,19 @@ def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(value):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}: should be an object with columns, is a {type(row).__name__}")
+    _tell_twice(twice, path, lines=False)
     return value
 
 
 def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    twice: dict[str, list[int]] = {}
     # Not splitlines(): JSON text may hold line separators such as U+2028 unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = _parsed(line)
+            row = _parsed(line, number, twice)
         except json.JSONDecodeError as error:
             hint = "; a list of objects over several lines is .json" if not rows and line.lstrip()[0] in "[{" else ""
             raise ValueError(
@@ -174,20 +180,27 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: should be an object with columns, is a {type(row).__name__}")
         rows.append(row)
+    _tell_twice(twice, path, lines=True)
     return rows
 
 
-def _parsed(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object)
+def _parsed(text: str, line: int, twice: dict[str, list[int]]) -> Any:
+    """The JSON value; keys that stand twice in one object of it are added to `twice`, with the line."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            for key in [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+                twice.setdefault(key, []).append(line)
+        return value
+
+    return json.loads(text, object_pairs_hook=object_of)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key that stands twice in it would hide its first value."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return value
+def _tell_twice(twice: dict[str, list[int]], path: Path, lines: bool) -> None:
+    for key, where in twice.items():
+        place = f" (line {where[0]}{', and more' if len(where) > 1 else ''})" if lines else ""
+        logger.warning("%s: the key %r stands twice in one object%s; its last value counts", path, key, place)
 
 
 def _csv_rows(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:

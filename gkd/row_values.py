@@ -11,10 +11,6 @@ from typing import Any, NoReturn
 from datasets import Json
 
 
-class RowError(ValueError):
-    """A row that cannot be used; the message says where it stands."""
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a row stands: the data set's name and the row's number, for messages."""
@@ -23,7 +19,7 @@ class Place:
     number: int
 
     def bad(self, column: str, problem: str) -> NoReturn:
-        raise RowError(f"{self}, column '{column}': {problem}")
+        raise ValueError(f"{self}, column '{column}': {problem}")
 
     def __str__(self) -> str:
         return f"{self.dataset} data set, row {self.number}"

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gkd.row_values import Place, RowError, from_json, shown, text_of, without_none
+from gkd.row_values import Place, from_json, shown, text_of, without_none
 from gkd.token_rows import TokenRow, token_row
 from gkd.turns import Message, Turn, chat_as_text, read_turns
 
@@ -86,7 +86,7 @@ def canonical_row(row: Mapping[str, Any], place: Place, has_chat_template: bool,
     if column is None and (empty := [name for name in LEADING if name in row]):
         place.bad(empty[0], "is None")
     if column is None:
-        raise RowError(
+        raise ValueError(
             f"{place}: no format known for the columns {sorted(map(str, row))}. "
             "Rows need `messages`, `conversations`, `prompt` (+ `completion`), `instruction` (+ `input`, `output`) or "
             "`input_ids` + `labels`; rename the columns, or pass a formatting_func that returns such a row"
