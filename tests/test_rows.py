@@ -130,6 +130,11 @@ MALFORMED = {
     "system is a number": ({"system": 3, "messages": [USER, ANSWER]}, "column 'system': should be text"),
     "tools are not JSON": ({"tools": "{", "messages": [USER, ANSWER]}, "column 'tools': is text but not JSON"),
     "template kwargs are a list": ({"chat_template_kwargs": [1], **GOOD}, "'chat_template_kwargs': should be a dict"),
+    "its own template": ({"chat_template_kwargs": {"chat_template": "x"}, **GOOD}, "may not set chat_template"),
+    "its own rendering": (
+        {"chat_template_kwargs": '{"tokenizer_kwargs": {}, "return_assistant_tokens_mask": true}', **GOOD},
+        "may not set return_assistant_tokens_mask, tokenizer_kwargs",
+    ),
     "template kwargs of ours": ({"chat_template_kwargs": {"tokenize": True}, **GOOD}, "may not set tokenize"),
     "unknown columns": ({"question": "x", "answer": "y"}, r"no format known for the columns \['answer', 'question'\]"),
     "text": ({"text": "x"}, "column 'text': running text has no prompt"),
