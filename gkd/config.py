@@ -101,6 +101,9 @@ class GKDConfig(SFTConfig):
     ab_alpha: float = _field(0.5, "Alpha of divergence='alpha_beta'.")
     ab_beta: float = _field(0.5, "Beta of divergence='alpha_beta'.")
     akl_mu: float = _field(0.5, "Mass of the teacher's head in divergence='adaptive_kl'.")
+    symmetric_kl_weight: float = _field(
+        0.5, "Share of the forward KL in divergence='symmetric_kl'; the reverse KL has the rest."
+    )
     loss_temperature: float = _field(1.0, "Temperature of both softmaxes in the divergence.")
     teacher_loss_temperature: float | None = _field(None, "The teacher's, when it differs from loss_temperature.")
     scale_by_temperature_squared: bool = _field(
@@ -112,7 +115,11 @@ class GKDConfig(SFTConfig):
     ce_weight: float = _field(0.0, "w of loss = (1 - w) divergence + w cross-entropy on the given token.")
     ce_on_student_tokens: bool = _field(False, "Apply ce_weight to tokens that the student wrote, too.")
     teacher_top_k: int | None = _field(None, "Keep only the teacher's K most likely tokens. None = all.")
-    top_k_tail: str = _field("bucket", "bucket: K + 1 outcomes with the exact tail mass. renormalize: no tail.")
+    top_k_tail: str = _field(
+        "bucket",
+        "bucket: K + 1 outcomes with the exact tail mass. renormalize: the teacher has no tail. renormalize_both: nor "
+        "has the student. ignore: the tails are left out (forward KL only).",
+    )
     mask_truncated_completions: bool = _field(False, "Do not train on rollouts that were cut off at max_new_tokens.")
     drop_repetitive_completions: bool = _field(False, "Do not train on repetitive rollouts (repetition_threshold).")
     repetition_threshold: float = _field(
@@ -237,6 +244,7 @@ class GKDConfig(SFTConfig):
             ab_alpha=self.ab_alpha,
             ab_beta=self.ab_beta,
             akl_mu=self.akl_mu,
+            symmetric_kl_weight=self.symmetric_kl_weight,
         )
 
     def to_dict(self) -> dict[str, Any]:

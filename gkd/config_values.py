@@ -21,7 +21,7 @@ _TURNS = ("last", "all")
 _UNANSWERED = ("cut", "drop")
 _REDUCTIONS = ("token", "sequence")
 _SEQ_KD_LOSSES = ("divergence", "nll")
-_TAILS = ("bucket", "renormalize")
+_TAILS = ("bucket", "renormalize", "renormalize_both", "ignore")
 
 # SFTConfig fields that have no effect here: (field, the value that is fine, what to do instead).
 _INEFFECTIVE = (

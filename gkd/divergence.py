@@ -44,6 +44,7 @@ __all__ = [
     "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "symmetric_kl",
     "total_variation",
 ]
 
@@ -88,6 +89,43 @@ def _reverse_rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, T
 def reverse_kl() -> Divergence:
     """KL(student || teacher) = sum p (log p - log q): mode-seeking, the usual on-policy loss. GKD's beta -> 1."""
     return Divergence("reverse_kl", _reverse_phi, _reverse_phi_a, _reverse_rows, needs_teacher_support=True)
+
+
+def symmetric_kl(symmetric_kl_weight: float = 0.5) -> Divergence:
+    """w KL(teacher || student) + (1 - w) KL(student || teacher), the same w for every token; at 1/2 it is half of
+    Jeffreys' divergence. w = 1 is the forward KL and w = 0 the reverse KL, exactly.
+
+    Raises:
+        ValueError: symmetric_kl_weight outside [0, 1].
+    """
+    if not 0 <= symmetric_kl_weight <= 1:
+        raise ValueError(
+            f"symmetric_kl_weight must be between 0 and 1, got {symmetric_kl_weight}: it is the share of the forward "
+            "KL, KL(teacher||student)"
+        )
+    forward, reverse = symmetric_kl_weight, 1 - symmetric_kl_weight
+    if reverse == 0:
+        return forward_kl()
+    if forward == 0:
+        return reverse_kl()
+
+    def phi(a: Tensor, b: Tensor) -> Tensor:
+        return forward * _forward_phi(a, b) + reverse * _reverse_phi(a, b)
+
+    def phi_a(a: Tensor, b: Tensor) -> Tensor:
+        return forward * _forward_phi_a(a, b) + reverse * _reverse_phi_a(a, b)
+
+    def rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        gap, ratio = torch.sub(p, q), a.sub_(b)
+        weighted = torch.mul(ratio, p, out=b)  # p (log p - log q)
+        # forward: gap - q ratio. reverse: p ratio - gap. Both are >= 0 for each token on its own.
+        of_teacher = torch.sub(gap, q.mul_(ratio), out=q).sum(-1)
+        of_student = torch.sub(weighted, gap, out=ratio).sum(-1)
+        slope = gap.mul_(forward).add_(weighted, alpha=reverse)
+        return of_teacher.mul_(forward).add_(of_student, alpha=reverse), slope
+
+    name = f"symmetric_kl(symmetric_kl_weight={symmetric_kl_weight})"
+    return Divergence(name, phi, phi_a, rows, needs_teacher_support=True)
 
 
 # --- generalized Jensen-Shannon ----------------------------------------
@@ -298,6 +336,7 @@ DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "total_variation": total_variation,
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
+    "symmetric_kl": symmetric_kl,
 }
 
 
@@ -309,6 +348,7 @@ def make_divergence(
     ab_alpha: float = 0.5,
     ab_beta: float = 0.5,
     akl_mu: float = 0.5,
+    symmetric_kl_weight: float = 0.5,
 ) -> Divergence:
     """The divergence called `name` with those of the parameters that it has.
 
@@ -318,7 +358,14 @@ def make_divergence(
     """
     if name not in DIVERGENCES:
         raise ValueError(f"divergence={name!r} is unknown: choose one of {', '.join(sorted(DIVERGENCES))}")
-    given = {"beta": beta, "skew_lambda": skew_lambda, "ab_alpha": ab_alpha, "ab_beta": ab_beta, "akl_mu": akl_mu}
+    given = {
+        "beta": beta,
+        "skew_lambda": skew_lambda,
+        "ab_alpha": ab_alpha,
+        "ab_beta": ab_beta,
+        "akl_mu": akl_mu,
+        "symmetric_kl_weight": symmetric_kl_weight,
+    }
     known = inspect.signature(make_divergence).parameters
     takes = inspect.signature(DIVERGENCES[name]).parameters
     for parameter, value in given.items():

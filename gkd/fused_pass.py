@@ -233,11 +233,8 @@ class Pass:
         self.tokens["teacher_log_prob"][at] = torch.where(hit.any(dim=-1), found, outside)
         top = ids.gather(1, log_q.argmax(dim=-1, keepdim=True))
         self.tokens["agreement"][at] = shifted.gather(1, top)[:, 0].eq(0).to(self.dtype)
-        return (
-            exact
-            if self.settings.top_k_tail == "bucket"
-            else rows.top_k_of_signal(ids, log_q, self.vocab, "renormalize")
-        )
+        tail = self.settings.top_k_tail
+        return exact if tail == "bucket" else rows.top_k_of_signal(ids, log_q, self.vocab, tail)
 
     def output(self) -> FusedOutput:
         tokens: dict[str, Any] = dict(self.tokens)

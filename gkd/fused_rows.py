@@ -91,11 +91,15 @@ def softmax_gradient_(slope: Tensor, p: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The teacher's K most likely outcomes and the rest: ids and log_q [R, K], log_tail [R, 1] or None (no rest)."""
+    """The teacher's K most likely outcomes and the rest: ids and log_q [R, K], log_tail [R, 1] or None (no rest).
+
+    `tail` says what becomes of the rest, see `LossSettings.top_k_tail`; "bucket" where there is none.
+    """
 
     ids: Tensor
     log_q: Tensor
     log_tail: Tensor | None
+    tail: str = "bucket"
 
 
 def top_k_of_dense(log_q: Tensor, q: Tensor, k: int, tail: str) -> TopK:
@@ -116,9 +120,13 @@ def top_k_of_signal(ids: Tensor, log_q: Tensor, vocab: int, tail: str) -> TopK:
 def _with_tail(ids: Tensor, log_q: Tensor, log_tail: Tensor, tail: str) -> TopK:
     if tail == "bucket":
         return TopK(ids, log_q, log_tail)
+    if tail == "ignore":
+        return TopK(ids, log_q, None, tail)
+    within = log_q - log_q.logsumexp(dim=-1, keepdim=True)
+    if tail == "renormalize_both":
+        return TopK(ids, within, None, tail)
     assert tail == "renormalize"
-    nothing = _log(torch.zeros_like(log_tail))
-    return TopK(ids, log_q - log_q.logsumexp(dim=-1, keepdim=True), nothing)
+    return TopK(ids, within, _log(torch.zeros_like(log_tail)), tail)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -139,6 +147,10 @@ def top_k_rows(divergence: Divergence, student: Side, top: TopK, kls: bool) -> t
     Returns:
         D, gradient, and with `kls` the forward and the reverse KL of the same outcomes.
     """
+    if top.tail == "renormalize_both":
+        return _rows_within(divergence, student, top, kls)
+    if top.tail == "ignore":
+        return _rows_of_top_alone(divergence, student, top, kls)
     top_p = student.p.gather(1, top.ids)
     a, b = student.log_p.gather(1, top.ids), top.log_q
     rest = None
@@ -156,4 +168,30 @@ def top_k_rows(divergence: Divergence, student: Side, top: TopK, kls: bool) -> t
     else:
         gradient = student.p * (slope[:, k:] / rest.clamp_min(torch.finfo(rest.dtype).tiny) - total)
     gradient.scatter_(1, top.ids, slope[:, :k] - top_p * total)
+    return (value, gradient, *extra)
+
+
+def _rows_within(divergence: Divergence, student: Side, top: TopK, kls: bool) -> tuple[Tensor, ...]:
+    """The same over K outcomes, both models given that it is one of them: other tokens have no gradient."""
+    a, b = student.log_p.gather(1, top.ids), top.log_q
+    a = a - a.logsumexp(dim=-1, keepdim=True)
+    p, q = a.exp(), b.exp()
+    extra = both_kls(a, b, p, q) if kls else ()
+    value, slope = divergence.rows(a.clone(), b.clone(), p, q)
+    gradient = torch.zeros_like(student.p).scatter_(1, top.ids, softmax_gradient_(slope, p))
+    return (value, gradient, *extra)
+
+
+def _rows_of_top_alone(divergence: Divergence, student: Side, top: TopK, kls: bool) -> tuple[Tensor, ...]:
+    """sum over the K tokens of q (log q - log p), and nothing of the others. Below 0 where the student holds more of
+    its mass there than the teacher.
+
+    `forward_kl` adds p - q to each term, which is no matter over all outcomes; here it is taken back.
+    """
+    assert divergence.name == "forward_kl"
+    a, b = student.log_p.gather(1, top.ids), top.log_q
+    p, q = a.exp(), b.exp()
+    extra = both_kls(a, b, p, q) if kls else ()
+    value = (q * (b - a)).sum(dim=-1)
+    gradient = (student.p * q.sum(dim=-1, keepdim=True)).scatter_add_(1, top.ids, -q)
     return (value, gradient, *extra)

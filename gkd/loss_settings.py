@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gkd.divergence import Divergence
 
-_TAILS = ("bucket", "renormalize")
+_TAILS = ("bucket", "renormalize", "renormalize_both", "ignore")
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,17 @@ class LossSettings:
         teacher_top_k: compare only the teacher's K most likely tokens and the rest; None = the whole vocabulary.
         top_k_tail: "bucket": all other tokens are one more outcome, with the teacher's true mass. "renormalize": the
             teacher's mass outside its top K is moved onto the top K, so the student is taught to put nothing there.
+            "renormalize_both": the student's, too: only what the two say within the top K is compared. "ignore": the
+            forward KL's terms of the top K alone, both normalised over the whole vocabulary.
         shared_vocab: compare only the first so many tokens (both renormalised); None = heads of equal size.
         chunk_size: rows per chunk; None = from a byte budget.
         report_kls: also return the forward and the reverse KL of each token.
         compiled: run the elementwise work through `torch.compile` where it can be; None = on CUDA with Triton.
 
     Raises:
-        ValueError: a value out of range, or a divergence that is infinite with top_k_tail="renormalize",
-            compiled=True where nothing can be compiled.
+        ValueError: a value out of range; a divergence that is infinite with top_k_tail="renormalize" or has no form
+            for "ignore"; "renormalize_both" with one token, which is always 0; compiled=True where nothing can be
+            compiled.
     """
 
     divergence: Divergence
@@ -68,7 +71,17 @@ class LossSettings:
         if self.top_k_tail == "renormalize" and self.divergence.needs_teacher_support:
             raise ValueError(
                 f"divergence={self.divergence.name} is infinite with top_k_tail='renormalize', where the teacher has "
-                "no mass outside its top k: use top_k_tail='bucket'"
+                "no mass outside its top k: use top_k_tail='bucket' or 'renormalize_both'"
+            )
+        if self.top_k_tail == "ignore" and self.divergence.name != "forward_kl":
+            raise ValueError(
+                f"top_k_tail='ignore' is defined for the forward KL only, not for divergence={self.divergence.name}: "
+                "set divergence='forward_kl', or another top_k_tail"
+            )
+        if self.top_k_tail == "renormalize_both" and self.teacher_top_k == 1:
+            raise ValueError(
+                "top_k_tail='renormalize_both' compares nothing with teacher_top_k=1, where both models are sure of "
+                "the one token: raise teacher_top_k"
             )
 
     @property

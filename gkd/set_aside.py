@@ -38,7 +38,7 @@ _SERVER = ("rollout_server_url", "rollout_adapter_dir", "rollout_staleness")
 RULES = (
     Rule("log_completions", ("log_completions_steps", "num_completions_to_print")),
     Rule("seq_kd", ("teacher_temperature", "seq_kd_loss")),
-    Rule("divergence", ("beta", "skew_lambda", "ab_alpha", "ab_beta", "akl_mu")),
+    Rule("divergence", ("beta", "skew_lambda", "ab_alpha", "ab_beta", "akl_mu", "symmetric_kl_weight")),
     Rule("ce_weight", ("ce_on_student_tokens",), "off"),
     Rule("teacher_top_k", ("top_k_tail",), "off"),
     Rule("evaluate_before_and_after", ("lm_eval_tasks", "lm_eval_limit")),

@@ -32,6 +32,9 @@ def divergence(name: str, student: Tensor, teacher: Tensor, **parameters: float)
     if name == "skew_reverse_kl":
         share = parameters.get("skew_lambda", 0.1)
         return kl(s, (1 - share) * t + share * s)
+    if name == "symmetric_kl":
+        weight = parameters.get("symmetric_kl_weight", 0.5)
+        return weight * kl(t, s) + (1 - weight) * kl(s, t)
     if name == "total_variation":
         return 0.5 * (s - t).abs().sum(-1)
     if name == "adaptive_kl":
@@ -64,4 +67,8 @@ def coarse(student: Tensor, teacher: Tensor, k: int, tail: str) -> tuple[Tensor,
     s_rest, t_rest = 1 - s.sum(-1, keepdim=True), 1 - t.sum(-1, keepdim=True)
     if tail == "renormalize":
         t, t_rest = t / t.sum(-1, keepdim=True), torch.zeros_like(t_rest)
+    if tail == "renormalize_both":
+        return s / s.sum(-1, keepdim=True), t / t.sum(-1, keepdim=True)
+    if tail == "ignore":  # as they are: they sum to less than 1
+        return s, t
     return torch.cat([s, s_rest], -1), torch.cat([t, t_rest], -1)

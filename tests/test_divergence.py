@@ -29,6 +29,10 @@ VARIANTS = [
     ("total_variation", {}),
     ("adaptive_kl", {}),
     ("adaptive_kl", {"akl_mu": 0.8}),
+    ("symmetric_kl", {}),
+    ("symmetric_kl", {"symmetric_kl_weight": 0.0}),
+    ("symmetric_kl", {"symmetric_kl_weight": 0.3}),
+    ("symmetric_kl", {"symmetric_kl_weight": 1.0}),
     ("alpha_beta", {}),
     ("alpha_beta", {"ab_alpha": 0.2, "ab_beta": 0.7}),
     ("alpha_beta", {"ab_alpha": 1.0, "ab_beta": 1.5}),
@@ -199,6 +203,8 @@ def test_unknown_name_is_refused(name):
         ("alpha_beta", {"ab_alpha": 0.0}, "forward_kl"),
         ("alpha_beta", {"ab_beta": -1.0}, "above 0"),
         ("adaptive_kl", {"akl_mu": 1.0}, "akl_mu must be between"),
+        ("symmetric_kl", {"symmetric_kl_weight": 1.1}, "symmetric_kl_weight must be between"),
+        ("jsd", {"symmetric_kl_weight": 0.4}, "symmetric_kl_weight=0.4 has no effect"),
     ],
 )
 def test_parameters_that_cannot_be_honoured_are_refused(name, parameters, message):

@@ -101,6 +101,7 @@ ALL = [(name, {}) for name in DIVERGENCES] + [
     ("jsd", {"beta": 0.1}),
     ("jsd", {"beta": 1.0}),
     ("skew_forward_kl", {"skew_lambda": 0.6}),
+    ("symmetric_kl", {"symmetric_kl_weight": 0.2}),
     ("alpha_beta", {"ab_alpha": 0.2, "ab_beta": 0.7}),
 ]
 
@@ -128,12 +129,23 @@ def test_shared_vocabulary_both_ways(student, teacher, shared):
         case.check(name, shared_vocab=shared, ce=True, chunk_size=5)
 
 
+TAILS = ["bucket", "renormalize", "renormalize_both", "ignore"]
+
+
+def goes_with(name, parameters, tail, k):
+    divergence = make_divergence(name, **parameters)
+    if tail == "ignore":
+        return divergence.name == "forward_kl"
+    if tail == "renormalize_both":
+        return k > 1
+    return tail == "bucket" or not divergence.needs_teacher_support
+
+
 @pytest.mark.parametrize("k", [1, 5, V - 1, V, V + 9])
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("tail", TAILS)
 def test_top_k_of_a_dense_teacher(k, tail):
     for name, parameters in ALL:
-        infinite = make_divergence(name, **parameters).needs_teacher_support
-        if tail == "renormalize" and infinite:
+        if not goes_with(name, parameters, tail, k):
             continue
         # The oracle's tail is 1 - sum: eight digits are enough to tell the formulas apart.
         case = Case()
@@ -147,11 +159,11 @@ def test_all_of_the_vocabulary_as_top_k_is_the_dense_loss_exactly():
     assert torch.equal(*(torch.autograd.grad(o.loss, c.hidden)[0] for o, c in ((a, dense), (b, top))))
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("k", [1, 6, V])
 def test_top_k_signal_is_the_dense_teacher_cut(k, tail):
     for name, parameters in ALL:
-        if tail == "renormalize" and make_divergence(name, **parameters).needs_teacher_support:
+        if not goes_with(name, parameters, tail, k):
             continue
         dense, sparse = Case(), Case()
         top = dense.logits()[1].log_softmax(-1).topk(k, dim=-1)
@@ -193,7 +205,7 @@ def test_tail_bucket_never_exceeds_the_whole_divergence():
             previous = part
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both"])
 def test_top_k_is_never_negative_nor_wild_with_a_peaked_teacher(tail):
     case = Case(n=30, dtype=torch.float32)
     with torch.no_grad():
@@ -527,6 +539,8 @@ def test_a_top_k_signal_has_no_temperature(options):
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"shared_vocab": -5}, "shared_vocab must be at least 1"),
         ({"top_k_tail": "drop"}, "bucket, renormalize"),
+        ({"top_k_tail": "ignore"}, "defined for the forward KL only"),
+        ({"top_k_tail": "renormalize_both", "teacher_top_k": 1}, "compares nothing with teacher_top_k=1"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
@@ -534,7 +548,7 @@ def test_settings_out_of_range_are_refused(options, message):
         LossSettings(make_divergence("jsd"), **options)
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "adaptive_kl"])
+@pytest.mark.parametrize("name", ["reverse_kl", "adaptive_kl", "symmetric_kl"])
 def test_a_teacher_without_tail_is_refused_where_that_is_infinite(name):
     with pytest.raises(ValueError, match="infinite"):
         LossSettings(make_divergence(name), top_k_tail="renormalize")
