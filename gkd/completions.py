@@ -94,7 +94,8 @@ class CompletionLog(TrainerCallback):
             self._show(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self._every is None and "loss" in (logs or {}):
+        # A training log of steps that trained on nothing has no loss.
+        if self._every is None and not {"loss", "learning_rate"}.isdisjoint(logs or {}):
             self._show(state)
 
     def _show(self, state: Any) -> None:

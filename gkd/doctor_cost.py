@@ -131,7 +131,7 @@ def examine_time(out: Diagnosis, trainer: GKDTrainer, schedule: Schedule) -> Non
         out.add("Time", "warning", "not estimated: the timed steps did not all end", "look at the first steps' log")
         return
     step = (clock.ends[-1] - clock.ends[-2]) * schedule.scale
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry][-1]
     phases = ", ".join(
         f"{phase} {logs[f'time/{phase}'] * schedule.scale:.2g} s"
         for phase in ("rollout", "teacher", "student")

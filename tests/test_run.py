@@ -229,7 +229,10 @@ def test_cli(tmp_path, capsys):
     assert "no recipe" in capsys.readouterr().err
     recipe = tmp_path / "recipe.py"
     recipe.write_text("import sys, pathlib\npathlib.Path(sys.argv[2]).write_text(__name__)\n")
-    assert main(["run", str(recipe), "--write", str(tmp_path / "out")]) == 0
+    with pytest.raises(SystemExit) as stopped:  # it calls no run, after it was executed as a program
+        main(["run", str(recipe), "--write", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "does not call" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "__main__"
 
 
