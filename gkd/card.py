@@ -158,7 +158,13 @@ def _quick_start(info: CardInfo) -> str:
         "output = model.generate(**inputs, max_new_tokens=128)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
-    return _section("Quick start", fenced("\n".join(lines), "python"))
+    note = ""
+    if info.lora is not None and info.student.hub_id is None:
+        note = (
+            f"The adapter needs its base model, {inline_code(info.student.shown)}, which was a local one: set "
+            "`base_model_name_or_path` in `adapter_config.json` to where it stands on your machine.\n\n"
+        )
+    return _section("Quick start", note + fenced("\n".join(lines), "python"))
 
 
 def _results(info: CardInfo) -> str:

@@ -8,38 +8,10 @@ from typing import Any
 from peft import PeftModel
 
 from gkd.card import CardInfo, Repo, describe_hardware, installed_versions, write_card
+from gkd.card_settings import shown_settings
 from gkd.loading import model_name as name_of
 from gkd.loading import revision_of
 from gkd.teachers import RoutedTeacher
-
-SETTINGS = (
-    "lmbda",
-    "seq_kd",
-    "mixing",
-    "divergence",
-    "beta",
-    "skew_lambda",
-    "loss_temperature",
-    "teacher_loss_temperature",
-    "loss_reduction",
-    "ce_weight",
-    "teacher_top_k",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "max_new_tokens",
-    "max_length",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
-    "seed",
-)
 
 
 class CardMixin:
@@ -73,14 +45,11 @@ class CardMixin:
             names = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
             lora = {name: getattr(config, name) for name in names if hasattr(config, name)}
             lora = {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
-        skipped = set() if args.divergence == "jsd" else {"beta"}
-        if not args.divergence.startswith("skew"):
-            skipped.add("skew_lambda")
         values = {
             "model_name": model_name or args.output_dir.rstrip("/").split("/")[-1],
             "student": Repo(name_of(student) or "in memory", revision_of(student, args.model_init_kwargs)),
             "teacher": _teacher(self.teacher, args.teacher_model_init_kwargs),  # type: ignore[attr-defined]
-            "settings": {name: getattr(args, name) for name in SETTINGS if name not in skipped},
+            "settings": shown_settings(args),
             "lora": lora,
             "ledger": self.ledger.as_dict(),  # type: ignore[attr-defined]
             "hardware": describe_hardware(),

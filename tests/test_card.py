@@ -1,5 +1,8 @@
 """The model card: read back by huggingface_hub's own parser, rendered from tricky values, and free of secrets."""
 
+import copy
+import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -8,8 +11,10 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
+from gkd import GKDConfig
 from gkd.card import CardInfo, Repo, create_card, describe_hardware, installed_versions, write_card
 from gkd.card_info import is_repo_id
+from gkd.card_settings import CORE, ELSEWHERE, FILLED_IN, shown_settings
 from gkd.comparison import as_dict
 from gkd.markdown import duration, escape_cell, fenced, markdown_table, shorten
 from gkd.measures import Estimate, Measures, mean_estimate
@@ -177,6 +182,54 @@ def test_a_long_list_of_modules_is_summed_up():
     assert "| target_modules | q_proj, v_proj (12 in all) |" in create_card(
         full_info(lora={"target_modules": modules})
     )
+
+
+def test_every_setting_that_differs_from_its_default_is_shown(tmp_path):
+    args = GKDConfig(str(tmp_path / "out"), report_to="none")
+    plain = shown_settings(args)
+    assert plain["beta"] == 0.5
+    assert plain["num_train_epochs"] == 3.0
+    assert set(plain) == {*CORE, "beta", "num_train_epochs"}
+    for one in dataclasses.fields(args):
+        changed = copy.copy(args)
+        setattr(changed, one.name, 7 if getattr(args, one.name) != 7 else 8)
+        if one.name == "divergence":
+            changed.divergence = "reverse_kl"
+        told = shown_settings(changed) != plain
+        machine = one.name in ELSEWHERE | FILLED_IN or one.name.startswith(("hub_", "trackio_"))
+        assert told != (machine or one.name.endswith(("_url", "_dir", "_proxy"))), one.name
+
+
+def test_settings_say_what_happened_and_nothing_of_this_machine(tmp_path):
+    args = GKDConfig(
+        str(tmp_path),
+        divergence="alpha_beta",
+        loss_temperature=5.0,
+        scale_by_temperature_squared=True,
+        max_steps=7,
+        seed=5,
+        optim="adafactor",
+        model_init_kwargs={"dtype": "float32", "revision": None},
+        teacher_model_init_kwargs={"dtype": "bfloat16"},
+        chat_template_path=str(tmp_path / "mine.jinja"),
+        report_to="none",
+    )
+    shown = shown_settings(args)
+    assert (shown["ab_alpha"], shown["ab_beta"], shown["scale_by_temperature_squared"]) == (0.5, 0.5, True)
+    assert (shown["max_steps"], shown["optim"], shown["seed"]) == (7, "adafactor", 5)
+    assert not {"num_train_epochs", "data_seed", "beta", "output_dir"} & set(shown)
+    assert shown["model_init_kwargs"] == {"dtype": "float32"}
+    assert shown["chat_template_path"] == "mine.jinja"
+    assert str(tmp_path) not in json.dumps(shown)
+
+
+def test_an_adapters_local_base_model_is_a_condition_of_its_use(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    text = create_card(full_info(student=Repo("models/base")))
+    assert "needs its base model, `base`, which was a local one" in text
+    for changes in ({}, {"student": Repo("models/base"), "lora": None}):
+        assert "needs its base model" not in create_card(full_info(**changes))
 
 
 def test_a_checkpoint_with_nothing_evaluated_has_a_card():

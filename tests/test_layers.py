@@ -51,6 +51,7 @@ LEVELS = {
         "redact",
         "card",
         "card_info",
+        "card_settings",
         "plots",
         "positions",
         "config_logging",
