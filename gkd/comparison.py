@@ -170,7 +170,8 @@ def samples_table(before: Measures, after: Measures, limit: int = 400) -> Table:
     out = Table(title="Sample completions", title_justify="left", show_lines=True)
     for heading in ("Prompt (end)", before.name, after.name):
         out.add_column(Text(heading), ratio=1)
-    for (prompt, old), (_, new) in zip(before.samples, after.samples, strict=False):
+    questions = before.questions or [prompt for prompt, _ in before.samples]
+    for prompt, (_, old), (_, new) in zip(questions, before.samples, after.samples, strict=False):
         out.add_row(
             Text(printable(prompt[-limit:])),
             Text(shorten(printable(old), limit)),

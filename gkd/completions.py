@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from gkd.batch import Sequence as TokenSequence
+from gkd.last_turn import LastTurn
 from gkd.markdown import markdown_table, printable, shorten
 from gkd.redact import redact_value
 from gkd.window import Hygiene
@@ -37,7 +38,8 @@ _ORDER = ("student", "teacher", "data")  # what was just written comes first
 @dataclass(frozen=True)
 class Sample:
     """One sequence of a step, as text. `end`: how the completion ends, and whether it was left out of the loss;
-    `divergence`: nats per target token, None without a target or without a teacher."""
+    `divergence`: nats per target token, None without a target or without a teacher; `question`: what the console shows
+    of the prompt, "" = its end."""
 
     step: int
     source: str
@@ -46,6 +48,7 @@ class Sample:
     end: str
     tokens: int
     divergence: float | None
+    question: str = ""
 
     def as_row(self) -> list[Any]:
         """Its values in the order of COLUMNS."""
@@ -73,6 +76,7 @@ class CompletionLog(TrainerCallback):
     ) -> None:
         self._tokenizer, self._hygiene, self._callbacks = tokenizer, hygiene, callbacks
         self._every, self._number = every, number
+        self._last_turn = LastTurn(tokenizer)
         self._sequences: list[TokenSequence] = []
         self._divergences: list[Tensor] = []
 
@@ -126,7 +130,8 @@ class CompletionLog(TrainerCallback):
             found = found or ["ended" if verdict.ended else "no stop token"]
             end = ", ".join(found if targets else [*found, "not trained on"])
             texts = (self._text(prompt), self._text(completion))
-            samples.append(Sample(step, sequence.source, *texts, end, len(completion), mean))
+            question = self._last_turn(texts[0])
+            samples.append(Sample(step, sequence.source, *texts, end, len(completion), mean, question))
         assert values is None or start == len(values), (start, len(values))
         return samples
 
@@ -168,7 +173,10 @@ def samples_table(samples: Sequence[Sample], width: int) -> Table:
         facts = [sample.source, f"{sample.tokens} tokens", *sample.end.split(", ")]
         if sample.divergence is not None:
             facts.append(f"{sample.divergence:.3f} nats")
-        prompt, completion = printable(sample.prompt.strip("\n")), printable(sample.completion.strip("\n"))
+        prompt, completion = (
+            printable((sample.question or sample.prompt).strip("\n")),
+            printable(sample.completion.strip("\n")),
+        )
         if len(prompt) > SHOWN_CHARACTERS:
             prompt = "…" + prompt[1 - SHOWN_CHARACTERS :]
         texts = [Text(prompt), Text(shorten(completion, SHOWN_CHARACTERS))]

@@ -195,6 +195,7 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
     evaluator = _evaluator(trainer, data, prepared)
     student = evaluator.measure(trainer.model, "student")
     out.rollouts.extend(student.samples)
+    out.questions.extend(student.questions)
     found = [student]
     if evaluator.teacher is None:
         out.add("Perplexity", "warning", "there is no single teacher: only the student is measured")

@@ -42,11 +42,12 @@ class RowView:
 
 @dataclass
 class Diagnosis:
-    """What was found. `rollouts` are (prompt, completion) of the student."""
+    """What was found. `rollouts` are (prompt, completion) of the student; `questions` their prompts' last turns."""
 
     checks: list[Check] = field(default_factory=list)
     rows: list[RowView] = field(default_factory=list)
     rollouts: list[tuple[str, str]] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -96,7 +97,8 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         table = Table(title="Rollouts of the student", title_justify="left", show_lines=True)
         for heading in ("Prompt (end)", "Completion"):
             table.add_column(heading, ratio=1)
-        for prompt, completion in diagnosis.rollouts[:3]:
+        prompts = diagnosis.questions or [prompt for prompt, _ in diagnosis.rollouts]
+        for prompt, (_, completion) in list(zip(prompts, diagnosis.rollouts, strict=True))[:3]:
             table.add_row(Text(printable(prompt[-_SHOWN // 2 :])), Text(printable(_shortened(completion))))
         console.print(table)
     for check in diagnosis.checks:

@@ -36,6 +36,7 @@ from gkd.divergence import forward_kl
 from gkd.evaluate_forward import batches, collated, hidden_of_targets, token_nll
 from gkd.evaluate_teacher import ServedTeacher
 from gkd.fused import LossSettings, fused_divergence
+from gkd.last_turn import LastTurn
 from gkd.measures import (
     METRICS,
     Estimate,
@@ -160,7 +161,8 @@ class Evaluator:
             values, extra = values | public, extra | of_tasks
         texts = zip(self.prompts[: self.num_samples], own, strict=False)
         samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
-        return Measures(name, values, samples, self.settings(), extra)
+        questions = tuple(map(LastTurn(self.tokenizer), (prompt for prompt, _ in samples)))
+        return Measures(name, values, samples, self.settings(), extra, questions)
 
     def settings(self) -> dict[str, Any]:
         """How everything was measured, for the table's footnote."""
@@ -177,20 +179,9 @@ class Evaluator:
         if self.teacher is None:
             return "not measured: there is no single teacher here"
         loss, trained = self.loss, self._trained_as
-        parts = [f"{loss.divergence.name} at T = {loss.loss_temperature:g}"]
-        if loss.teacher_temperature != loss.loss_temperature:
-            parts.append(f"(teacher {loss.teacher_temperature:g})")
-        if loss.scale_by_temperature_squared:
-            parts.append(f"times T² = {loss.loss_temperature**2:g}")
-        if loss.teacher_top_k is not None:
-            parts.append(f"over the teacher's {loss.teacher_top_k} most likely tokens and the rest (a lower bound)")
-        elif loss.shared_vocab is not None:
-            parts.append(f"over the {loss.shared_vocab:,} common tokens")
-        else:
-            parts.append("over the whole vocabulary")
-        if trained.teacher_top_k is not None and trained.teacher_top_k != loss.teacher_top_k:
-            parts.append(f"(trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})")
-        return " ".join(parts)
+        if trained.teacher_top_k is None or trained.teacher_top_k == loss.teacher_top_k:
+            return loss.in_words()
+        return f"{loss.in_words()} (trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})"
 
     def teacher_text(self) -> list[list[int]]:
         """The teacher's completions of the prompts, sampled at the first call."""

@@ -84,6 +84,22 @@ class LossSettings:
                 "the one token: raise teacher_top_k"
             )
 
+    def in_words(self) -> str:
+        """The divergence with all that goes into it, in one line."""
+        parts = [f"{self.divergence.name} at T = {self.loss_temperature:g}"]
+        if self.teacher_temperature != self.loss_temperature:
+            parts.append(f"(teacher {self.teacher_temperature:g})")
+        if self.scale_by_temperature_squared:
+            parts.append(f"times T² = {self.loss_temperature**2:g}")
+        if self.teacher_top_k is not None:
+            rest = "and the rest (a lower bound)" if self.top_k_tail == "bucket" else "alone (renormalize)"
+            parts.append(f"over the teacher's {self.teacher_top_k} most likely tokens {rest}")
+        elif self.shared_vocab is not None:
+            parts.append(f"over the {self.shared_vocab:,} common tokens")
+        else:
+            parts.append("over the whole vocabulary")
+        return " ".join(parts)
+
     @property
     def teacher_temperature(self) -> float:
         return self.loss_temperature if self.teacher_loss_temperature is None else self.teacher_loss_temperature

@@ -68,13 +68,14 @@ METRICS: dict[str, Metric] = {
 @dataclass(frozen=True)
 class Measures:
     """Everything measured of one model. `values` is keyed as METRICS, or as `extra` for measures that are not among
-    them; `samples` are (prompt, completion) texts."""
+    them; `samples` are (prompt, completion) texts, and `questions` what a table shows of these prompts."""
 
     name: str
     values: dict[str, Estimate]
     samples: tuple[tuple[str, str], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Metric] = field(default_factory=dict)
+    questions: tuple[str, ...] = ()
 
     def as_log(self, prefix: str) -> dict[str, float]:
         """`{prefix/key: value}` with the finite values only, for the trainer's loggers."""

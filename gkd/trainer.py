@@ -218,8 +218,8 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         self.hygiene = hygiene(args, self.stop_ids)
         load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
         checks.warn_of_differences(self.stop_ids, tokenizer, teacher_tokenizer)
-        logger.info("rollouts: %s", self.rollouts["student"].settings)
-        logger.info("loss: %s", self.loss_settings)
+        logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
+        logger.info("loss: %s", self.loss_settings.in_words())
 
     @property
     def teacher_model(self) -> nn.Module | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from gkd.completions import CompletionLog
 from gkd.distributed import max_over_ranks, sum_over_ranks
@@ -43,6 +44,15 @@ class LogAtStart(TrainerCallback):
             args.run_name = None if run is None else run.name
 
 
+class LogTheLast(TrainerCallback):
+    """Logs the last step, too: what came after the last multiple of `logging_steps` (all of a run that is shorter)
+    would be missing in the log and the plots."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.logging_strategy != IntervalStrategy.NO and state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class LoggingMixin:
     """Our metrics in every training log, reduced over ranks; sample completions; divergence along the position."""
 
@@ -64,6 +74,7 @@ class LoggingMixin:
     def _set_up_logging(self) -> None:
         if self.args.report_to:
             redact_process_arguments()
+        self.add_callback(LogTheLast())
         self.positions = PositionProfile(self.accelerator.device)
         if self.args.log_completions:
             self.completions = CompletionLog(

@@ -76,7 +76,9 @@ def test_the_rows_are_those_of_the_step_with_the_divergence_of_the_definition(tm
     assert {r.step for r in rows} == {1} == {step}
 
 
-@pytest.mark.parametrize(("values", "expected"), [({"log_completions_steps": 2}, [2, 4]), ({"logging_steps": 3}, [3])])
+@pytest.mark.parametrize(
+    ("values", "expected"), [({"log_completions_steps": 2}, [2, 4]), ({"logging_steps": 3}, [3, 5])]
+)
 def test_every_so_many_steps_or_with_every_log(tmp_path, monkeypatch, values, expected):
     shown = []
     trained(tmp_path, shown, monkeypatch, max_steps=5, **values)

@@ -555,6 +555,19 @@ def test_the_table_in_every_form(measured):
         as_dict(before, after, keys=["perplexty"])
 
 
+def test_the_sample_table_shows_the_question_the_card_the_prompt():
+    tokenizer = tiny_tokenizer()
+    turns = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Why so?"}]
+    prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
+    measures = Evaluator(None, tokenizer, [prompt], [], SAMPLING, JSD).measure(STUDENT, "student")
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(samples_table(measures, measures))
+    text = console.export_text()
+    assert "Why so?" in text
+    assert "helpful" not in text
+    assert "helpful" in as_dict(measures, measures)["samples"][0]["prompt"]
+
+
 def test_log_values_are_finite_numbers():
     measures = Measures("s", {"perplexity": Estimate(3.0), "length": Estimate(math.nan), "ended": Estimate(math.inf)})
     assert measures.as_log("after") == {"after/perplexity": 3.0}

@@ -52,6 +52,7 @@ LEVELS = {
         "card",
         "card_info",
         "card_settings",
+        "last_turn",
         "plots",
         "positions",
         "config_logging",

@@ -11,6 +11,7 @@ from tiny import CHATML, tiny_tokenizer
 
 from gkd.data import prepare_dataset
 from gkd.encode import RowEncoder
+from gkd.last_turn import LastTurn
 from gkd.rows import Place, canonical_row
 from gkd.vocab import end_of_turn
 
@@ -55,6 +56,17 @@ def served(name, row, messages):
         return tokenizer_of(name).apply_chat_template(messages, tools=row.get("tools"), add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError):
         return None
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(IMAGES_TOO)])
+@pytest.mark.parametrize("before", [[], [turn("user", "Asked1"), turn("assistant", "Said1")]])
+def test_tables_show_the_last_question_alone(name, before):
+    """Without the system turn that a template writes of its own accord, and its signs around a turn."""
+    tokenizer, question = tokenizer_of(name), "The question?\nIts second line."
+    turns = [*before, turn("user", question)]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert LastTurn(tokenizer)(prompt) == question
+    assert LastTurn(tokenizer)("no chat at all") == "no chat at all"
 
 
 @cache

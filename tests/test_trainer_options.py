@@ -153,3 +153,30 @@ def test_metrics_are_what_was_trained_on(tmp_path):
     assert last["num_tokens"] > trainer.ledger.targets["student"] + trainer.ledger.targets["data"]
     shares = [last[f"ledger/targets/{source}"] for source in ("data", "student")]
     assert sum(shares) == sum(trainer.ledger.targets.values())
+
+
+@pytest.mark.parametrize(("steps", "every", "at"), [(3, 10, [3]), (5, 2, [2, 4, 5]), (4, 2, [2, 4])])
+def test_the_last_step_is_logged_too(tmp_path, steps, every, at):
+    """And each loss is the mean over the steps since the log before it."""
+    each = trainer_of(tmp_path, max_steps=steps, logging_steps=1, learning_rate=0.01)
+    some = trainer_of(tmp_path, max_steps=steps, logging_steps=every, learning_rate=0.01)
+    each.train()
+    some.train()
+    assert [entry["step"] for entry in some.state.log_history if "loss" in entry] == at
+    starts = [0, *at[:-1]]
+    means = [sum(losses(each)[start:end]) / (end - start) for start, end in zip(starts, at, strict=True)]
+    assert losses(some) == pytest.approx(means, rel=1e-4)
+
+
+def test_who_wants_no_log_gets_none(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=2, logging_strategy="no")
+    trainer.train()
+    assert losses(trainer) == []
+
+
+def test_what_is_done_is_told_in_words(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="gkd"):
+        trainer_of(tmp_path, temperature=0.7, loss_temperature=2.0, scale_by_temperature_squared=True, min_p=0.1)
+    assert "rollouts: sampled at temperature 0.7, at most 8 tokens, stop ids 258, min_p 0.1" in caplog.text
+    assert "loss: jsd(beta=0.5) at T = 2 times T² = 4 over the whole vocabulary" in caplog.text
+    assert "Settings(" not in caplog.text

@@ -11,6 +11,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gkd.markdown import shorten
+
 # What `generation_kwargs` may hold beside the fields of SamplingSettings: rules on the next token that transformers
 # applies row by row, without state between steps. Everything else is refused by name, so that a typo cannot be lost.
 EXTRA_OPTIONS = frozenset(
@@ -74,6 +76,15 @@ class SamplingSettings:
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def in_words(self) -> str:
+        """One line for a log."""
+        how = f"sampled at temperature {self.temperature:g}" if self.temperature else "greedy"
+        off = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        more = [f"{name} {getattr(self, name):g}" for name, value in off.items() if getattr(self, name) != value]
+        more += [f"{name} {shorten(str(value), 40)}" for name, value in self.extra.items()]
+        ids = ", ".join(map(str, self.stop_ids[:4])) + (", ..." if len(self.stop_ids) > 4 else "")
+        return ", ".join([how, f"at most {self.max_new_tokens} tokens", f"stop ids {ids or 'none'}", *more])
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "use 1 or more")
