@@ -301,3 +301,20 @@ def test_under_deepspeed_what_is_in_no_engine_gets_the_runs_precision(monkeypatc
         assert not torch.is_autocast_enabled("cpu"), "the engine's own arithmetic: no autocast over bf16 weights"
     with mixed_precision(None, model):
         assert model(torch.ones(1, 2)).dtype == torch.float32
+
+
+def test_a_compiled_model_leaves_the_loss_alone():
+    """`torch_compile=True`: traced with the model, the loss would be taken to pieces and compiled in every step."""
+    model, traced = tiny_model("llama", layers=1), []
+
+    def use(hidden):
+        traced.append(torch.compiler.is_compiling())
+        return hidden.sum()
+
+    compiled = torch.compile(model, backend="eager")
+    expected = instead_of_logits(model, output_layer(model), {"input_ids": torch.ones(1, 5).long()}, use)[0]
+    for _ in range(2):
+        loss, _ = instead_of_logits(compiled, output_layer(model), {"input_ids": torch.ones(1, 5).long()}, use)
+        torch.testing.assert_close(loss, expected)
+    assert traced == [False] * 3
+    torch._dynamo.reset()
