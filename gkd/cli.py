@@ -237,13 +237,14 @@ def _quietly() -> Iterator[None]:
 def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
     with _stdout_for_json(arguments.json), _quietly():
         from gkd.doctor import examine
-        from gkd.doctor_view import show
+        from gkd.doctor_view import show_counts
 
-        diagnosis = examine(capture(arguments.recipe, flags))
-    if arguments.json:
+        console = None if arguments.json else Console()
+        diagnosis = examine(capture(arguments.recipe, flags), console)
+    if console is None:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:
-        show(diagnosis, Console())
+        show_counts(diagnosis, console)
     return 0 if diagnosis.passed else 1
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gkd.batch import prompt_of
@@ -29,11 +30,11 @@ from gkd.recipe import CODE_ERRORS, Recipe, mistake
 from gkd.settings import Settings, recipe_data, student_name
 from gkd.setup_checks import resolve_tokenizer
 from gkd.trainer import GKDTrainer
+from gkd.trainer_logging import TRUNCATION_WARNING
 from gkd.vllm_client import ServerError
 from gkd.vocab import compare_chat_templates, compare_stop_ids, shared_vocabulary
 
 ROWS_MEASURED, ROLLOUTS = 32, 8
-_MANY = 0.5  # a share of truncated rollouts that calls for a warning
 _NAMED = 8  # stop ids that a line names
 _SAME = 1e-6  # nats/token; a divergence below it is rounding
 
@@ -41,13 +42,14 @@ T = TypeVar("T")
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]
 
 
-def examine(recipe: Recipe) -> Diagnosis:
+def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
     """Everything, as far as it can be reached. A user's mistake becomes an error line; nothing is written to disk.
 
     Args:
         recipe: as `gkd.recipe.capture` gives it.
+        console: where each finding is printed as soon as it is known.
     """
-    out, settings = Diagnosis(), recipe.settings
+    out, settings = Diagnosis(console=console), recipe.settings
     _machine(out)
     if settings.remarks:
         out.add("Settings", "ok", "; ".join(settings.remarks))
@@ -62,7 +64,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         return out
     prepared = _attempt(out, "Rows", lambda: _rows(out, settings, data["train"], tokenizers[0]))
     if prepared is not None:
-        _attempt(out, "Held out", lambda: examine_held_out(out, data, prepared, tokenizers[0], settings.training))
+        _attempt(out, "Held out", lambda: _held_out(out, settings, data, prepared, tokenizers[0]))
     if prepared is None or not out.passed:
         return out
     _attempt(out, "Models", lambda: _models(out, settings, data, prepared))
@@ -70,9 +72,18 @@ def examine(recipe: Recipe) -> Diagnosis:
 
 
 def _rows(out: Diagnosis, settings: Settings, train: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return examine_rows(out, train, tokenizer, settings.training, _encoding(settings, tokenizer))
+
+
+def _held_out(
+    out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    examine_held_out(out, data, prepared, tokenizer, settings.training, _encoding(settings, tokenizer))
+
+
+def _encoding(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
-    encoding = encoding_options(student_name(settings), tokenizer, settings.training, source, write=False)
-    return examine_rows(out, train, tokenizer, settings.training, encoding)
+    return encoding_options(student_name(settings), tokenizer, settings.training, source, write=False)
 
 
 def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:
@@ -168,9 +179,12 @@ def _models(out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: 
     schedule = shorten(settings.training, len(prepared))
     number = max(ROWS_MEASURED, STEPS * schedule.timed * settings.training.per_device_train_batch_size)
     usable = data["train"].select(spread(prepared, number))
+    out.doing("loading both models")
     with measuring_trainer(settings, {**data, "train": usable}) as trainer:
         _sizes(out, trainer)
+        out.doing(f"letting both models answer {ROLLOUTS} prompts")
         _attempt(out, "Rollouts", lambda: _measure(out, trainer, data, prepared))
+        out.doing(f"making {STEPS} steps")
         _attempt(out, "Time", lambda: examine_time(out, trainer, schedule))
 
 
@@ -194,8 +208,7 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
 def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> None:
     evaluator = _evaluator(trainer, data, prepared)
     student = evaluator.measure(trainer.model, "student")
-    out.rollouts.extend(student.samples)
-    out.questions.extend(student.questions)
+    out.add_rollouts(student.samples, student.questions)
     found = [student]
     if evaluator.teacher is None:
         out.add("Perplexity", "warning", "there is no single teacher: only the student is measured")
@@ -267,7 +280,7 @@ def _rollouts(out: Diagnosis, measures: Measures, max_new_tokens: int, repetitio
         f"{round(truncated * number)} of {number} completions were cut off at max_new_tokens={max_new_tokens}; mean "
         f"length {measures.values['length'].value:.0f}; {repeated:.0%} of the 4-grams are repetitions"
     )
-    if truncated > _MANY:
+    if truncated > TRUNCATION_WARNING:
         remedy = "raise max_new_tokens" + (
             ""
             if measures.name == "teacher"

@@ -14,7 +14,7 @@ from gkd.config import GKDConfig
 from gkd.data import DataReport, prepare_dataset
 from gkd.doctor_view import Diagnosis, view
 from gkd.held_out import overlap
-from gkd.rows import ChatRow, Place, TokenRow, canonical_row
+from gkd.rows import ChatRow, Place, Row, TokenRow, canonical_row
 from gkd.vocab import stop_token_ids
 
 ROWS_SHOWN = 3
@@ -43,18 +43,24 @@ def examine_rows(
         prompt_only_ok=not args.reads_answers,
         prompts_needed=args.student_writes or args.teacher_writes,
         num_proc=args.dataset_num_proc,
+        teachers=args.teacher_names,
         **encoding,
     )
     stops = stop_token_ids(tokenizer, GenerationConfig(eos_token_id=list(encoding["stop_ids"])))
-    _formats(out, train, bool(tokenizer.chat_template))
+    _formats(out, train, bool(tokenizer.chat_template), args.assistant_turns)
     _counts(out, report)
     _stops(out, prepared, report, stops)
-    out.rows.extend(view(row, tokenizer, stops) for row in prepared.select(range(min(ROWS_SHOWN, len(prepared)))))
+    out.add_rows([view(row, tokenizer, stops) for row in prepared.select(range(min(ROWS_SHOWN, len(prepared))))])
     return prepared
 
 
 def examine_held_out(
-    out: Diagnosis, data: Mapping[str, Any], prepared: Dataset, tokenizer: PreTrainedTokenizerBase, args: GKDConfig
+    out: Diagnosis,
+    data: Mapping[str, Any],
+    prepared: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: GKDConfig,
+    encoding: dict[str, Any],
 ) -> None:
     """Rows that repeat each other, and held-out prompts that are trained on.
 
@@ -76,6 +82,7 @@ def examine_held_out(
             prompts_needed=False,
             name=name,
             num_proc=args.dataset_num_proc,
+            **encoding,
         )
         prompts |= dict.fromkeys(tuple(prompt_of(row) or row["input_ids"]) for row in ready)
     found = overlap(prepared, map(list, prompts))
@@ -91,19 +98,31 @@ def examine_held_out(
     out.add("Held out", "warning" if remedy else "ok", message, remedy)
 
 
-def _formats(out: Diagnosis, train: Dataset, has_template: bool) -> None:
+def _formats(out: Diagnosis, train: Dataset, has_template: bool, assistant_turns: str) -> None:
     looked_at = train.select(range(min(_LOOKED_AT, len(train))))
-    formats = Counter(_format(row, number, has_template) for number, row in enumerate(looked_at))
+    kinds = [canonical_row(row, Place("train", number), has_template) for number, row in enumerate(looked_at)]
+    formats = Counter(map(_format, kinds))
     listed = ", ".join(f"{number:,} {name}" for name, number in formats.most_common())
     if has_template and {"pairs of texts", "plain prompts"} & formats.keys():
         remedy = "give `prompt` as a list of turns if the models were trained on chats"
         out.add("Formats", "warning", f"{listed}, although the student has a chat template", remedy)
     else:
         out.add("Formats", "ok", listed)
+    several = sum(_earlier_turns(kind) > 0 for kind in kinds)
+    if several and assistant_turns == "last":
+        message = f"{several:,} of {len(kinds):,} rows have earlier assistant turns, which are context only"
+        out.add("Turns", "ok", message, "assistant_turns=all trains on them, too")
 
 
-def _format(row: dict[str, Any], number: int, has_template: bool) -> str:
-    kind = canonical_row(row, Place("train", number), has_template)
+def _earlier_turns(row: Row) -> int:
+    """Assistant turns that could be trained on beside the last."""
+    if not isinstance(row, ChatRow) or row.answer is None:
+        return 0
+    earlier = enumerate(row.messages[: row.answer])
+    return sum(turn["role"] == "assistant" and number not in row.untrained for number, turn in earlier)
+
+
+def _format(kind: Row) -> str:
     if isinstance(kind, TokenRow):
         return "rows of token ids"
     if isinstance(kind, ChatRow):

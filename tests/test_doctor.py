@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -12,11 +13,13 @@ from rich.text import Text
 from tiny import TURN_END, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from vllm_server.fake import FakeServer
 
+import gkd.doctor
 from gkd import vllm_client
 from gkd.cli import main
 from gkd.doctor import examine
 from gkd.doctor_cost import duration, shorten
-from gkd.doctor_view import show, view
+from gkd.doctor_view import Diagnosis, show, view
+from gkd.measures import Estimate, Measures
 from gkd.recipe import capture
 
 RECIPE = """
@@ -278,8 +281,61 @@ def test_colours_are_for_a_terminal(folder):
     assert "\x1b[36m" in texts[True]  # the prompt in cyan
     assert "\x1b[1;37;41m" in texts[True]  # the stop token, white on red
     assert "\x1b" not in texts[False]
-    plain = Text.from_ansi(texts[True]).plain
-    assert plain.split() == texts[False].split()
+    # In a file, or with NO_COLOR, brackets say what the colours would.
+    assert "marks:  prompt  ⟦target⟧  ⟪stop⟫  ⟨untrained⟩" in texts[False]
+    assert texts[False].count(f"⟪{TURN_END}⟫") == 3
+    assert not set("⟦⟪⟨") & set(texts[True])
+    plain, unmarked = Text.from_ansi(texts[True]).plain, texts[False].translate(dict.fromkeys(map(ord, "⟦⟧⟪⟫⟨⟩")))
+    words = [re.sub(r"[\s│─╮╭╰╯]", "", text) for text in (plain, unmarked)]
+    assert words[0].replace("colours:", "marks:") == words[1]
+    no_colour = io.StringIO()
+    show(diagnosis, Console(file=no_colour, force_terminal=True, width=200, no_color=True))
+    assert f"⟪{TURN_END}⟫" in Text.from_ansi(no_colour.getvalue()).plain
+
+
+def test_findings_are_printed_as_soon_as_they_are_known(folder, monkeypatch):
+    """A check that ends everything is below those that were made before it."""
+    file = io.StringIO()
+    known = {}
+
+    def attempt(out, name, action, original=gkd.doctor._attempt):
+        known[name] = file.getvalue()
+        return original(out, name, action)
+
+    monkeypatch.setattr("gkd.doctor._attempt", attempt)
+    recipe, *flags = argv(folder)
+    examine(capture(recipe, flags), Console(file=file, width=100))
+    assert "Token maps" in known["Rows"]
+    assert "row 0" in known["Models"]
+    assert "Rollouts of the student" not in known["Rollouts"]
+    assert "Rollouts of the student" in known["Time"]
+
+
+def test_earlier_turns_that_are_not_trained_on_are_told(folder, tmp_path):
+    rows = [{"messages": [*row["messages"], *tiny_rows(1)[0]["messages"][-2:]]} for row in tiny_rows(6)]
+    data = write(tmp_path / "rows.jsonl", [*rows, *tiny_rows(6, seed=1)])
+    check = the(doctor(folder, dataset_name=data), "Turns")
+    assert re.match(r"[56] of 11 rows have earlier assistant turns", check.message)
+    assert "assistant_turns=all" in check.remedy
+    assert not found(doctor(folder, dataset_name=data, assistant_turns="all"), "Turns")
+    assert not found(doctor(folder), "Turns")
+
+
+def test_rows_name_a_teacher_that_exists(folder, tmp_path):
+    """As the run would say: the column is looked at before any model is loaded."""
+    data = write(tmp_path / "rows.jsonl", [{**row, "teacher": "b"} for row in tiny_rows(8)])
+    adapters = json.dumps({"a": None, "c": None})
+    check = the(doctor(folder, dataset_name=data, teacher_adapters=adapters), "Rows")
+    assert check.level == "error"
+    assert "'b', which no teacher is called" in check.message
+
+
+@pytest.mark.parametrize(("ended", "level"), [(0.9, "ok"), (0.75, "warning")])
+def test_the_share_of_cut_off_rollouts_is_judged_as_in_the_metrics(ended, level):
+    values = {"ended": Estimate(ended, None, 8), "length": Estimate(5.0), "repeated_4grams": Estimate(0.0)}
+    out = Diagnosis()
+    gkd.doctor._rollouts(out, Measures("student", values), 32, 0.5)
+    assert out.checks[0].level == level
 
 
 # ------------------------------------------------------------------------------------------------ memory and time
