@@ -130,9 +130,8 @@ def _add_new(commands: Any) -> None:
         "new",
         _new,
         "write a recipe for your data",
-        "Look at the data and write a recipe that runs. Rows: messages, conversations, prompt and completion, "
-        "instruction, text; or any two columns, named by --prompt_column and --completion_column, or a prompt of "
-        "several, by --prompt_template.",
+        "Look at the data and write a recipe that runs. Columns that no known format has are named by --prompt_column "
+        "(or --prompt_template) and --completion_column.",
         "gkd new mine --data rows.jsonl --student my/student --teacher my/teacher",
     )
     new.add_argument("name", metavar="NAME", help="the recipe's name")
@@ -140,14 +139,14 @@ def _add_new(commands: Any) -> None:
         "--data",
         metavar="FILE",
         required=True,
-        help="a file of rows (.jsonl, .json, .csv, .tsv, .parquet), or a Hub set",
+        help="a file of rows, or a data set of the Hub",
     )
     new.add_argument("--student", metavar="MODEL", required=True, help="name or folder")
     new.add_argument("--teacher", metavar="MODEL", required=True, help="name or folder")
     new.add_argument("--output", metavar="FILE", help="recipes/NAME.py without it")
     new.add_argument("--prompt_column", metavar="COLUMN", help="with the question")
     new.add_argument("--completion_column", metavar="COLUMN", help="with the answer")
-    new.add_argument("--prompt_template", metavar="TEXT", help="a prompt of several columns: '{passage}\\n{question}'")
+    new.add_argument("--prompt_template", metavar="TEXT", help="several columns: '{passage}\\n{question}'")
     new.add_argument("--force", action="store_true", help="overwrite the file")
 
 
