@@ -318,10 +318,11 @@ class GKDConfig(SFTConfig):
         """Most tokens of a prompt: `max_prompt_length`, else what `max_length` leaves for it."""
         if self.max_prompt_length is not None or self.max_length is None:
             return self.max_prompt_length
-        room = self.max_length - (self.max_new_tokens if self.student_writes or self.teacher_writes else 1)
-        if room < 1:
+        generated = self.max_new_tokens if self.student_writes or self.teacher_writes else 1
+        if generated >= self.max_length:  # a bound for rows of the data, then: rollouts go beyond it
+            generated = 1
+        if self.max_length < 2:
             raise ValueError(
-                f"max_length={self.max_length} leaves no room for a prompt beside max_new_tokens="
-                f"{self.max_new_tokens}: raise max_length, lower max_new_tokens, or set max_prompt_length"
+                f"max_length={self.max_length} leaves no room for a prompt and a token behind it: raise it"
             )
-        return room
+        return self.max_length - generated

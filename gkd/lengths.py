@@ -48,6 +48,15 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
     rooms = {who: positions(model.config) for who, model in models.items() if getattr(model, "config", None)}
     known = {who: (room, binds) for who, (room, binds) in rooms.items() if room is not None}
     generates = args.student_writes or args.teacher_writes
+    bounds_rollouts = args.max_length is None or args.max_prompt_length or args.max_length > args.max_new_tokens
+    if generates and not bounds_rollouts:
+        logger.warning(
+            "max_length=%d is no more than max_new_tokens=%d, so it bounds prompts and the data's rows alone: with "
+            "its rollout, a sequence may have %d tokens; for less set max_prompt_length or lower max_new_tokens",
+            args.max_length,
+            args.max_new_tokens,
+            args.max_length - 1 + args.max_new_tokens,
+        )
     with_rollout = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
     allowed = [with_rollout if generates else 0, args.max_length if args.reads_answers else 0]
     smallest = min((room for room, _ in known.values()), default=None)

@@ -61,8 +61,6 @@ class RolloutCheck:
 
     def __init__(self, settings: SamplingSettings, tolerance: float, accelerator: Accelerator, field: str) -> None:
         self.settings, self.tolerance, self.accelerator, self.field = settings, tolerance, accelerator, field
-        # Rules that depend on what was sampled before are not followed here.
-        self._judges_sampling = settings.repetition_penalty == 1 and not settings.extra.get("min_new_tokens")
         self._left, self._age, self._smallest = 0, 0, math.inf
         self._warned = False
         self._sums = torch.zeros(5, dtype=torch.float64)
@@ -112,6 +110,10 @@ class RolloutCheck:
         self._judge(compared)
         return compared
 
+    def _follows_rules(self) -> bool:
+        """Rules that depend on what was sampled before are not followed here."""
+        return self.settings.repetition_penalty == 1 and not self.settings.extra.get("min_new_tokens")
+
     def _judge(self, compared: Compared) -> None:
         limit = self.tolerance * (1 + self._age)
         wrong = None
@@ -121,7 +123,7 @@ class RolloutCheck:
                 f"student's own on average, where {limit:g} is tolerated: it samples from other weights (an adapter "
                 "of an earlier step, the base model alone, another precision)"
             )
-        elif self._judges_sampling and abs(compared.surprise) > limit + _ERRORS * compared.error:
+        elif self._follows_rules() and abs(compared.surprise) > limit + _ERRORS * compared.error:
             how = "less likely" if compared.surprise > 0 else "more likely"
             wrong = (
                 f"the {compared.tokens} tokens compared are {abs(compared.surprise):.3f} nats {how} than sampling at "

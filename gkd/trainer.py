@@ -28,7 +28,6 @@ from gkd.checkpoint import CheckpointMixin
 from gkd.config import GKDConfig
 from gkd.data import PaddingCollator
 from gkd.distributed import gathered, place_student, sum_over_ranks, zero_stage
-from gkd.divergence import generalized_jsd_loss
 from gkd.faults import FaultGuard, nan_unless_finite
 from gkd.fused import FusedOutput, fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.hidden import instead_of_logits
@@ -52,13 +51,16 @@ from gkd.trainer_card import CardMixin
 from gkd.trainer_evaluation import EvaluationMixin
 from gkd.trainer_logging import LoggingMixin
 from gkd.trainer_window import WindowMixin
+from gkd.trl_attributes import TRLAttributes
 from gkd.vocab import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.window import count, measure, write_completions
 
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer):
+class GKDTrainer(
+    TRLAttributes, CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer
+):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -84,8 +86,6 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
 
     _tag_names = ["trl", "gkd"]  # noqa: RUF012 - as the base class declares it
     _name = "GKD"
-
-    generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
     def __init__(
         self,
@@ -238,6 +238,7 @@ class GKDTrainer(CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingM
         if opened is None or step >= self.state.max_steps:  # resumed at the very end: no step is left
             return [], None
         self._begin_window()
+        self._take_generation_config()
         window, sources = opened
         with self._meters["train"].phase("rollout"):
             sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)

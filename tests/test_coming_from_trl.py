@@ -1,6 +1,7 @@
 """docs/coming_from_trl.md is true of the installed TRL: no field is missing, and the trainers run side by side."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peft import LoraConfig
 from test_trainer import Remember
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from training import change, config, dense_loss, losses, trainer_of
-from trl import DistillationConfig, DistillationTrainer, SFTConfig
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig as TheirConfig
 from trl.experimental.gkd import GKDTrainer as TheirTrainer
 from trl.experimental.utils import DataCollatorForChatML
@@ -51,6 +52,23 @@ def own_fields(kind, parent):
 
 
 # ------------------------------------------------------------------------------------------------------ the tables
+
+
+@pytest.mark.parametrize("theirs", [TheirTrainer, DistillationTrainer, SFTTrainer])
+def test_every_argument_of_their_constructors_is_taken_or_has_a_line(theirs):
+    taken = set(inspect.signature(GKDTrainer.__init__).parameters)
+    assert set(inspect.signature(theirs.__init__).parameters) <= taken | set(rows_of("Arguments of the constructors"))
+
+
+def test_every_attribute_and_method_of_their_gkd_trainer_has_a_line(tmp_path):
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    options = {"report_to": "none", "use_cpu": True, "bf16": False}
+    common = {"train_dataset": rows, "processing_class": tiny_tokenizer()}
+    gkd = TheirTrainer(tiny_model(seed=1), tiny_model(seed=2), TheirConfig(str(tmp_path), **options), **common)
+    sft = SFTTrainer(tiny_model(seed=1), SFTConfig(str(tmp_path), **options), **common)
+    own = {name for name in {*vars(gkd), *vars(TheirTrainer)} if not name.startswith("_")} - set(vars(sft))
+    assert {"lmbda", "generation_config", "generate_on_policy_outputs"} <= own
+    assert own <= set(rows_of("Attributes and methods")), own - set(rows_of("Attributes and methods"))
 
 
 def test_every_field_of_their_gkd_config_has_a_line():

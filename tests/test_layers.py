@@ -92,6 +92,7 @@ LEVELS = {
     3: {
         "trainer",
         "trainer_card",
+        "trl_attributes",
         "trainer_evaluation",
         "trainer_logging",
         "trainer_window",

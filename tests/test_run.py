@@ -159,7 +159,7 @@ def test_unknown_keys_in_yaml_and_in_defaults_are_errors(tmp_path):
         ({"divergence": "kl"}, ["divergence='kl'", "forward_kl"]),
         ({"skew_lambda": 0.3}, ["skew_lambda=0.3", "no effect"]),
         ({"packing": "true"}, ["packing=True", "no effect"]),
-        ({"max_length": 100, "max_new_tokens": 100}, ["max_length=100", "max_new_tokens=100"]),
+        ({"max_length": 1}, ["max_length=1 leaves no room"]),
         ({"teacher_model_name_or_path": None}, ["no teacher", "teacher_model_name_or_path"]),
         ({"model_name_or_path": None}, ["model_name_or_path is missing"]),
         ({"dataset_name": "nowhere/rows.jsonl"}, ["nowhere/rows.jsonl"]),
