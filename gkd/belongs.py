@@ -39,12 +39,14 @@ dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor d
 skip_memory_metrics torch_empty_cache_steps use_cpu local_rank ddp_timeout ddp_backend deepspeed debug
 full_determinism use_cache teacher_cache_dir teacher_scores_dir rollout_server_url teacher_server_url
 rollout_adapter_dir rollout_server_timeout loss_chunk_size rollout_batch_size max_nonfinite_steps server_proxy
+rollout_logprob_tolerance
 """
 _NO_FACTS = frozenset(_WITHOUT_EFFECT.split())
 # Those of them that all ranks must agree on all the same: they say when ranks meet.
 _MEETINGS = """
 logging_strategy logging_steps logging_first_step eval_strategy eval_steps eval_delay eval_on_start
 per_device_eval_batch_size save_strategy save_steps load_best_model_at_end max_nonfinite_steps
+rollout_logprob_tolerance
 """
 _LORA = """
 peft_type r lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora use_dora

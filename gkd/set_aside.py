@@ -33,7 +33,7 @@ class Rule:
 
 
 _OTHER_TEACHERS = ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement")
-_SERVER = ("rollout_server_url", "rollout_adapter_dir", "rollout_staleness")
+_SERVER = ("rollout_server_url", "rollout_adapter_dir", "rollout_staleness", "rollout_logprob_tolerance")
 
 RULES = (
     Rule("log_completions", ("log_completions_steps", "num_completions_to_print")),

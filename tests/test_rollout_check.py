@@ -1,11 +1,14 @@
 """Rollouts of a server compared with the student in every step: what is right passes, what is not is found."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
+from forked import ranks
 from peft import LoraConfig
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 from training import config, logged
@@ -14,8 +17,11 @@ from vllm_server.fake import FakeServer
 from gkd import GKDTrainer, vllm_client
 from gkd.rollout_check import RolloutCheck
 from gkd.rollouts import SamplingSettings
+from gkd.servers import score_together
 from gkd.signals import Head
-from gkd.vllm_client import ServerError
+from gkd.teachers import ServerTeacher
+from gkd.vllm_checks import served_model
+from gkd.vllm_client import ServerError, VLLMClient
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +147,40 @@ def test_a_step_without_comparable_tokens_says_nothing():
     check.add(torch.zeros(4, 8), Head(torch.zeros(50, 8)), torch.arange(4), torch.full((4,), math.nan))
     assert check.close() is None
     assert check.close() is None  # no step is open
+
+
+# ---------------------------------------------------------------------------------------------------- two ranks
+
+
+def test_a_failure_of_one_rank_is_every_rank_s(tmp_path):
+    """Of the scoring server, for rank 1 alone; and of what rank 0 alone has rollouts to compare of."""
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    batch["labels"] = torch.tensor([[-100, 2, 3]])
+
+    def rank(say):
+        AcceleratorState._reset_state(reset_partial_state=True)  # another test's, in the process that was forked
+        accelerator = Accelerator(cpu=True)
+        client = VLLMClient(server.url, field="teacher_server_url", timeout=20)
+        teacher = ServerTeacher(client, served_model(client), 4)
+        teacher.served = replace(teacher.served, name="gone" if accelerator.process_index == 1 else "base")
+        check = RolloutCheck(SamplingSettings(8), 0.2, accelerator, "rollout_server_url")
+        check.open(1, 0)
+        if accelerator.process_index == 0:
+            check.add(torch.zeros(4, 8), Head(torch.zeros(50, 8)), torch.arange(4), torch.full((4,), -9.0))
+        for call in (lambda: score_together(teacher, batch, accelerator), check.close):
+            try:
+                call()
+            except ServerError as error:
+                say(f"{error.on_all_ranks} {error}")
+
+    with FakeServer(tiny_model(seed=2)) as server:
+        children = ranks(rank, tmp_path)
+        assert [child.join() for child in children] == [0, 0], [child.said() for child in children]
+    for child in children:
+        assert child.lines == children[0].lines, child.said()
+        assert [line.split()[0] for line in child.lines] == ["True", "True"], (child.lines, child.said())
+        assert "`gone` does not exist" in child.lines[0]
+        assert "4 tokens compared" in child.lines[1]
 
 
 # ------------------------------------------------------------------------------------------------------ training
