@@ -18,6 +18,34 @@ from gkd.field_types import fit, kinds, wanted
 _KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
+# What a field is called, or was called, elsewhere: in older transformers, in TRL's other trainers, in articles.
+RENAMED = {
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
+    "max_completion_length": "max_new_tokens",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "no_cuda": "use_cpu",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "group_by_length": "train_sampling_strategy",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "student": "model_name_or_path",
+    "teacher": "teacher_model_name_or_path",
+    "teacher_model": "teacher_model_name_or_path",
+    "dataset": "dataset_name",
+    "use_vllm": "rollout_backend",
+    "vllm_server_base_url": "rollout_server_url",
+    "lambda": "lmbda",
+    "kd_temperature": "loss_temperature",
+}
+
+
 class Parser(TrlParser):
     """`TrlParser` for dataclasses whose fields may be given by a recipe, by YAML and by flags."""
 
@@ -82,7 +110,7 @@ def refuse_unknown(names: Iterable[str], known: list[str], where: str, dashes: s
     for name in names:
         plain = name.lstrip("-").replace("-", "_") if dashes else name
         if plain not in known or (dashes and not name.startswith(dashes)):
-            near = difflib.get_close_matches(plain, known, n=1)
+            near = [RENAMED[plain]] if RENAMED.get(plain) in known else difflib.get_close_matches(plain, known, n=1)
             hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the fields"
             raise ValueError(f"{where}: there is no field {name!r}; {hint}")
 

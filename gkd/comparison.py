@@ -20,6 +20,7 @@ from gkd.measures import METRICS, Estimate, Measures, Metric, difference_estimat
 GOAL_SIGNS = {"lower": "↓", "higher": "↑", "teacher": "≈"}
 LEGEND = "↓ lower is better, ↑ higher is better, ≈ the nearer the teacher the better; ± one standard error"
 MEASURE_WIDTH = 15  # of the first column: its longest word and a little
+VERDICT_WIDTH = 10  # so that all columns fit into 80
 CAPPED = ("ended", "length")  # what max_new_tokens decides where most completions reach it
 CAPPED_NOTE = "cut off: most completions reach max_new_tokens, which then decides this number"
 
@@ -155,7 +156,7 @@ def table(
     out.add_column("Measure", min_width=MEASURE_WIDTH)
     for heading in (before.name, after.name, teacher.name if teacher else "teacher"):
         out.add_column(Text(heading.replace(" ", "\n")), justify="right", no_wrap=True)
-    out.add_column("Improved")
+    out.add_column("Improved", max_width=VERDICT_WIDTH)
     colours = {"better": "green", "worse": "red"}
     for row in rows:
         cells = [Text(format_estimate(row.metric, est)) for est in (row.before, row.after, row.teacher)]

@@ -198,7 +198,9 @@ def _convert_smollm2(out: Path) -> None:
     and the tokenizer loses the rule that every digit is a token of its own, so numbers after spaces come out wrong.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("SmolLM2 is read from a GGUF file, which needs the package `gguf`: pip install 'gkd[demo]'")
+        raise ValueError(
+            "SmolLM2 is read from a GGUF file, which needs the package `gguf`: pip install -e '.[demo]' in gkd's clone"
+        )
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer

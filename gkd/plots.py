@@ -29,8 +29,10 @@ COLOURS = {
     "teacher": "#009E73",
     "before": "#9A9A9A",
     "after": "#D55E00",
+    "first": "#CC79A7",
+    "second": "#56B4E9",
 }
-STYLES = {"total": "-", "student": "-", "data": "--", "teacher": "-."}
+STYLES = {"total": "-", "student": "-", "data": "--", "teacher": "-.", "first": "-", "second": "--"}
 SMOOTH_FROM = 60  # points in a series from which on a running mean is drawn over the raw line
 BAR_KEYS = (  # the measures of the before/after picture, as in gkd.measures.METRICS
     "divergence_own",
@@ -62,12 +64,13 @@ LOSS_LINES = (
     Line("loss/teacher", "teacher-written", "teacher"),
 )
 LENGTH_LINES = (
-    Line("rollout/length_mean", "mean length", "student"),
+    Line("rollout/length_mean/student", "mean, student-written", "student"),
+    Line("rollout/length_mean/teacher", "mean, teacher-written", "teacher"),
     Line("rollout/length_max", "longest", "total"),
 )
-SHARE_LINES = (
-    Line("rollout/truncated", "cut off at max_new_tokens", "student"),
-    Line("rollout/ended", "ended with a stop token", "teacher"),
+SHARE_LINES = (  # of all that was sampled, whoever wrote it: no writer's colour
+    Line("rollout/truncated", "cut off at max_new_tokens", "first"),
+    Line("rollout/ended", "ended with a stop token", "second"),
 )
 ENTROPY_LINES = (
     Line("student/entropy", "student", "student"),
@@ -76,6 +79,7 @@ ENTROPY_LINES = (
 POSITION_LINES = tuple(Line(line.key.removeprefix("loss/"), line.label, line.role) for line in LOSS_LINES[1:])
 POSITION_NOTE = "pale: first third of the training, full: last third"
 POSITION_MINIMUM = 8  # targets in a bucket of positions, below which its mean says little
+NATS = "nats"  # the unit whose axis does not begin at 0: the gap of two entropies is what is looked at
 AGREEMENT_LINES = (Line("student/agreement", "top-1 agreement", "student"),)
 
 
@@ -108,7 +112,7 @@ def plot_entropy(history: History) -> Figure | None:
     """Entropies of both models on the targets, and their top-1 agreement; None when nothing was logged."""
     return _panels(
         history,
-        (ENTROPY_LINES, "Entropy of the next token", "nats", False),
+        (ENTROPY_LINES, "Entropy of the next token", NATS, False),
         (AGREEMENT_LINES, "Student and teacher rank the same token first", "share of targets", True),
     )
 
@@ -271,8 +275,10 @@ def _finish(axes: Axes, title: str, unit: str, share: bool = False, note: str = 
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     else:
         low, high = axes.dataLim.y0, axes.dataLim.y1
-        low = min(0.0, low)
-        axes.set_ylim(low - (0.05 * (high - low) if low < 0 else 0.0), high + (0.06 * (high - low) or 1.0))
+        if unit != NATS:
+            low = min(0.0, low)
+        below = 0.06 * (high - low) if low < 0 or unit == NATS else 0.0
+        axes.set_ylim(low - below, high + (0.06 * (high - low) or 1.0))
     # Under the axes: a legend inside them covers a curve sooner or later. Half an inch clears tick and axis labels.
     assert axes.figure is not None
     under = axes.transAxes + ScaledTranslation(0, -0.5, axes.figure.dpi_scale_trans)

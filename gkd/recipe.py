@@ -12,6 +12,7 @@ import runpy
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -170,6 +171,25 @@ class _HarmlessFormatter(logging.Formatter):
         return harmless(super().format(record))
 
 
+# What libraries say at every start about things that nobody has asked for: part of a line, and its logger.
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return _NOISE.get(record.name, "\0") not in str(record.msg)
+
+
+def quiet_libraries() -> None:
+    """Leave out a few lines by which libraries tell of themselves, so that a log begins with the run's own."""
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_says_something)
+    deprecated = r"`(is_)?gradient_checkpointing` is deprecated"  # in favour of another name of transformers' own
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+
+
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """A user's mistake ends in one line on stderr and exit code 2 (the traceback too when GKD_DEBUG=1).
@@ -179,6 +199,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(_HarmlessFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    quiet_libraries()
     logging.getLogger("gkd").setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
         yield

@@ -1,6 +1,6 @@
 """The GKD paper's WMT14 English-German task on Qwen2.5: on-policy JSD(0.1), scored by BLEU.
 
-    pip install "gkd[eval]"
+    pip install -e ".[eval]"                             # in a clone of the repository
     python recipes/gkd_wmt14.py
     python recipes/gkd_wmt14.py --lmbda 0                # the same from the data alone: +0.28 instead of +0.85 there
 
@@ -21,7 +21,7 @@ from gkd.run import Settings, dataset_by_name, run, with_held_out
 try:
     from sacrebleu.metrics.bleu import BLEU
 except ImportError:
-    sys.exit("error: BLEU needs the package sacrebleu: pip install 'gkd[eval]'")
+    sys.exit("error: BLEU needs the package sacrebleu: pip install -e '.[eval]' in the clone of gkd")
 
 ROWS = 40_000 * 32  # as many as are trained on; the corpus has 4.5 million
 

@@ -1,6 +1,6 @@
 """The GKD paper's XSum task on Qwen2.5: on-policy JSD(0.9), scored by ROUGE-2.
 
-    pip install "gkd[eval]"
+    pip install -e ".[eval]"                                 # in a clone of the repository
     python recipes/gkd_xsum.py
     python recipes/gkd_xsum.py --lmbda 0 --divergence forward_kl --beta 0.5     # supervised KD, the paper's baseline
 
@@ -20,7 +20,7 @@ from gkd.run import Settings, dataset_by_name, run, with_held_out
 try:
     from rouge_score.rouge_scorer import RougeScorer
 except ImportError:
-    sys.exit("error: ROUGE needs the package rouge-score: pip install 'gkd[eval]'")
+    sys.exit("error: ROUGE needs the package rouge-score: pip install -e '.[eval]' in the clone of gkd")
 
 WORDS = 650  # of a document; about the 1,024 tokens that T5 read
 

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny import save_tiny, tiny_rows
 from training import trainer_of
+from transformers import pipeline
 from trl import ModelConfig, ScriptArguments
 
 from gkd import GKDConfig
@@ -305,3 +306,6 @@ def test_the_adapter_is_used_as_getting_started_shows(tmp_path, monkeypatch, cap
     exec(compile(block, "getting_started.md", "exec"), {})
     assert capsys.readouterr().out.strip()
     assert (tmp_path / "outputs/mine-merged/model.safetensors").is_file()
+    chat = pipeline("text-generation", "outputs/mine-merged", device="cpu")
+    (answer,) = chat([{"role": "user", "content": "What is 3 + 4?"}], max_new_tokens=4)
+    assert answer["generated_text"][-1]["role"] == "assistant"

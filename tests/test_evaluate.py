@@ -513,12 +513,19 @@ def test_large_numbers_are_shortened(value, error, text):
 
 
 def test_the_table_keeps_its_words_whole_on_80_columns():
-    values = {key: Estimate(123456.7, 12345.6) for key in ("divergence_own", "perplexity", "agreement_own", "ended")}
+    values = {"divergence_own": Estimate(0.0), "perplexity": Estimate(123456.7, 12345.6)}
+    values |= {key: Estimate(0.333, 0.123) for key in ("agreement_own", "ended")}
     measures = Measures("student before", values, settings={"prompts": 32, "divergence": "jsd(beta=0.5) at T = 1"})
+    noisy = [Estimate(0.333 + i / 1000, 0.123, 2, (0.1 * (-1) ** i, -0.1 * (-1) ** i)) for i in range(2)]
+    before, after = (replace(measures, values={**values, "divergence_own": estimate}) for estimate in noisy)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(measures, measures, measures))
+    console.print(table(before, after, measures))
     text = console.export_text()
     assert "…" not in text
+    assert "noise)" in text
+    lines = text[text.index("┏") : text.index("┘") + 1].splitlines()
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert all(line[-1] in "┓┃┩│┘" for line in lines)
     for key in values:
         for word in METRICS[key].label.split():
             assert word in text

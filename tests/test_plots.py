@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from gkd.comparison import as_dict
 from gkd.measures import Estimate, Measures, difference_estimate, mean_estimate
 from gkd.plots import (
+    COLOURS,
     plot_entropy,
     plot_evaluation,
     plot_lengths,
@@ -31,6 +32,8 @@ def history(steps: int) -> list[dict]:
             "loss/student": 1.2 / step,
             "loss/data": 0.8 / step,
             "rollout/length_mean": 20.0 + step,
+            "rollout/length_mean/student": 20.0 + step,
+            "rollout/length_mean/teacher": 25.0,
             "rollout/length_max": 64.0,
             "rollout/truncated": 0.5 / step,
             "rollout/ended": 1 - 0.5 / step,
@@ -132,6 +135,20 @@ def test_a_panel_without_data_is_left_out():
     only = [{"step": 1, "rollout/ended": 0.5}]
     (axes,) = plot_lengths(only).axes
     assert "ended with a stop token" in lines_by_label(axes)
+
+
+def test_a_writers_colour_means_that_writer_in_every_picture():
+    for plot, panel in ((plot_loss, 0), (plot_lengths, 0), (plot_lengths, 1), (plot_entropy, 0)):
+        for line in plot(history(4)).axes[panel].lines:
+            for who in ("student", "teacher"):
+                assert (line.get_color() == COLOURS[who]) == (who in line.get_label()), line.get_label()
+
+
+def test_the_gap_of_two_entropies_fills_the_axis():
+    logs = [{"step": step, "student/entropy": 4.9, "teacher/entropy": 5.0} for step in (1, 2)]
+    low, high = plot_entropy(logs).axes[0].get_ylim()
+    assert 4.8 < low < 4.9
+    assert 5.0 < high < 5.1
 
 
 def test_bars_are_the_measured_values_with_their_errors():

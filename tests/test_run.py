@@ -10,6 +10,7 @@ import torch
 import yaml
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
+from gkd.command_line import RENAMED
 from gkd.run import parse, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +136,12 @@ def test_unknown_flags_are_errors_and_nothing_is_abbreviated(argv, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
         parse({}, argv)
     assert argv[0] in str(stopped.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_fields_name_elsewhere_leads_to_ours(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"no field '--{name}'; did you mean --{RENAMED[name]}\?"):
+        parse({}, [f"--{name}", "1", "--output_dir", str(tmp_path)])
 
 
 def test_unknown_keys_in_yaml_and_in_defaults_are_errors(tmp_path):
