@@ -20,6 +20,7 @@ B rows, T tokens, N targets, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gkd.batch import target_mask
@@ -53,6 +55,8 @@ from gkd.rollouts import HFRollout, SamplingSettings, repeated_ngram_share
 from gkd.rollouts.modes import generation_mode
 from gkd.signals import DenseSignal, Head, TeacherSignal, head_of
 from gkd.task_score import TaskScore
+
+logger = logging.getLogger(__name__)
 
 TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # the KL at temperature 1
 
@@ -99,6 +103,7 @@ class Evaluator:
     accelerator: Accelerator | None = None
     fold_adapter: bool = True
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
+    _bar: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -145,13 +150,14 @@ class Evaluator:
         """
         is_teacher = model is self.teacher
         sampling = self._teacher_sampling if is_teacher else self.sampling
-        own = self.teacher_text() if is_teacher else self._generate(model, sampling)
-        values = {
-            **self._against_teacher(model, own),
-            **self._text_measures(own, sampling),
-            **self._perplexity(model),
-            **self._scores(model, sampling, own),
-        }
+        with self._watched(name):
+            own = self.teacher_text() if is_teacher else self._generate(model, sampling)
+            values = {
+                **self._against_teacher(model, own),
+                **self._text_measures(own, sampling),
+                **self._perplexity(model),
+                **self._scores(model, sampling, own),
+            }
         extra: dict[str, Metric] = {}
         if self._of_answers:
             extra["perplexity"] = replace(METRICS["perplexity"], label="Perplexity, held-out answers")
@@ -207,8 +213,27 @@ class Evaluator:
     def _teacher_sampling(self) -> SamplingSettings:
         return self.teacher_sampling or self.sampling
 
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """A line in a log, a bar on a terminal: this takes as long as so many sequences written and read."""
+        logger.info("measuring the %s on %d prompts", name, len(self.prompts))
+        is_main = self.accelerator is None or self.accelerator.is_main_process
+        bar = tqdm(desc=name, unit="sequence", disable=None if is_main else True, leave=False, dynamic_ncols=True)
+        with bar as self._bar:
+            yield
+        self._bar = None
+
+    def _tick(self, sequences: int) -> None:
+        if self._bar is not None:
+            self._bar.update(sequences)
+
     def _generate(self, model: nn.Module | ServedTeacher, sampling: SamplingSettings) -> list[list[int]]:
         """Completions of all prompts. The source of the random numbers is no training source: none is used twice."""
+        completions = self._written(model, sampling)
+        self._tick(len(completions))
+        return completions
+
+    def _written(self, model: nn.Module | ServedTeacher, sampling: SamplingSettings) -> list[list[int]]:
         if isinstance(model, ServedTeacher):
             return model.generate(self.prompts, sampling)
         rollout = HFRollout(
@@ -251,6 +276,7 @@ class Evaluator:
             for rows in batches([len(p) + len(c) for p, c in sequences], self.batch_size):
                 batch = collated([sequences[row] for row in rows], student.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
+                self._tick(len(rows))
                 values = self._target_values(hidden_of_targets(student, batch), student_head, ask(batch), targets)
                 lengths = torch.tensor([len(sequences[row][1]) for row in rows])
                 sums.index_add_(0, torch.tensor(rows).repeat_interleave(lengths), values)
@@ -295,6 +321,7 @@ class Evaluator:
             for rows in batches([len(context) + len(text) for context, text in parts], self.batch_size):
                 batch = collated([parts[row] for row in rows], bare.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
+                self._tick(len(rows))
                 nll = token_nll(hidden_of_targets(bare, batch), head, targets).cpu().double()
                 for row, values in zip(rows, nll.split([len(parts[row][1]) for row in rows]), strict=True):
                     found[row] = values.tolist()

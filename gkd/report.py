@@ -112,9 +112,6 @@ class Report:
     def measure_before(self) -> None:
         """Measure the untrained student and the teacher. A collective: every rank calls it."""
         assert self.evaluator is not None
-        logger.info(
-            "measuring the student before training, and the teacher, on %d prompts", len(self.evaluator.prompts)
-        )
         self.before = self.evaluator.measure(self.trainer.model_wrapped, "student before")
         of_teacher = {}
         if self.evaluator.teacher is not None:

@@ -575,6 +575,12 @@ def test_the_sample_table_shows_the_question_the_card_the_prompt():
     assert "helpful" in as_dict(measures, measures)["samples"][0]["prompt"]
 
 
+def test_each_model_that_is_measured_is_named_in_the_log(caplog):
+    with caplog.at_level("INFO", logger="gkd"):
+        evaluator(TEACHER).measure(STUDENT, "student before")
+    assert "measuring the student before on 6 prompts" in caplog.text
+
+
 def test_log_values_are_finite_numbers():
     measures = Measures("s", {"perplexity": Estimate(3.0), "length": Estimate(math.nan), "ended": Estimate(math.inf)})
     assert measures.as_log("after") == {"after/perplexity": 3.0}
