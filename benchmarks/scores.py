@@ -30,9 +30,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from gkd import GKDConfig, GKDTrainer
-from gkd.demo import glass_student, glass_teacher, smollm2_student, smollm2_teacher
-from gkd.demo_data import openwebtext_excerpts
+from gkd.config.fields import GKDConfig
+from gkd.demo.models import glass_student, glass_teacher, smollm2_student, smollm2_teacher
+from gkd.demo.texts import openwebtext_excerpts
+from gkd.training.trainer import GKDTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAIRS = ("smollm2", "large", "glass")

@@ -37,9 +37,10 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 
-from gkd import GKDConfig, GKDTrainer
-from gkd.demo import glass_student, glass_teacher, smollm2_student, smollm2_teacher
-from gkd.demo_data import healthsearchqa_prompts, openwebtext_excerpts
+from gkd.config.fields import GKDConfig
+from gkd.demo.models import glass_student, glass_teacher, smollm2_student, smollm2_teacher
+from gkd.demo.texts import healthsearchqa_prompts, openwebtext_excerpts
+from gkd.training.trainer import GKDTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {  # name: (lmbda, gradient checkpointing)

@@ -35,15 +35,17 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gkd import GKDConfig, demo
-from gkd import setup_checks as checks
-from gkd.batch import Sequence, collate, target_mask
-from gkd.demo_data import openwebtext_excerpts
-from gkd.divergence import make_divergence
-from gkd.fused import fused_divergence
-from gkd.loss_settings import LossSettings
-from gkd.signals import head_of
-from gkd.teacher_setup import make_teacher, shared_base
+from gkd.assembly.models import resolve_teacher
+from gkd.assembly.teacher import make_teacher, shared_base
+from gkd.config.fields import GKDConfig
+from gkd.data.sequences import TokenSequence, collate
+from gkd.data.targets import target_mask
+from gkd.demo import models as demo
+from gkd.demo.texts import openwebtext_excerpts
+from gkd.loss.divergence import make_divergence
+from gkd.loss.fused import fused_divergence
+from gkd.loss.settings import LossSettings
+from gkd.models.head import head_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPE = "teacher_model_init_kwargs"
@@ -105,7 +107,7 @@ def batch_of(tokenizer: Any, rows: int, tokens: int, device: torch.device) -> di
     ids = [i for text in openwebtext_excerpts()[:50] for i in tokenizer(text)["input_ids"]]
     assert len(ids) >= rows * tokens, f"{len(ids)} tokens of text"
     parts = [ids[row * tokens : (row + 1) * tokens] for row in range(rows)]
-    sequences = [Sequence(part, [-100] * 32 + part[32:], 32, row=row) for row, part in enumerate(parts)]
+    sequences = [TokenSequence(part, [-100] * 32 + part[32:], 32, row=row) for row, part in enumerate(parts)]
     return {name: value.to(device) for name, value in collate(sequences, int(tokenizer.eos_token_id)).items()}
 
 
@@ -128,7 +130,7 @@ def one(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     with torch.no_grad():
         student(input_ids=batch["input_ids"][:, :8])  # weights that are mapped from a file come into memory with this
     own, before = tensors(), start_peak()
-    model = shared_base(config, checks.resolve_teacher(student, None, config), student)
+    model = shared_base(config, resolve_teacher(student, None, config), student)
     teacher = make_teacher(config, model, student, accelerator, None)
     del model
     held = tensors() - own

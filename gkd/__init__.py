@@ -1,6 +1,6 @@
 """gkd: on-policy knowledge distillation of language models (Generalized Knowledge Distillation, arXiv 2306.13649).
 
-The names below are loaded on first use (PEP 562), so that `import gkd.divergence` costs torch and nothing else.
+The names below are loaded on first use (PEP 562), so that `import gkd.loss.divergence` costs torch and nothing else.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from gkd._version import __version__
 
 if TYPE_CHECKING:
-    from gkd.config import GKDConfig
-    from gkd.trainer import GKDTrainer
+    from gkd.config.fields import GKDConfig
+    from gkd.training.trainer import GKDTrainer
 
 __all__ = ["GKDConfig", "GKDTrainer", "__version__"]
 
-_HOMES = {"GKDConfig": "gkd.config", "GKDTrainer": "gkd.trainer"}
+_HOMES = {"GKDConfig": "gkd.config.fields", "GKDTrainer": "gkd.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,9 @@ from typing import Any
 from rich.console import Console
 
 from gkd._version import __version__
-from gkd.recipe import capture, mistakes_in_one_line, run_recipe
+from gkd.commands.evaluate import as_json, evaluate_recipe, results_table
+from gkd.recipe.capture import capture, run_recipe
+from gkd.recipe.mistakes import mistakes_in_one_line
 
 Action = Callable[[argparse.Namespace, list[str]], int]
 
@@ -179,7 +181,7 @@ def _run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 def _plan(arguments: argparse.Namespace, flags: list[str]) -> int:
     with _stdout_for_json(arguments.json):
-        from gkd.plan import plan
+        from gkd.commands.plan.plan import plan
 
         recipe = capture(arguments.recipe, flags)
     return plan(
@@ -197,11 +199,11 @@ def _precompute(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.scores:
         if output is not None or push_to is not None:
             raise ValueError("--scores does not go with --precompute_output: run one after the other")
-        from gkd.precompute_scores import precompute_scores
+        from gkd.commands.precompute.scores import precompute_scores
 
         precompute_scores(capture(arguments.recipe, flags))
         return 0
-    from gkd.precompute import precompute
+    from gkd.commands.precompute.answers import precompute
 
     precompute(capture(arguments.recipe, [*flags, "--seq_kd", "true"]), output, push_to)
     return 0
@@ -235,8 +237,8 @@ def _quietly() -> Iterator[None]:
 
 def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
     with _stdout_for_json(arguments.json), _quietly():
-        from gkd.doctor import examine
-        from gkd.doctor_view import show_counts
+        from gkd.commands.doctor.examine import examine
+        from gkd.commands.doctor.view import show_counts
 
         console = None if arguments.json else Console()
         diagnosis = examine(capture(arguments.recipe, flags), console)
@@ -249,19 +251,17 @@ def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 def _evaluate(arguments: argparse.Namespace, flags: list[str]) -> int:
     with _stdout_for_json(arguments.json):
-        from gkd import evaluate_recipe
-
-        columns = evaluate_recipe.evaluate_recipe(capture(arguments.recipe, flags), arguments.adapter)
+        columns = evaluate_recipe(capture(arguments.recipe, flags), arguments.adapter)
     if int(os.environ.get("RANK", 0)) == 0:
         if arguments.json:
-            print(json.dumps(evaluate_recipe.as_json(columns), indent=2))
+            print(json.dumps(as_json(columns), indent=2))
         else:
-            Console().print(evaluate_recipe.results_table(columns))
+            Console().print(results_table(columns))
     return 0
 
 
 def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
-    from gkd.new_recipe import write_recipe
+    from gkd.commands.new import write_recipe
 
     columns = None
     if arguments.prompt_column is not None:

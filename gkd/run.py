@@ -7,31 +7,21 @@ from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback
-from trl import get_peft_config
 
-from gkd import output_folder
-from gkd.config import GKDConfig
-from gkd.held_out import hold_out, warn_of_overlap, with_held_out
-from gkd.launcher import end_with_the_launcher
-from gkd.loading import load_tokenizer
-from gkd.progress import ProgressBar, close_bars
-from gkd.recipe import Recipe, count_call, hand_over, is_captured, mistakes_in_one_line
-from gkd.report import Report, evaluator_of
-from gkd.run_end import Results, save_weights, write_history
-from gkd.settings import (
-    LoadData,
-    RunArguments,
-    Settings,
-    dataset_by_name,
-    load_rows,
-    parse,
-    recipe_data,
-    set_loading_arguments,
-    student_name,
-)
-from gkd.task_score import CorpusScore, Score
-from gkd.trainer import GKDTrainer
+from gkd.common.launcher import end_with_the_launcher
+from gkd.config.fields import GKDConfig
+from gkd.data.held_out import hold_out, warn_of_overlap, with_held_out
+from gkd.evaluation.task_score import CorpusScore, Score
+from gkd.recipe.build import build_trainer, student_name
+from gkd.recipe.capture import Recipe, count_call, hand_over, is_captured
+from gkd.recipe.evaluator import evaluator_of
+from gkd.recipe.mistakes import mistakes_in_one_line
+from gkd.recipe.report import Report
+from gkd.recipe.rows import dataset_by_name, load_rows, recipe_data
+from gkd.recipe.run_end import Results, save_weights, write_history
+from gkd.recipe.settings import LoadData, RunArguments, Settings, parse
+from gkd.training import output_folder
+from gkd.training.progress import close_bars
 
 __all__ = [
     "RunArguments",
@@ -128,24 +118,3 @@ def _train(recipe: Recipe) -> None:
 def _starts_anew(args: GKDConfig) -> bool:
     """Whether the run neither goes on from a checkpoint nor may delete those that there are."""
     return not args.overwrite_output_dir and str(args.resume_from_checkpoint or "none").lower() in ("false", "none")
-
-
-def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
-    """Tokenizer, models and trainer from the settings."""
-    args, model = settings.training, settings.model
-    set_loading_arguments(settings)
-    tokenizer = load_tokenizer(
-        model.model_name_or_path, trust_remote_code=args.trust_remote_code, revision=model.model_revision
-    )
-    trainer = GKDTrainer(
-        model=model.model_name_or_path,
-        args=args,
-        train_dataset=data["train"],
-        eval_dataset=data.get("eval") if args.eval_strategy != "no" else None,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model),
-    )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar())
-    return trainer

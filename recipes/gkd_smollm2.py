@@ -11,9 +11,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from gkd.demo import smollm2_student, smollm2_teacher
-from gkd.demo_data import healthsearchqa_prompts, openwebtext_excerpts
-from gkd.run import Settings, hold_out, run
+from gkd.data.held_out import hold_out
+from gkd.demo import healthsearchqa_prompts, openwebtext_excerpts, smollm2_student, smollm2_teacher
+from gkd.recipe.settings import Settings
+from gkd.run import run
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": smollm2_student,

@@ -1,7 +1,7 @@
 """KD between MiniMind-style small models, dense or with experts, on `conversations`: alpha CE + (1 - alpha) T^2 KL.
 
     python recipes/kd_minimind.py                        # two minutes of CPU: makes its models and data
-    python recipes/kd_minimind.py --model_name_or_path $(python -m gkd.demo_minimind student-moe)
+    python recipes/kd_minimind.py --model_name_or_path $(python -m gkd.demo.minimind student-moe)
     python recipes/kd_minimind.py --dataset_name sft_data.jsonl \\
         --model_name_or_path my-minimind-512 --teacher_model_name_or_path my-minimind-768
     accelerate launch --num_processes 2 recipes/kd_minimind.py          # DDP
@@ -18,8 +18,11 @@ a fine-tuned student on. The models it makes are smaller than the article's, 512
 
 from typing import Any
 
-from gkd.demo_minimind import minimind_rows, minimind_student, minimind_teacher
-from gkd.run import Settings, dataset_by_name, run, with_held_out
+from gkd.data.held_out import with_held_out
+from gkd.demo import minimind_rows, minimind_student, minimind_teacher
+from gkd.recipe.rows import dataset_by_name
+from gkd.recipe.settings import Settings
+from gkd.run import run
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": minimind_student,

@@ -1,9 +1,31 @@
-"""Rollout backends: sample completions for prompts from a model. One class with `generate`, one line here."""
+"""Who writes: completions for prompts, sampled from a model.
+
+adapter_upload: the student's adapter on a vLLM server: written, loaded under a name of its own each time,
+    and taken away again
+against_the_student: whether a server samples from the weights that are trained, and as it was asked to:
+    looked at in every step
+base: what every rollout backend shares: the sampling settings, the random numbers, and two measures of a
+    completion
+batch_size: how much memory a run needs on each GPU, from the models' configs alone
+folding: fold a LoRA adapter into the weights for the time of a rollout
+hf: rollouts in the training process, with the model that is being trained
+hygiene: what every rollout backend shares: the sampling settings, the random numbers, and two measures of
+    a completion
+kept: each prompt is answered once: completions of a model that does not change, kept on disk
+kv_cache: A KV cache for rollouts: room to grow, and rows that leave
+routed: several teachers write: each prompt is answered by the teacher of its row
+sampling: pick a token for each row from its logits: by the row's own random number, or the most likely
+    one
+store: completions on disk, found again by the hash of their prompt; several processes may write and read
+    at once
+vllm: rollouts on a vLLM server: token ids go there, token ids come back, over HTTP
+"""
 
 from __future__ import annotations
 
-from gkd.rollouts.base import Rollout, SamplingSettings, is_truncated, repeated_ngram_share
+from gkd.rollouts.base import Rollout, SamplingSettings
 from gkd.rollouts.hf import HFRollout
+from gkd.rollouts.hygiene import is_truncated, repeated_ngram_share
 from gkd.rollouts.vllm import VLLMRollout
 
 ROLLOUTS: dict[str, type] = {"hf": HFRollout, "vllm": VLLMRollout}

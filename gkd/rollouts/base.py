@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gkd.markdown import shorten
+from gkd.common.text import shorten
 
 # What `generation_kwargs` may hold beside the fields of SamplingSettings: rules on the next token that transformers
 # applies row by row, without state between steps. Everything else is refused by name, so that a typo cannot be lost.
@@ -148,14 +148,3 @@ def row_uniforms(seed: int, step: int, row: int, source: str, count: int) -> lis
     """
     rng = random.Random(f"gkd rollout {source} {seed} {step} {row}")
     return [rng.random() for _ in range(count)]
-
-
-def is_truncated(completion: list[int], stop_ids: tuple[int, ...], max_new_tokens: int) -> bool:
-    """True when the cap, not a stop token, ended the completion."""
-    return len(completion) >= max_new_tokens and completion[-1] not in stop_ids
-
-
-def repeated_ngram_share(ids: list[int], n: int = 4) -> float:
-    """Share of the n-grams of `ids` that occurred before: 0 when all differ (or there is none), near 1 in a loop."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
-from gkd.lengths import positions
-from gkd.metrics import sum_dtype
-from gkd.rollouts.adapter import castable, foldable, folded
+from gkd.common.devices import sum_dtype
+from gkd.models.facts import positions
+from gkd.models.generation_mode import generation_mode
 from gkd.rollouts.base import SamplingSettings, row_uniforms
-from gkd.rollouts.cache import can_drop_rows, keep_rows, places_to_keep, use_growing_layers
-from gkd.rollouts.modes import generation_mode
+from gkd.rollouts.folding import castable, foldable, folded
+from gkd.rollouts.kv_cache import can_drop_rows, keep_rows, places_to_keep, use_growing_layers
 from gkd.rollouts.sampling import NOT_A_TOKEN, most_likely, sample
 
 # Rules that read the row's earlier tokens: left padding would be read as tokens, so such rows are not padded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gkd.rollouts.base import SamplingSettings
-from gkd.rollouts.cached import SampledRollout
+from gkd.rollouts.kept import SampledRollout
 
 
 class RoutedRollout:

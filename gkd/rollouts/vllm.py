@@ -21,11 +21,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from gkd.models.generation_mode import generation_mode
+from gkd.rollouts.adapter_upload import AdapterUpload, agree, version_of
 from gkd.rollouts.base import SamplingSettings
-from gkd.rollouts.modes import generation_mode
-from gkd.rollouts.upload import AdapterUpload, agree, version_of
-from gkd.vllm_answers import Completion, ServedModel, completion_of, is_unfinished
-from gkd.vllm_client import RefusedError, ServerError, VLLMClient
+from gkd.servers.answers import Completion, ServedModel, completion_of, is_unfinished
+from gkd.servers.client import RefusedError, ServerError, VLLMClient
 
 # Mean difference, in nats, of the log-probability of the most likely next token between server and trainer, above
 # which they do not hold the same weights. bf16 against fp32 gives about 0.05.

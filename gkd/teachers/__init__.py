@@ -1,12 +1,24 @@
-"""Teachers by name: to add one, write a class with `score` and put it into the dict."""
+"""Who scores: what a teacher says about a batch's targets.
+
+absent: A teacher that is not loaded, because what it has to say is on disk already (`teacher_scores_dir`)
+base: the one method of a teacher
+kept: A teacher that is asked about each sequence once: its last hidden states are kept on disk
+local: A teacher in this process: any causal language model, frozen
+routed: teachers without weights of their own, and several teachers in the place of one
+server: A teacher on a vLLM server: it scores token ids and answers with its K most likely tokens at every
+    position
+shared: teachers without weights of their own, and several teachers in the place of one
+store: the teacher's last hidden states on disk, found again by the hash of a sequence and of its targets
+"""
 
 from __future__ import annotations
 
 from gkd.teachers.base import Teacher
-from gkd.teachers.cached import CachedTeacher
+from gkd.teachers.kept import CachedTeacher
 from gkd.teachers.local import LocalTeacher
+from gkd.teachers.routed import RoutedTeacher
 from gkd.teachers.server import ServerTeacher
-from gkd.teachers.shared import RoutedTeacher, SharedTeacher
+from gkd.teachers.shared import SharedTeacher
 
 TEACHERS: dict[str, type] = {"local": LocalTeacher, "cached": CachedTeacher, "server": ServerTeacher}
 TEACHERS |= {"shared": SharedTeacher, "routed": RoutedTeacher}

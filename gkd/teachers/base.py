@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gkd.signals import TeacherSignal
+from gkd.loss.signals import TeacherSignal
 
 
 class Teacher(Protocol):

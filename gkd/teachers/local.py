@@ -13,11 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gkd.batch import select_targets, targets_of
-from gkd.hidden import last_hidden
-from gkd.placement import is_sharded, on_accelerator, place_teacher
-from gkd.precision import mixed_precision
-from gkd.signals import DenseSignal, TeacherSignal, check_head, head_of, output_layer
+from gkd.data.targets import select_targets, targets_of
+from gkd.loss.signals import DenseSignal, TeacherSignal
+from gkd.models.head import check_head, head_of, output_layer
+from gkd.models.hidden import last_hidden
+from gkd.models.placement import on_accelerator, place_teacher
+from gkd.models.precision import mixed_precision
+from gkd.models.zero import is_sharded
 
 
 class LocalTeacher:

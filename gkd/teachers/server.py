@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gkd.signals import TeacherSignal, TopKSignal
-from gkd.vllm_answers import Entry, ServedModel, own_score, prompt_scores_of, top_scores
-from gkd.vllm_checks import START_SECONDS
-from gkd.vllm_client import RefusedError, ServerError, VLLMClient
+from gkd.loss.signals import TeacherSignal, TopKSignal
+from gkd.servers.answers import Entry, ServedModel, own_score, prompt_scores_of, top_scores
+from gkd.servers.checks import START_SECONDS
+from gkd.servers.client import RefusedError, ServerError, VLLMClient
 
 _TOKENS_ONLY = "/inference/v1/generate"  # about half the cost: no text is made of the K tokens; not always open
 _COMPLETIONS = "/v1/completions"

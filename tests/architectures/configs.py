@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCABULARY = 259  # of tests/tiny.py: the tokenizer is byte-level
+VOCABULARY = 259  # of tests/support/tiny.py: the tokenizer is byte-level
 STOPS = list(range(0, 258, 7))  # so many that rows leave the batch at different times
 PAD = 256
 

@@ -112,7 +112,8 @@ def _trainer(case: Case, student: Any, teacher: Any, folder: str, result: dict[s
     from peft import LoraConfig
     from tiny import tiny_tokenizer
 
-    from gkd import GKDConfig, GKDTrainer
+    from gkd.config.fields import GKDConfig
+    from gkd.training.trainer import GKDTrainer
 
     class Checked(GKDTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
@@ -258,7 +259,7 @@ def verdict(record: dict[str, Any]) -> str:
 
 def run_all(results: Path, only: list[str]) -> None:
     """Run what has no line in `results` yet, each in a fork of this process, which has the libraries loaded."""
-    import gkd.trainer  # noqa: F401
+    import gkd.training.trainer  # noqa: F401
 
     results.parent.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()

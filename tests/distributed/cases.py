@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_rows, tiny_tokenizer, tiny_vision_model
 from transformers import GenerationConfig, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
 
-import gkd.trainer
-from gkd import GKDConfig, GKDTrainer
-from gkd.rollouts.modes import generation_mode
+import gkd.training.trainer
+from gkd.config.fields import GKDConfig
+from gkd.models.generation_mode import generation_mode
+from gkd.training.trainer import GKDTrainer
 
 RANKS = 2
 ROWS = 24

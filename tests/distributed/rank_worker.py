@@ -23,9 +23,10 @@ from tiny import tiny_rows  # noqa: E402
 from training import trainer_of  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-import gkd.trainer  # noqa: E402 - imported before the fork
-from gkd.checkpoint_files import find, read_state  # noqa: E402
-from gkd.distributed import gathered, zero_stage  # noqa: E402
+import gkd.training.trainer  # noqa: E402 - imported before the fork
+from gkd.models.zero import gathered, zero_stage  # noqa: E402
+from gkd.training.checkpoint_faults import read_state  # noqa: E402
+from gkd.training.checkpoint_files import find  # noqa: E402
 
 VALUES: dict[str, Any] = {
     "max_steps": 6,

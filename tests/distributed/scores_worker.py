@@ -19,10 +19,10 @@ from forked import Child, ranks  # noqa: E402
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer  # noqa: E402
 from training import config, losses  # noqa: E402
 
-import gkd.precompute_scores  # noqa: E402, F401 - imported before the fork
-from gkd import GKDTrainer  # noqa: E402
+import gkd.commands.precompute.scores  # noqa: E402, F401 - imported before the fork
 from gkd.cli import main  # noqa: E402
-from gkd.teachers import LocalTeacher  # noqa: E402
+from gkd.teachers.local import LocalTeacher  # noqa: E402
+from gkd.training.trainer import GKDTrainer  # noqa: E402
 
 Say = Callable[[str], None]
 ROWS = tiny_rows(16)

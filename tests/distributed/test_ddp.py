@@ -10,7 +10,7 @@ from cases import Case, run
 from launch import launch
 from results import assert_all_saved_whole, assert_as_one_process, read
 
-from gkd.launch_checks import check_wiring
+from gkd.assembly.launch_checks import check_wiring
 
 pytestmark = pytest.mark.distributed
 

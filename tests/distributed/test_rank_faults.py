@@ -15,7 +15,7 @@ import pytest
 from launch import HERE, LIMIT_S, ROOT, environment, execute
 from tiny import save_tiny, tiny_rows
 
-from gkd.checkpoint_files import find, step_of
+from gkd.training.checkpoint_files import find, step_of
 
 pytestmark = pytest.mark.distributed
 

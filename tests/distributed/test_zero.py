@@ -18,7 +18,7 @@ from cases import Case
 from launch import launch
 from results import assert_all_saved_whole, assert_as_one_process, read
 
-from gkd.setup_checks import check_not_quantized
+from gkd.assembly.checks import check_not_quantized
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
 

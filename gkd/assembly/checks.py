@@ -1,0 +1,136 @@
+"""What is checked or switched off before the first step, so that nothing is silently wrong later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gkd.config.fields import GKDConfig
+from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids
+from gkd.models.facts import positions
+from gkd.models.zero import zero_stage
+
+logger = logging.getLogger(__name__)
+
+
+def check_not_quantized(model: Any, role: str, accelerator: Accelerator) -> None:
+    """Refuse quantized weights under ZeRO-3, which would split up packed bytes.
+
+    Raises:
+        ValueError: they are.
+    """
+    if zero_stage(accelerator) == 3 and getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"the {role} is quantized, which ZeRO-3 cannot split up: load it in bfloat16, or use DDP or ZeRO-2"
+        )
+
+
+def check_steps(args: GKDConfig, rows: Any, split_batches: bool) -> None:
+    """Refuse a data set of which no batch is left.
+
+    Args:
+        rows: the prepared train rows. split_batches: a batch is shared out over the ranks.
+
+    Raises:
+        ValueError: fewer rows than one batch, with dataloader_drop_last.
+    """
+    if rows is None or not args.dataloader_drop_last:
+        return
+    batch, ranks = args.per_device_train_batch_size, 1 if split_batches else args.world_size
+    if len(rows) < batch * ranks:
+        each = f"{batch} x {ranks} processes" if ranks > 1 else f"{batch}"
+        raise ValueError(
+            f"dataloader_drop_last=True with {len(rows)} usable rows and per_device_train_batch_size={each}: no batch "
+            "is full, so no step would be made. Set dataloader_drop_last=False, or a smaller batch"
+        )
+
+
+def _without_noise(module: nn.Module, _inputs: Any) -> None:
+    module.training = False
+
+
+def warn_of_differences(
+    stop_ids: dict[str, tuple[int, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Warn when the teacher stops elsewhere than the student, or knows chats in another form: both make on-policy
+    training drift, and neither shows in the loss."""
+    remarks = [compare_stop_ids(stop_ids["student"], stop_ids["teacher"], tokenizer)]
+    if teacher_tokenizer is not None:
+        remarks.append(compare_chat_templates(tokenizer, teacher_tokenizer))
+    for remark in remarks:
+        if remark:
+            logger.warning("%s", remark)
+
+
+_ROWS_AT_A_TIME = 10_000
+
+
+def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | None) -> None:
+    """Compare the longest sequence that will be trained on with every model's positions.
+
+    Args:
+        models: "student" and "teacher", those that are in this process.
+        rows: the prepared training rows. They are looked at only when what the fields allow does not fit.
+
+    Raises:
+        ValueError: a prompt with its rollout, or a row, is longer than a model can take.
+    """
+    rooms = {who: positions(model.config) for who, model in models.items() if getattr(model, "config", None)}
+    known = {who: (room, binds) for who, (room, binds) in rooms.items() if room is not None}
+    generates = args.student_writes or args.teacher_writes
+    bounds_rollouts = args.max_length is None or args.max_prompt_length or args.max_length > args.max_new_tokens
+    if generates and not bounds_rollouts:
+        logger.warning(
+            "max_length=%d is no more than max_new_tokens=%d, so it bounds prompts and the data's rows alone: with "
+            "its rollout, a sequence may have %d tokens; for less set max_prompt_length or lower max_new_tokens",
+            args.max_length,
+            args.max_new_tokens,
+            args.max_length - 1 + args.max_new_tokens,
+        )
+    with_rollout = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
+    allowed = [with_rollout if generates else 0, args.max_length if args.reads_answers else 0]
+    smallest = min((room for room, _ in known.values()), default=None)
+    if smallest is None or all(size is not None and size <= smallest for size in allowed):
+        return
+    if rows is None or not {"input_ids", "prompt_length"} <= set(rows.column_names):
+        return  # a foreign collator: its sequences are not known here
+    prompt, row = _longest(rows)
+    for who, (room, binds) in known.items():
+        if generates and prompt + args.max_new_tokens > room:
+            text = (
+                f"max_new_tokens={args.max_new_tokens}: with the longest prompt, of {prompt} tokens, that makes "
+                f"{prompt + args.max_new_tokens}, and the {who} has {room} positions (max_position_embeddings)"
+            )
+            _tell(text, "lower max_new_tokens or max_prompt_length, or take a model for longer texts", binds)
+        if args.reads_answers and row > room:
+            text = (
+                f"max_length={args.max_length}: the longest row has {row} tokens, and the {who} has {room} positions "
+                "(max_position_embeddings)"
+            )
+            _tell(text, f"set max_length={room}, or take a model for longer texts", binds)
+
+
+def _tell(text: str, remedy: str, binds: bool) -> None:
+    if binds:
+        raise ValueError(f"{text}: {remedy}")
+    logger.warning("%s; its positions are stretched, so it goes on: see that the model is good at this length", text)
+
+
+def _longest(rows: Dataset) -> tuple[int, int]:
+    """Tokens of the longest prompt and of the longest row."""
+    prompt, row = 0, 0
+    columns = ["input_ids", "prompt_length", "prompt_ids"]
+    for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_A_TIME):
+        own = pc.max(pc.list_value_length(batch.column("prompt_ids"))).as_py() or 0
+        prompt = max(prompt, own, pc.max(batch.column("prompt_length")).as_py() or 0)
+        row = max(row, pc.max(pc.list_value_length(batch.column("input_ids"))).as_py() or 0)
+    return prompt, row

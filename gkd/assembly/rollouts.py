@@ -1,0 +1,204 @@
+"""From the configuration to the objects that do the work; past this point nobody sees a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gkd.common.environment import installed_versions
+from gkd.config.fields import GKDConfig
+from gkd.data.template_day import template_day
+from gkd.data.vocabulary import configured_stop_ids
+from gkd.loss.settings import LossSettings
+from gkd.models.facts import key_width, model_name, revision_of
+from gkd.models.fingerprint import fingerprint
+from gkd.models.loading import generation_config_of
+from gkd.rollouts import ROLLOUTS
+from gkd.rollouts.base import SamplingSettings
+from gkd.rollouts.batch_size import rollout_rows
+from gkd.rollouts.hygiene import Hygiene
+from gkd.rollouts.kept import CachedRollout, SampledRollout, key_of
+from gkd.rollouts.store import open_store
+from gkd.rollouts.vllm import VLLMRollout
+from gkd.servers.checks import Server
+from gkd.teachers.absent import AbsentTeacher
+
+
+def encoding_options(
+    model: Any, tokenizer: PreTrainedTokenizerBase, args: GKDConfig, options: Any = None, write: bool = True
+) -> dict[str, Any]:
+    """What `prepare_dataset` needs to know of the student and of the day.
+
+    Args:
+        model: the student, or its name.
+        options: that it is loaded with.
+        write: whether the day may be kept for later runs.
+    """
+    config = generation_config_of(model, options if isinstance(options, dict) else None)
+    with args.main_process_first(desc="reading the day of the chat template"):
+        today = template_day(args, tokenizer, write)
+    return {"stop_ids": configured_stop_ids(config), "today": today}
+
+
+def sampling_settings(
+    args: GKDConfig, source: str, stop_ids: tuple[int, ...], pad_id: int, foreign_ids: range = range(0)
+) -> SamplingSettings:
+    """How the rollouts of a source are sampled, complete.
+
+    `foreign_ids` are rows of this model's head beyond the other model's embeddings: they are never sampled, since the
+    other model could not read them.
+    """
+    assert not isinstance(args.generation_kwargs, str)  # TrainingArguments has parsed it
+    extra = dict(args.generation_kwargs or {})
+    if foreign_ids:
+        extra["suppress_tokens"] = sorted({*extra.get("suppress_tokens", ()), *foreign_ids})
+    own = args.teacher_temperature if source == "teacher" else None
+    return SamplingSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature if own is None else own,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        extra=extra,
+    )
+
+
+def rows_at_a_time(args: GKDConfig, config: Any, device: torch.device) -> int:
+    """`rollout_batch_size`, or what goes well on this device with a model of this config."""
+    if args.rollout_batch_size is not None:
+        return args.rollout_batch_size
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
+    layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
+    row_bytes = 2 * layers * key_width(config) * tokens * (2 if args.bf16 or args.fp16 else 4)
+    batch = args.per_device_train_batch_size
+    return rollout_rows(batch, batch * args.gradient_accumulation_steps, row_bytes, room)
+
+
+def make_rollout(
+    args: GKDConfig,
+    source: str,
+    get_model: Callable[[], nn.Module],
+    accelerator: Accelerator,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    foreign_ids: range = range(0),
+    server: Server | None = None,
+    vocabulary: int | None = None,
+    frozen: Any = None,
+) -> SampledRollout:
+    """The backend that writes a source's completions; the teacher's are kept, when any are wanted.
+
+    With a `server`, it writes: the student through its adapter, the teacher as the server's own model. `frozen` is
+    the teacher before it is placed; one that is absent is not asked for, only its fingerprint.
+    Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
+    """
+    settings = sampling_settings(args, source, stop_ids, pad_id, foreign_ids)
+    rollout: SampledRollout
+    if server is not None:
+        rollout = make_server_rollout(args, source, server, settings, get_model, accelerator, vocabulary)
+    else:
+        options: dict[str, Any] = {
+            "seed": args.seed,
+            "source": source,
+            "batch_size": args.rollout_batch_size or partial(rows_at_a_time, args),
+            "merge_adapter": args.fold_adapter,
+        }
+        rollout = ROLLOUTS["hf"](get_model, accelerator, settings, **options)
+    if source != "teacher" or args.teacher_cache_folder is None or not args.teacher_writes:
+        return rollout
+    absent = frozen if isinstance(frozen, AbsentTeacher) else None
+    return keep_completions(rollout, args, server or absent or get_model(), accelerator)
+
+
+def keep_completions(
+    rollout: SampledRollout, args: GKDConfig, model: nn.Module | Server | AbsentTeacher, accelerator: Accelerator
+) -> CachedRollout:
+    """A rollout of the frozen `model` (a server's is known by its name only) that samples each prompt once and
+    keeps the completion on disk.
+
+    Under ZeRO-3 all ranks call this: the fingerprint gathers the weights.
+
+    Raises:
+        ValueError: `teacher_cache_dir` is off, or an option of the sampling cannot be compared between runs.
+    """
+    folder = args.teacher_cache_folder
+    if folder is None:
+        raise ValueError(f"teacher_cache_dir={args.teacher_cache_dir!r} leaves no place to keep completions: name one")
+    name: str | None
+    if isinstance(model, Server):
+        mark, name, revision = model.fingerprint, model.served.root, None
+    else:
+        teacher: Any = extract_model_from_parallel(model) if isinstance(model, nn.Module) else model
+        mark = model.fingerprint if isinstance(model, AbsentTeacher) else fingerprint(teacher)
+        name, revision = model_name(teacher), revision_of(teacher, args.teacher_model_init_kwargs)
+    key = key_of(rollout.settings, args.seed, mark)
+    notes = {"teacher": name, "revision": revision, "versions": installed_versions()}
+    return CachedRollout(rollout, open_store(folder, key, notes), accelerator)
+
+
+def hygiene(args: GKDConfig, stop_ids: dict[str, tuple[int, ...]]) -> Hygiene:
+    """Which completions are counted as unsound, and which of them are trained on."""
+    return Hygiene(
+        stop_ids=stop_ids,
+        max_new_tokens=args.max_new_tokens,
+        repetition_threshold=args.repetition_threshold,
+        train_truncated=not args.mask_truncated_completions,
+        train_repetitive=not args.drop_repetitive_completions,
+    )
+
+
+def loss_settings(args: GKDConfig, shared_vocab: int | None) -> LossSettings:
+    """What the fused divergence computes."""
+    return LossSettings(
+        divergence=args.make_divergence(),
+        loss_temperature=args.loss_temperature,
+        teacher_loss_temperature=args.teacher_loss_temperature,
+        scale_by_temperature_squared=args.scale_by_temperature_squared,
+        teacher_top_k=args.teacher_top_k,
+        top_k_tail=args.top_k_tail,
+        shared_vocab=shared_vocab,
+        chunk_size=args.loss_chunk_size,
+        compiled=args.loss_compile,
+    )
+
+
+def make_server_rollout(
+    args: GKDConfig,
+    source: str,
+    server: Server,
+    settings: SamplingSettings,
+    get_model: Callable[[], nn.Module],
+    accelerator: Accelerator,
+    vocabulary: int | None,
+) -> VLLMRollout:
+    """A rollout on a server; the student's adapter is loaded there at once: a refusal comes before the training.
+
+    Raises:
+        ValueError: the student has no plain LoRA adapter, or the server refuses it.
+    """
+    rollout: VLLMRollout = ROLLOUTS["vllm"](
+        server.client,
+        server.served,
+        settings,
+        seed=args.seed,
+        source=source,
+        get_model=get_model if source == "student" else None,
+        adapter_dir=args.rollout_adapter_folder,
+        accelerator=accelerator,
+        vocabulary=vocabulary,
+        log_probs=source == "student" and args.rollout_logprob_tolerance > 0,
+    )
+    if rollout.upload is not None:
+        rollout.upload.current(step=0)
+    return rollout

@@ -1,0 +1,166 @@
+"""Putting the store of hidden states between the training and its teacher (`teacher_scores_dir`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from gkd.assembly.models import loading_of
+from gkd.common.environment import installed_versions
+from gkd.common.errors import DiskFullError
+from gkd.common.ranks import sum_over_ranks
+from gkd.config.fields import GKDConfig
+from gkd.data.sequences import join, prompt_of
+from gkd.data.targets import IGNORE
+from gkd.models.facts import model_name, revision_of
+from gkd.models.fingerprint import fingerprint
+from gkd.models.placement import SHARDED
+from gkd.models.zero import gathered, zero_stage
+from gkd.rollouts.hygiene import Hygiene
+from gkd.rollouts.kept import CachedRollout
+from gkd.teachers.absent import AbsentTeacher, remember
+from gkd.teachers.kept import CachedTeacher
+from gkd.teachers.store import ScoreStore, open_scores, row_key
+
+logger = logging.getLogger(__name__)
+
+
+def with_scores(
+    args: GKDConfig, model: Any, accelerator: Accelerator, make_live: Callable[[Any], Any]
+) -> CachedTeacher:
+    """A teacher whose hidden states are kept in `teacher_scores_dir`. All ranks call this.
+
+    Args:
+        args: the fields.
+        model: the teacher, or an `AbsentTeacher`, which is then loaded only when it is needed.
+        accelerator: of the training.
+        make_live: makes a model ready to score.
+
+    Raises:
+        ValueError: the folder cannot be made, or the teacher's weights cannot be fingerprinted.
+    """
+    together = accelerator.num_processes > 1 and (zero_stage(accelerator) == 3 or args.teacher_placement in SHARDED)
+    sources = ("data", "teacher") if args.teacher_cache_folder is not None else ("data",)
+    if isinstance(model, AbsentTeacher):
+        absent = model
+        head = absent.store.read_head(accelerator.device)
+        if int(sum_over_ranks(accelerator, torch.tensor(int(head is None)))) == 0:
+            load = partial(_load, absent, make_live)
+            return CachedTeacher(absent.store, load, head, accelerator, together, sources, absent)
+        model = absent.load()
+    live = make_live(model)
+    store = _store_of(args, live, accelerator)
+    return CachedTeacher(store, lambda: live, None, accelerator, together, sources)
+
+
+def _load(absent: AbsentTeacher, make_live: Callable[[Any], Any]) -> Any:
+    logger.warning("the teacher is loaded now, for something that its scores on disk do not tell")
+    return make_live(absent.load())
+
+
+def _store_of(args: GKDConfig, live: Any, accelerator: Accelerator) -> ScoreStore:
+    """The live teacher's store, with its output head and the note by which it is known again."""
+    teacher: Any = extract_model_from_parallel(live.model)
+    mark, name = fingerprint(teacher), model_name(teacher)
+    # What a fingerprint of the weights does not show: which adapters act, and what autocast rounds.
+    layers = [module for module in teacher.modules() if isinstance(module, BaseTunerLayer)]
+    adapters = [[list(layer.active_adapters), bool(layer.disable_adapters)] for layer in layers]
+    key = {"model": mark, "adapters": adapters, "mixed_precision": str(accelerator.mixed_precision)}
+    notes = {
+        "teacher": name,
+        "revision": revision_of(teacher, args.teacher_model_init_kwargs),
+        "versions": installed_versions(),
+    }
+    assert args.teacher_scores_dir is not None
+    store = open_scores(args.teacher_scores_dir, key, notes)
+    with gathered(live.head_parameters()):
+        if accelerator.is_main_process and store.writable:
+            try:
+                if store.read_head() is None:
+                    store.write_head(live.head)
+                if name is not None and name == args.teacher_model_name_or_path:
+                    remember(loading_of(args), name, store, teacher, mark)
+            except DiskFullError as error:
+                logger.warning("%s. Training goes on; none of the teacher's scores are kept", error)
+                store.writable = False
+    accelerator.wait_for_everyone()
+    return store
+
+
+def load_unless_covered(
+    teacher: Any,
+    args: GKDConfig,
+    datasets: list[Any],
+    rollout: Any,
+    hygiene: Hygiene,
+) -> None:
+    """Load a teacher that is not loaded yet, unless the store has all that the training will ask it. All ranks call
+    this, and load it or not together.
+
+    Args:
+        teacher: any kind; nothing happens unless it is a `CachedTeacher` that is not loaded.
+        args: the fields.
+        datasets: the training's rows, then those of the evaluation; foreign ones load the teacher.
+        rollout: of the teacher's sequences.
+        hygiene: which of these are trained on.
+    """
+    if not isinstance(teacher, CachedTeacher) or teacher.loaded:
+        return
+    missing = int(args.student_writes)  # what the student will write nobody knows
+    for number, rows in enumerate(datasets if not missing else ()):
+        writes = args.teacher_writes and number == 0
+        keys = written_keys(rows, rollout, hygiene) if writes else keys_of(rows)
+        missing += sum(key is not None and key not in teacher.store for key in keys)
+    missing = int(sum_over_ranks(teacher.accelerator, torch.tensor(missing)))
+    if missing == 0:
+        logger.info("the teacher is not loaded: %s holds all that it has to say", teacher.store.path)
+        return
+    if not args.student_writes:
+        logger.info("the teacher is loaded: %s lacks scores of some rows", teacher.store.path)
+    assert teacher.live is not None
+
+
+def evaluation_sets(rows: Any) -> list[Any]:
+    """`eval_dataset` of a trainer, one by one."""
+    return [] if rows is None else list(rows.values()) if isinstance(rows, dict) else [rows]
+
+
+def keys_of(rows: Any) -> Iterator[bytes | None]:
+    """The key of each prepared row; b"" for one that cannot be told beforehand, None for one without a target."""
+    if not isinstance(rows, Dataset) or not {"input_ids", "labels", "prompt_length"} <= set(rows.column_names):
+        yield b""
+        return
+    for row in rows.select_columns(["input_ids", "labels"]):
+        trained = any(label != IGNORE for label in row["labels"][1:])
+        yield row_key(row["input_ids"], row["labels"]) if trained else None
+
+
+def written_keys(rows: Any, rollout: Any, hygiene: Hygiene) -> Iterator[bytes | None]:
+    """The same of the sequences that the teacher has written for the rows' prompts."""
+    if not isinstance(rollout, CachedRollout) or not isinstance(rows, Dataset):
+        yield b""
+        return
+    for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]):
+        prompt = prompt_of(row)
+        if prompt not in rollout.store:
+            yield b""
+            continue
+        sequence = written(prompt, rollout.store.get(prompt), hygiene)
+        yield None if sequence is None else row_key(*sequence)
+
+
+def written(prompt: list[int], completion: list[int], hygiene: Hygiene) -> tuple[list[int], list[int]] | None:
+    """Token ids and labels of a sequence that the teacher has written; None when it is not trained on."""
+    verdict = hygiene.judge(completion, "teacher")
+    if not hygiene.trains(verdict):
+        return None
+    sequence = join(prompt, completion, "teacher", -1, verdict.truncated, True)
+    return (sequence.input_ids, sequence.labels) if sequence.num_targets else None

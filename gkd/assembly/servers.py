@@ -1,0 +1,68 @@
+"""vLLM servers in the place of models: checked first, then made into a rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gkd.config.fields import GKDConfig
+from gkd.loss.signals import TeacherSignal
+from gkd.rollouts.adapter_upload import agree
+from gkd.rollouts.against_the_student import RolloutCheck
+from gkd.rollouts.vllm import VLLMRollout
+from gkd.servers.checks import Server, check_length, check_tokenizer, served_model
+from gkd.servers.client import ServerError, VLLMClient
+from gkd.teachers.server import ServerTeacher
+
+
+def connect(
+    args: GKDConfig, tokenizer: PreTrainedTokenizerBase, whose: tuple[str, ...] = ("student", "teacher")
+) -> dict[str, Server | None]:
+    """The servers of "student" and "teacher"; None where the model is in this process, or is not asked for.
+
+    Raises:
+        ValueError: a server is out of reach, has another tokenizer, or takes sequences that are too short.
+    """
+    longest = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
+    lengths = [length for length in (longest, args.max_length) if length is not None]
+    needed = {"student": longest, "teacher": max(lengths) + 1 if lengths else None}
+    fields = {"teacher": "teacher_server_url"}
+    if args.rollout_backend == "vllm":
+        fields["student"] = "rollout_server_url"
+    found: dict[str, Server | None] = {"student": None, "teacher": None}
+    for who, name in fields.items():
+        urls = getattr(args, name)
+        if urls is not None and who in whose:
+            client = VLLMClient(urls, field=name, timeout=args.rollout_server_timeout, proxy=args.server_proxy)
+            server = Server(client, served_model(client))
+            check_tokenizer(client, server.served, tokenizer)
+            check_length(client, server.served, needed[who])
+            found[who] = server
+    return found
+
+
+def rollout_check(args: GKDConfig, rollout: Any, accelerator: Accelerator) -> RolloutCheck | None:
+    """What compares the student's rollouts with the student; None where they are not from a server, or not to be."""
+    if not isinstance(rollout, VLLMRollout) or args.rollout_logprob_tolerance == 0:
+        return None
+    return RolloutCheck(rollout.settings, args.rollout_logprob_tolerance, accelerator, rollout.client.field)
+
+
+def score_together(teacher: Any, batch: dict[str, Tensor], accelerator: Accelerator) -> TeacherSignal:
+    """`Teacher.score`; what goes wrong with a server on one rank is raised on all of them, so that no rank is waited
+    for and a checkpoint can be saved."""
+    if not isinstance(teacher, ServerTeacher):
+        signal: TeacherSignal = teacher.score(batch)
+        return signal
+    found: TeacherSignal | None = None
+    failure: Exception | None = None
+    try:
+        found = teacher.score(batch)
+    except (ServerError, ValueError) as error:
+        failure = error
+    agree(accelerator, None, failure)
+    assert found is not None
+    return found

@@ -1,0 +1,10 @@
+"""What the shell's commands do.
+
+doctor: `gkd doctor`: a recipe looked at before it costs anything
+evaluate: `gkd evaluate`: what a run measures before and after training, for a recipe's models as they are
+new: `gkd new`: a recipe that runs, from a template, after a look at the data
+new_look: A look at the rows that `gkd new` is given: their format, what a recipe renames, what it would
+    leave unused
+plan: `gkd plan`: memory, before a machine is rented
+precompute: `gkd precompute`: the teacher's answers and scores, made beforehand
+"""

@@ -1,0 +1,9 @@
+"""`gkd doctor`: a recipe looked at before it costs anything.
+
+cost: the doctor's estimate of a run: memory by the formulas of `gkd plan`, time from optimizer steps that
+    are made
+examine: `gkd doctor`: what can be known about a run before it costs a GPU-day
+rows: the doctor's look at the rows: formats, what is dropped or cut, where an answer begins and whether
+    it stops
+view: what the doctor shows: the checklist, and rows with their prompt, target and stop tokens in colour
+"""

@@ -1,0 +1,161 @@
+"""The doctor's estimate of a run: memory by the formulas of `gkd plan`, time from optimizer steps that are made.
+
+The timed steps are the run's own (models, batch sizes, rollouts, teacher) on rows of the data, with at most as many
+micro-batches as one rollout batch holds; they are made with throw-away weights. The first step warms up, the second
+is timed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from gkd.commands.doctor.view import Diagnosis
+from gkd.commands.plan.memory import GIB, Estimate, estimate, smallest_change
+from gkd.commands.plan.plan import setup_of
+from gkd.config.fields import GKDConfig
+from gkd.recipe.capture import Recipe
+from gkd.training.trainer import GKDTrainer
+
+_PARTS_NAMED = 3  # the largest parts of the memory that a line names
+STEPS = 2
+
+
+def examine_memory(out: Diagnosis, recipe: Recipe) -> None:
+    """What each GPU (or this machine) needs at the run's peak, against what it has.
+
+    Raises:
+        ValueError: a model's config cannot be read.
+    """
+    args = recipe.settings.training
+    card = None if args.use_cpu else capacity("cuda")
+    setup = setup_of(recipe, gpus=max(1, args.world_size), zero_stage=0, offload=False, memory=card)
+    found, room = estimate(setup), capacity(setup.device)
+    where = "a GPU" if setup.device == "cuda" else "memory"
+    text = f"about {found.peak / GIB:.1f} GiB of {room / GIB:.1f} GiB of {where} at the peak ({_largest(found)})"
+    if found.peak <= room:
+        out.add("Memory", "ok", f"{text}, by the formulas of gkd plan")
+        return
+    change = "; ".join(smallest_change(setup, room)) or "a smaller model, or shorter rows"
+    out.add("Memory", "warning", f"{text}: does not fit on this machine", f"{change}; see also gkd plan")
+
+
+def _largest(found: Estimate) -> str:
+    parts = sorted(found.parts.items(), key=lambda part: -part[1])[:_PARTS_NAMED]
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+
+
+def capacity(device: str) -> int:
+    """Bytes of the smallest of the visible GPUs, or of this machine's memory."""
+    if device == "cuda" and torch.cuda.is_available():
+        return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ------------------------------------------------------------------------------------------------------------ time
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Of the run: `steps` optimizer steps of `micro_batches` each; of which a timed step has `timed`."""
+
+    steps: int
+    micro_batches: int
+    timed: int
+
+    @property
+    def scale(self) -> float:
+        return self.micro_batches / self.timed
+
+
+def shorten(args: GKDConfig, rows: int) -> Schedule:
+    """Change a run's arguments into those of the timed steps; gives the run's own.
+
+    Args:
+        args: before a trainer is made from them.
+        rows: of the training set, after preparation.
+    """
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    per_epoch = max(1, math.ceil(math.ceil(rows / (batch * max(1, args.world_size))) / accumulation))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    # What is generated together has to be there in a timed step, too.
+    rollout_batch = args.rollout_batch_size or batch * (4 if args.use_cpu else max(4, accumulation))
+    timed = min(accumulation, max(1, math.ceil(rollout_batch / batch)))
+    args.gradient_accumulation_steps, args.max_steps = timed, STEPS
+    args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+    args.load_best_model_at_end, args.eval_on_start = False, False
+    args.logging_strategy, args.logging_steps = IntervalStrategy.STEPS, 1
+    args.mixing = "sample"  # the same share of rollouts in every step
+    args.resume_from_checkpoint, args.disable_tqdm = None, True
+    return Schedule(steps, accumulation, timed)
+
+
+def spread(prepared: Dataset, number: int) -> list[int]:
+    """Numbers (column `row`) of rows from all over the data set."""
+    number = min(number, len(prepared))
+    return [prepared[i * len(prepared) // number]["row"] for i in range(number)]
+
+
+@dataclass
+class _Clock(TrainerCallback):
+    """When optimizer steps ended."""
+
+    ends: list[float] = field(default_factory=list)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def examine_time(out: Diagnosis, trainer: GKDTrainer, schedule: Schedule) -> None:
+    """Make the timed steps with a trainer whose arguments `shorten` has changed; its weights change.
+
+    Raises:
+        torch.OutOfMemoryError, FloatingPointError, ServerError: as the run would.
+    """
+    clock = _Clock()
+    trainer.add_callback(clock)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    if len(clock.ends) < STEPS:
+        out.add("Time", "warning", "not estimated: the timed steps did not all end", "look at the first steps' log")
+        return
+    step = (clock.ends[-1] - clock.ends[-2]) * schedule.scale
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry][-1]
+    phases = ", ".join(
+        f"{phase} {logs[f'time/{phase}'] * schedule.scale:.2g} s"
+        for phase in ("rollout", "teacher", "student")
+        if logs.get(f"time/{phase}")
+    )
+    rows = trainer.args.per_device_train_batch_size * schedule.timed
+    how = f"one timed step of {rows} rows" + (f", times {schedule.scale:.3g}" if schedule.scale != 1 else "")
+    peak = f"; {torch.cuda.max_memory_allocated() / GIB:.1f} GiB of a GPU used" if torch.cuda.is_available() else ""
+    out.add(
+        "Time",
+        "ok",
+        f"about {duration(step * schedule.steps)}: {schedule.steps:,} steps of {step:.2g} s ({phases}), from {how} on "
+        f"these devices; evaluation and saving come on top{peak}",
+    )
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 20 min`, `2 days 5 h`: two units at most."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} days {hours % 24} h"

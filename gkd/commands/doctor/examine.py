@@ -1,0 +1,296 @@
+"""`gkd doctor`: what can be known about a run before it costs a GPU-day.
+
+The order is that of cost: versions and files first, weights last. A check that cannot be made because an earlier one
+failed is left out, and the failed one says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from gkd.assembly.models import resolve_tokenizer
+from gkd.assembly.rollouts import encoding_options
+from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, shorten, spread
+from gkd.commands.doctor.rows import examine_held_out, examine_rows
+from gkd.commands.doctor.view import Diagnosis
+from gkd.common.environment import describe_hardware, installed_versions
+from gkd.data.sequences import prompt_of
+from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, shared_vocabulary
+from gkd.evaluation.harness import Evaluator
+from gkd.evaluation.measures import Measures
+from gkd.models.facts import vocabulary_rows
+from gkd.models.loading import load_tokenizer
+from gkd.recipe.build import measuring_trainer, student_name
+from gkd.recipe.capture import Recipe
+from gkd.recipe.evaluator import teacher_of
+from gkd.recipe.mistakes import CODE_ERRORS, mistake
+from gkd.recipe.rows import recipe_data
+from gkd.recipe.settings import Settings
+from gkd.servers.client import ServerError
+from gkd.training.log import TRUNCATION_WARNING
+from gkd.training.trainer import GKDTrainer
+
+ROWS_MEASURED, ROLLOUTS = 32, 8
+_NAMED = 8  # stop ids that a line names
+_SAME = 1e-6  # nats/token; a divergence below it is rounding
+
+T = TypeVar("T")
+Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]
+
+
+def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
+    """Everything, as far as it can be reached. A user's mistake becomes an error line; nothing is written to disk.
+
+    Args:
+        recipe: as `gkd.recipe.capture.capture` gives it.
+        console: where each finding is printed as soon as it is known.
+    """
+    out, settings = Diagnosis(console=console), recipe.settings
+    _machine(out)
+    if settings.remarks:
+        out.add("Settings", "ok", "; ".join(settings.remarks))
+    tokenizers = _attempt(out, "Tokenizers", lambda: _tokenizers(out, settings))
+    if tokenizers is not None:
+        _attempt(out, "Token maps", lambda: _token_maps(out, settings, tokenizers))
+        _chat_templates(out, *tokenizers)
+    if out.passed:
+        _attempt(out, "Memory", lambda: examine_memory(out, recipe))
+    data = _attempt(out, "Data", lambda: recipe_data(recipe.load_data, settings))
+    if data is None or tokenizers is None:
+        return out
+    prepared = _attempt(out, "Rows", lambda: _rows(out, settings, data["train"], tokenizers[0]))
+    if prepared is not None:
+        _attempt(out, "Held out", lambda: _held_out(out, settings, data, prepared, tokenizers[0]))
+    if prepared is None or not out.passed:
+        return out
+    _attempt(out, "Models", lambda: _models(out, settings, data, prepared))
+    return out
+
+
+def _rows(out: Diagnosis, settings: Settings, train: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return examine_rows(out, train, tokenizer, settings.training, _encoding(settings, tokenizer))
+
+
+def _held_out(
+    out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    examine_held_out(out, data, prepared, tokenizer, settings.training, _encoding(settings, tokenizer))
+
+
+def _encoding(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
+    return encoding_options(student_name(settings), tokenizer, settings.training, source, write=False)
+
+
+def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:
+    """The action's result; None and an error line when it raises what a user can mend."""
+    try:
+        return action()
+    except (ValueError, *CODE_ERRORS) as error:
+        told = mistake(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            out.add(name, "error", "out of memory", "see gkd plan for the smallest change that fits")
+        elif told is not None or isinstance(error, (ServerError, FloatingPointError)):
+            out.add(name, "error", told or str(error))
+        else:
+            raise
+        return None
+
+
+# ----------------------------------------------------------------------------------------------- without weights
+
+
+def _machine(out: Diagnosis) -> None:
+    out.add("Versions", "ok", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
+    out.add("Devices", "ok", describe_hardware())
+
+
+def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
+    """The student's, and the teacher's where it has one of its own."""
+    args, model = settings.training, settings.model
+    student = resolve_tokenizer(None, student_name(settings), args, model.model_revision)
+    named = args.teacher_model_name_or_path
+    if args.teacher_server_url is not None:
+        out.add(
+            "Tokenizers", "ok", f"student {len(student):,} tokens; the teacher's server is asked for its own below"
+        )
+        return student, None
+    if args.share_base_model:
+        out.add("Tokenizers", "ok", f"student {len(student):,} tokens; the teacher is the same base model")
+        return student, None
+    if named is None:
+        out.add("Tokenizers", "warning", "the teacher has no name: its tokens are not compared", "name the teacher")
+        return student, None
+    try:
+        teacher = load_tokenizer(named, trust_remote_code=args.trust_remote_code)
+    except ValueError as error:
+        out.add(
+            "Tokenizers",
+            "warning",
+            f"the teacher's token map cannot be compared: {error}",
+            "save its tokenizer beside the teacher",
+        )
+        return student, None
+    out.add("Tokenizers", "ok", f"student {len(student):,} tokens, teacher {len(teacher):,}")
+    return student, teacher
+
+
+def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> None:
+    args = settings.training
+    if args.teacher_server_url is not None or args.share_base_model:
+        return
+    names = {"student": student_name(settings), "teacher": args.teacher_model_name_or_path or student_name(settings)}
+    fields = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path"}
+    rows = {
+        who: vocabulary_rows(name, field=fields[who], trust_remote_code=args.trust_remote_code)
+        for who, name in names.items()
+    }
+    shared = shared_vocabulary(*tokenizers, rows["student"], rows["teacher"])
+    sizes = f"heads of {rows['student']:,} (student) and {rows['teacher']:,} rows (teacher)"
+    if tokenizers[1] is None:
+        out.add("Token maps", "warning", f"not compared; {sizes}", "make sure that both read the same tokens")
+    elif shared is None:
+        out.add("Token maps", "ok", f"every id stands for the same token; {sizes}")
+    else:
+        out.add("Token maps", "ok", f"every common id stands for the same token; {sizes}: the first {shared:,} count")
+
+
+def _chat_templates(out: Diagnosis, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> None:
+    remark = compare_chat_templates(student, teacher) if teacher is not None else None
+    if remark:
+        out.add("Chat templates", "warning", remark)
+    elif not student.chat_template:
+        out.add("Chat templates", "ok", "the student has none: rows must be plain text")
+    elif teacher is not None and teacher.chat_template:
+        out.add("Chat templates", "ok", "student's and teacher's write a question alike")
+    else:
+        out.add("Chat templates", "ok", "only the student has one")
+
+
+# -------------------------------------------------------------------------------------------------- with weights
+
+
+def _models(out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset) -> None:
+    """Load both models as a run does, let them answer, and make two steps."""
+    schedule = shorten(settings.training, len(prepared))
+    number = max(ROWS_MEASURED, STEPS * schedule.timed * settings.training.per_device_train_batch_size)
+    usable = data["train"].select(spread(prepared, number))
+    out.doing("loading both models")
+    with measuring_trainer(settings, {**data, "train": usable}) as trainer:
+        _sizes(out, trainer)
+        out.doing(f"letting both models answer {ROLLOUTS} prompts")
+        _attempt(out, "Rollouts", lambda: _measure(out, trainer, data, prepared))
+        out.doing(f"making {STEPS} steps")
+        _attempt(out, "Time", lambda: examine_time(out, trainer, schedule))
+
+
+def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
+    student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher_model
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    size = f"student {student.num_parameters():,} parameters, {trained:,} of them trained"
+    if teacher is None:
+        where = "is on a server" if trainer.args.teacher_server_url is not None else "is not one model of its own"
+        out.add("Models", "ok", f"{size}; the teacher {where}")
+    else:
+        out.add("Models", "ok", f"{size}; teacher {trainer.accelerator.unwrap_model(teacher).num_parameters():,}")
+    if trainer.args.teacher_server_url is not None:
+        out.add("Token maps", "ok", "the teacher's server makes the same ids of a line of text and the special tokens")
+    remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
+    ids = trainer.stop_ids["student"]
+    named = ", ".join(map(str, ids[:_NAMED])) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+    out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{named} for both")))
+
+
+def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> None:
+    evaluator = _evaluator(trainer, data, prepared)
+    student = evaluator.measure(trainer.model, "student")
+    out.add_rollouts(student.samples, student.questions)
+    found = [student]
+    if evaluator.teacher is None:
+        out.add("Perplexity", "warning", "there is no single teacher: only the student is measured")
+    else:
+        teacher = evaluator.measure(evaluator.teacher, "teacher")
+        found.append(teacher)
+        _perplexities(out, student, teacher, len(evaluator.held_out))
+        _divergence(out, student, evaluator.settings()["divergence"])
+    for measures in found:
+        _rollouts(out, measures, trainer.args.max_new_tokens, trainer.args.repetition_threshold)
+
+
+def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> Evaluator:
+    """The harness of a run's evaluation, on a few train rows: prompts, and answers (or texts) for the perplexity."""
+    rows = list(prepared.select(range(min(ROWS_MEASURED, len(prepared)))))
+    answered = [row for row in rows if 0 < max(1, row["prompt_length"]) < len(row["input_ids"])]
+    held_out = [row["input_ids"] for row in answered]
+    starts: list[int] | None = [max(1, row["prompt_length"]) for row in answered]
+    if not held_out and data.get("held_out_text") is not None:
+        texts = [trainer.processing_class(text)["input_ids"] for text in data["held_out_text"][:ROWS_MEASURED]]
+        held_out, starts = [ids[: trainer.args.max_length] for ids in texts if len(ids) > 1], None
+    return Evaluator(
+        teacher_of(trainer),
+        trainer.processing_class,
+        # running text has no prompt: its first half is continued
+        [prompt_of(row) or row["input_ids"][: -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]],
+        held_out,
+        trainer.rollouts["student"].settings,
+        trainer.loss_settings,
+        teacher_sampling=trainer.rollouts["teacher"].settings,
+        seed=trainer.args.seed,
+        held_out_starts=starts,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        num_samples=ROLLOUTS,
+        accelerator=trainer.accelerator,
+        fold_adapter=trainer.args.fold_adapter,
+    )
+
+
+def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: int) -> None:
+    if "perplexity" not in student.values:
+        out.add("Perplexity", "ok", "not measured: the rows have no answers, and load_data gives no held_out_text")
+        return
+    values = [measures.values["perplexity"].value for measures in (student, teacher)]
+    message = f"student {values[0]:.3g}, teacher {values[1]:.3g} on {texts} texts"
+    if values[1] <= values[0]:
+        out.add("Perplexity", "ok", message)
+    else:
+        remedy = "is it the right teacher, and was it trained with this chat template? Tune it on this data first"
+        out.add("Perplexity", "warning", f"{message}: the teacher is the worse of the two", remedy)
+
+
+def _divergence(out: Diagnosis, student: Measures, name: str) -> None:
+    value = student.values["divergence_own"].value
+    message = f"{value:.3g} nats/token on the student's own completions ({name})"
+    if not math.isfinite(value):
+        out.add("Divergence", "error", message, "load the models in bfloat16 or float32, and look for broken weights")
+    elif value < _SAME:
+        out.add("Divergence", "warning", f"{message}: student and teacher are the same model", "name another teacher")
+    else:
+        out.add("Divergence", "ok", message)
+
+
+def _rollouts(out: Diagnosis, measures: Measures, max_new_tokens: int, repetition_threshold: float) -> None:
+    """Whether sampled completions end, and whether they go in circles."""
+    number = measures.values["ended"].count
+    truncated, repeated = 1 - measures.values["ended"].value, measures.values["repeated_4grams"].value
+    message = (
+        f"{round(truncated * number)} of {number} completions were cut off at max_new_tokens={max_new_tokens}; mean "
+        f"length {measures.values['length'].value:.0f}; {repeated:.0%} of the 4-grams are repetitions"
+    )
+    if truncated > TRUNCATION_WARNING:
+        remedy = "raise max_new_tokens" + (
+            ""
+            if measures.name == "teacher"
+            else "; if it never ends its answers, train it on data or with seq_kd first"
+        )
+    elif repeated > repetition_threshold:
+        remedy = "see drop_repetitive_completions, or start with a lower lmbda"
+    else:
+        remedy = ""
+    out.add(f"Rollouts, {measures.name}", "warning" if remedy else "ok", message, remedy)

@@ -1,0 +1,164 @@
+"""What the doctor shows: the checklist, and rows with their prompt, target and stop tokens in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from gkd.common.redact import harmless
+from gkd.common.text import printable
+from gkd.data.targets import IGNORE
+
+LEVELS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+KINDS = {"prompt": "cyan", "target": "green", "stop": "bold white on red", "untrained": "dim"}
+# Where there are no colours (a file, NO_COLOR): brackets that hardly any text holds.
+MARKS = {"prompt": ("", ""), "target": ("⟦", "⟧"), "stop": ("⟪", "⟫"), "untrained": ("⟨", "⟩")}
+_SHOWN = 600  # characters of one piece of a row
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist. `level` is a key of LEVELS; `remedy` says what to do, "" when there is nothing."""
+
+    name: str
+    level: str
+    message: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A row as pieces of text, each with a kind of KINDS."""
+
+    number: int
+    pieces: list[tuple[str, str]]
+
+
+@dataclass
+class Diagnosis:
+    """What was found. `rollouts` are (prompt, completion) of the student; `questions` their prompts' last turns.
+
+    With a `console` each finding is printed as soon as it is known."""
+
+    checks: list[Check] = field(default_factory=list)
+    rows: list[RowView] = field(default_factory=list)
+    rollouts: list[tuple[str, str]] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+    console: Console | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(check.level != "error" for check in self.checks)
+
+    def add(self, name: str, level: str, message: str, remedy: str = "") -> None:
+        assert level in LEVELS, level
+        self.checks.append(Check(name, level, message, remedy))
+        if self.console is not None:
+            self.console.print(_line(self.checks[-1]))
+
+    def add_rows(self, rows: list[RowView]) -> None:
+        self.rows.extend(rows)
+        if self.console is not None:
+            _show_rows(self, self.console)
+
+    def add_rollouts(self, rollouts: Sequence[tuple[str, str]], questions: Sequence[str]) -> None:
+        self.rollouts.extend(rollouts)
+        self.questions.extend(questions)
+        if self.console is not None:
+            _show_rollouts(self, self.console)
+
+    def doing(self, what: str) -> None:
+        """Say what takes a while now, to whoever watches."""
+        if self.console is not None and self.console.is_terminal:
+            self.console.print(Text(f"  {what} ...", style="dim"))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+            "rows": [asdict(row) for row in self.rows],
+            "rollouts": [{"prompt": prompt, "completion": completion} for prompt, completion in self.rollouts],
+        }
+
+
+def view(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> RowView:
+    """A prepared row (`input_ids`, `labels`, `prompt_length`, `row`) as pieces of text."""
+    kinds = []
+    for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+        if label != IGNORE:
+            kinds.append("stop" if token in stop_ids else "target")
+        else:
+            kinds.append("prompt" if position < row["prompt_length"] else "untrained")
+    pieces = []
+    for kind, group in groupby(zip(kinds, row["input_ids"], strict=True), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in group], skip_special_tokens=False)
+        pieces.append((kind, str(text)))
+    return RowView(int(row["row"]), pieces)
+
+
+def show(diagnosis: Diagnosis, console: Console) -> None:
+    """Print the rows, a few rollouts and the checklist."""
+    _show_rows(diagnosis, console)
+    _show_rollouts(diagnosis, console)
+    for check in diagnosis.checks:
+        console.print(_line(check))
+    show_counts(diagnosis, console)
+
+
+def _show_rows(diagnosis: Diagnosis, console: Console) -> None:
+    marked = console.color_system is None or console.no_color
+    marks = MARKS if marked else dict.fromkeys(KINDS, ("", ""))
+    for row in diagnosis.rows:
+        text = Text()
+        for kind, piece in row.pieces:
+            before, behind = marks[kind]
+            text.append(before + printable(_shortened(piece)) + behind, style=KINDS[kind])
+        console.print(Panel(text, title=f"row {row.number}", title_align="left"))
+    if diagnosis.rows:
+        legend = Text("marks: " if marked else "colours: ")
+        for kind, style in KINDS.items():
+            legend.append(f" {kind.join(marks[kind])} ", style=style)
+        console.print(legend)
+
+
+def _show_rollouts(diagnosis: Diagnosis, console: Console) -> None:
+    if not diagnosis.rollouts:
+        return
+    table = Table(title="Rollouts of the student", title_justify="left", show_lines=True)
+    for heading in ("Prompt (end)", "Completion"):
+        table.add_column(heading, ratio=1)
+    prompts = diagnosis.questions or [prompt for prompt, _ in diagnosis.rollouts]
+    for prompt, (_, completion) in list(zip(prompts, diagnosis.rollouts, strict=True))[:3]:
+        table.add_row(Text(printable(prompt[-_SHOWN // 2 :])), Text(printable(_shortened(completion))))
+    console.print(table)
+
+
+def show_counts(diagnosis: Diagnosis, console: Console) -> None:
+    """The last line: how many checks are ok, warnings, errors."""
+    counts = [f"{sum(check.level == level for check in diagnosis.checks)} {level}" for level in LEVELS]
+    console.print(Text(", ".join(counts), style="bold"))
+
+
+def _line(check: Check) -> Group:
+    sign, style = LEVELS[check.level]
+    line = Table.grid(padding=(0, 1))
+    line.add_column(width=1)
+    line.add_column(width=20)
+    line.add_column(ratio=1, overflow="fold")
+    line.add_row(Text(sign, style=style), Text(printable(check.name)), Text(harmless(check.message)))
+    if check.remedy:
+        line.add_row("", "", Text(f"→ {harmless(check.remedy)}", style=style))
+    return Group(line)
+
+
+def _shortened(text: str) -> str:
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} […] {text[-half:]}"

@@ -1,0 +1,100 @@
+"""`gkd evaluate`: what a run measures before and after training, for a recipe's models as they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+
+from gkd.evaluation.measures import METRICS, Measures
+from gkd.models.adapters import adapter_folder
+from gkd.models.shared_weights import second_model
+from gkd.recipe.build import measuring_trainer
+from gkd.recipe.capture import Recipe
+from gkd.recipe.evaluator import evaluator_of
+from gkd.recipe.rows import recipe_data
+from gkd.report.comparison import MEASURE_WIDTH, as_dict, footnotes, format_estimate, format_label
+from gkd.report.comparison import table as comparison_table
+from gkd.training.trainer import GKDTrainer
+
+WITH_ADAPTER = "student + adapter"  # the name of that column
+
+
+def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
+    """Measure the student, the student with an adapter, and the teacher on the recipe's held-out prompts.
+
+    Args:
+        recipe: as `gkd.recipe.capture.capture` gives it. Its `use_peft` is set aside, since nothing is trained, unless
+            the teacher shares the student's base: a new adapter changes nothing.
+        adapter: folder or name of a PEFT adapter; None = the student as it is.
+
+    Returns:
+        "student", "student + adapter" (with one), "teacher" (where there is one that can be measured).
+
+    Raises:
+        ValueError: what a run would refuse, or a folder that holds no adapter.
+    """
+    if adapter is not None and os.path.isdir(adapter) and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--adapter {adapter}: the folder has no adapter_config.json. Is it a whole model? Then pass it as "
+            f"--model_name_or_path {adapter}"
+        )
+    if adapter is not None:
+        adapter = str(adapter_folder(adapter, "--adapter"))
+    settings = recipe.settings
+    settings.model.use_peft = settings.model.use_peft and settings.training.share_base_model
+    # The harness lets every model write in this process; a server for the rollouts would want a student in training.
+    settings.training.rollout_backend, settings.training.rollout_server_url = "hf", None
+    data = recipe_data(recipe.load_data, settings)
+    with measuring_trainer(settings, data) as trainer:
+        evaluator = evaluator_of(trainer, data, recipe)
+        columns = [evaluator.measure(trainer.model, "student")]
+        if adapter is not None:
+            columns.append(evaluator.measure(_with_adapter(trainer, adapter), WITH_ADAPTER))
+        if evaluator.teacher is not None:
+            columns.append(evaluator.measure(evaluator.teacher, "teacher"))
+        return columns
+
+
+def _with_adapter(trainer: GKDTrainer, adapter: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        own = isinstance(trainer.model, PeftModel)  # under share_base_model; the student is then in two models
+        return PeftModel.from_pretrained(second_model(trainer.model) if own else trainer.model, adapter)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ValueError(
+            f"--adapter {adapter} does not load into this student: {' '.join(lines[:2]).rstrip('.')}; name the folder "
+            "of an adapter that was trained on it"
+        ) from error
+
+
+def results_table(columns: list[Measures]) -> Table:
+    """The measures side by side; with an adapter, whether it improves on the student."""
+    if len(columns) > 1 and columns[1].name == WITH_ADAPTER:
+        return comparison_table(columns[0], columns[1], columns[2] if len(columns) > 2 else None)
+    caption = Text("\n".join(footnotes(columns[0].settings)))
+    out = Table(title="Student and teacher", title_justify="left", caption=caption)
+    out.add_column("Measure", min_width=MEASURE_WIDTH)
+    for column in columns:
+        out.add_column(column.name, justify="right", no_wrap=True)
+    for key, metric in {**METRICS, **columns[0].extra}.items():
+        if any(key in column.values for column in columns):
+            cells = [Text(format_estimate(metric, column.values.get(key))) for column in columns]
+            out.add_row(Text(format_label(metric)), *cells)
+    return out
+
+
+def as_json(columns: list[Measures]) -> dict[str, Any]:
+    """All numbers, with standard errors and counts; with an adapter, the comparison too."""
+    models = {column.name: {key: estimate.as_dict() for key, estimate in column.values.items()} for column in columns}
+    samples = {column.name: [{"prompt": p, "completion": c} for p, c in column.samples] for column in columns}
+    out = {"settings": columns[0].settings, "models": models, "samples": samples}
+    if len(columns) > 1 and columns[1].name == WITH_ADAPTER:
+        out["comparison"] = as_dict(columns[0], columns[1], columns[2] if len(columns) > 2 else None)
+    return out

@@ -1,0 +1,348 @@
+"""How much memory a run needs on each GPU, from the models' configs alone.
+
+Letters: P parameters, A trained parameters, L layers, h hidden size, i MLP size, q and k widths of all query and of
+all key heads, V vocabulary, B rows of a micro-batch, R rows of a rollout, T tokens of a row, w and a bytes of a weight
+and of an activation, N GPUs. The formulas are in the functions; `docs/scaling.md` has them as a table, with what was
+measured beside what they give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gkd.loss.chunks import chunk_rows
+
+GIB = 2**30
+# A CUDA context with its libraries' workspaces; a process on a CPU with torch, transformers and trl imported.
+OVERHEAD = {"cuda": int(1.0 * GIB), "cpu": int(0.7 * GIB)}
+# Smallest and largest error of the peak against measured ones, (planned / measured) - 1, by device:
+# benchmarks/results/memory_<device>_smollm2.json.
+MEASURED_ERROR = {"cpu": (0.03, 0.09)}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the formulas need to know of a model.
+
+    Attributes:
+        parameters: P. linear: those in the linear layers of its blocks. layers: L. hidden: h. intermediate: i (of the
+            active experts). query, key: q, k. vocab: V. lora_widths: sum of in + out over the linear layers.
+        lora_inputs: sum of in over them.
+    """
+
+    parameters: int
+    linear: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    key: int
+    vocab: int
+    lora_widths: int
+    lora_inputs: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run: models, numbers of bytes, sizes of batches, and what is split over how many GPUs.
+
+    Attributes:
+        weight_bytes, teacher_bytes: of one weight as loaded. activation_bytes: 2 under bf16 or fp16, else 4.
+        lora_r: rank, or None for full fine-tuning. lora_dropout: whether the adapter has any. fold: whether
+            it is folded into a copy of the weights for a rollout.
+        batch: B. tokens: T of the longest row. targets: most target tokens of a micro-batch. rollout_batch: R.
+        accumulates: whether gradients add up over several micro-batches.
+        generates: which of "student", "teacher" write completions in this process.
+        zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
+        teacher_follows: the teacher is loaded in the student's dtype when that is not float32.
+        teacher_here: False when it is scored on a server.
+        shares_base: the teacher's weights are the student's base.
+        placement: `teacher_placement`. teacher_packed: bytes of a quantized weight in its linear layers, or None.
+    """
+
+    student: ModelShape
+    teacher: ModelShape
+    gpus: int = 1
+    device: str = "cuda"
+    weight_bytes: int = 4
+    teacher_bytes: int = 2
+    activation_bytes: int = 2
+    lora_r: int | None = 16
+    lora_dropout: bool = False
+    fold: bool = True
+    batch: int = 4
+    tokens: int = 1024
+    targets: int = 512
+    rollout_batch: int = 16
+    accumulates: bool = True
+    generates: tuple[str, ...] = ("student",)
+    checkpointing: bool = True
+    zero_stage: int = 0
+    offload: bool = False
+    teacher_follows: bool = False
+    teacher_here: bool = True
+    shares_base: bool = False
+    placement: str = "same"
+    teacher_packed: float | None = None
+
+    @property
+    def trained(self) -> int:
+        """A: trained parameters."""
+        return self.student.parameters if self.lora_r is None else self.lora_r * self.student.lora_widths
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each GPU by part, and the peak: the larger of the rollout's and the training's moment."""
+
+    parts: dict[str, int]
+    rollout: int
+    training: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.rollout, self.training)
+
+
+def layer_activations(
+    model: ModelShape, activation_bytes: int, trained: bool = True, lora_dropout: bool = False
+) -> int:
+    """Bytes per token and layer that the backward pass keeps (untrained: that live at once).
+
+    Kept: both norms' inputs in fp32 and their outputs, queries, keys and values (repeated to the queries' width, as
+    with a padding mask), the attention's output twice, and of the MLP gate, up, activation and product. A LoRA layer
+    with dropout keeps an input of its own and a mask of one byte.
+    """
+    if not trained:
+        return activation_bytes * (2 * model.hidden + model.query + 2 * model.key + 3 * model.intermediate)
+    kept = 2 * model.hidden + 5 * model.query + 4 * model.intermediate
+    dropped = (activation_bytes + 1) * model.lora_inputs // model.layers if lora_dropout else 0
+    return activation_bytes * kept + 2 * 4 * model.hidden + dropped
+
+
+def _one_layer(setup: Setup) -> int:
+    dropout = setup.lora_dropout and setup.lora_r is not None
+    layer = layer_activations(setup.student, setup.activation_bytes, lora_dropout=dropout)
+    return setup.batch * setup.tokens * layer
+
+
+def kept_activations(setup: Setup) -> int:
+    """Of the student, from its forward pass to the loss: every layer's, or with checkpointing every layer's input."""
+    layers, row = setup.student.layers, setup.student.hidden * setup.activation_bytes
+    return layers * (setup.batch * setup.tokens * row if setup.checkpointing else _one_layer(setup))
+
+
+def activations(setup: Setup) -> int:
+    """Of the student's backward pass: with checkpointing, one layer's come on top of all inputs."""
+    return kept_activations(setup) + (_one_layer(setup) if setup.checkpointing else 0)
+
+
+def loss_buffers(setup: Setup) -> int:
+    """The fused divergence: chunk buffers that do not grow with the batch, and the targets' hidden states."""
+    vocab, trained_head = max(setup.student.vocab, setup.teacher.vocab), setup.lora_r is None
+    rows = min(chunk_rows(vocab, 4, setup.device, trained_head), setup.targets)
+    buffers = (6 if setup.device == "cuda" else 2.5) * rows * vocab * 4
+    hidden = setup.targets * (setup.student.hidden * (setup.activation_bytes + 4) + setup.teacher.hidden * 4)
+    head = vocab * setup.student.hidden * 4 if trained_head else 0
+    return int(buffers + hidden + head)
+
+
+def kv_cache(setup: Setup) -> int:
+    """Keys and values of the longest rollout: 2 x L x k x a bytes for each of R x T tokens."""
+    widest = 0
+    for who in setup.generates:
+        model = setup.student if who == "student" else setup.teacher
+        widest = max(widest, 2 * model.layers * model.key * setup.activation_bytes)
+    return setup.rollout_batch * setup.tokens * widest
+
+
+def _folds(setup: Setup) -> bool:
+    return setup.fold and setup.lora_r is not None and "student" in setup.generates
+
+
+def teacher_weights(setup: Setup) -> tuple[int, int]:
+    """Bytes of the teacher that stand on a GPU all the time, and those that come while it scores or writes.
+
+    What is split up comes layer by layer, which is not counted, to score; to write, it is gathered whole.
+    """
+    if not setup.teacher_here or setup.shares_base:
+        return 0, 0
+    model = setup.teacher
+    linear = model.linear * (setup.teacher_bytes if setup.teacher_packed is None else setup.teacher_packed)
+    whole = int((model.parameters - model.linear) * setup.teacher_bytes + linear)
+    if setup.placement == "cpu_offload":
+        head = model.vocab * model.hidden * setup.teacher_bytes
+        return head, whole - head
+    if setup.placement == "zero3_offload":
+        return 0, 0
+    split = setup.placement == "zero3" or setup.zero_stage == 3
+    return whole // (setup.gpus if split else 1), 0
+
+
+def host_memory(setup: Setup) -> int:
+    """Bytes of weights and optimizer states in the CPU memory of a machine with all the GPUs.
+
+    `cpu_offload` keeps a pinned copy of the teacher for each process; DeepSpeed's offloading splits its share up.
+    """
+    teacher = 0
+    if setup.teacher_here and not setup.shares_base:
+        if setup.placement == "cpu_offload":
+            teacher = setup.gpus * teacher_weights(setup)[1]
+        elif setup.placement == "zero3_offload":
+            teacher = setup.teacher.parameters * setup.teacher_bytes
+    if not setup.offload or not setup.zero_stage:
+        return teacher
+    states = setup.trained * (8 + (4 if setup.weight_bytes < 4 else 0))
+    weights = setup.student.parameters * setup.weight_bytes if setup.zero_stage == 3 else 0
+    return teacher + states + weights
+
+
+def _gathered(setup: Setup) -> int:
+    """Models that are split up are gathered whole to write, one after the other."""
+    sizes = [0]
+    if setup.zero_stage == 3 and setup.generates:
+        sizes.append(setup.student.parameters * setup.weight_bytes)
+    if setup.placement in ("zero3", "zero3_offload") and "teacher" in setup.generates:
+        sizes.append(setup.teacher.parameters * setup.teacher_bytes)
+    return max(sizes)
+
+
+def estimate(setup: Setup) -> Estimate:
+    """Bytes on each GPU.
+
+    Stage 1 splits the optimizer states over the GPUs, stage 2 the gradients too, stage 3 the weights of student and
+    teacher too. A rollout needs the whole student: under stage 3 it is gathered once per optimizer step, and a LoRA
+    adapter is folded into a copy of the linear layers' weights, in the dtype of the products.
+    """
+    split = [setup.gpus if setup.zero_stage >= stage else 1 for stage in range(4)]
+    trained, student, teacher = setup.trained, setup.student, setup.teacher
+    lora = setup.lora_r is not None
+    state_bytes = 8 + (4 if setup.zero_stage and setup.weight_bytes < 4 else 0)  # Adam's moments, fp32 master weights
+    offloaded = setup.offload and setup.zero_stage >= 1
+    standing_teacher, coming_teacher = teacher_weights(setup)
+    weights = student.parameters * setup.weight_bytes + (trained * 4 if lora else 0)
+    parts = {
+        "student weights": 0 if offloaded and setup.zero_stage == 3 else weights // split[3],
+        "gradients": trained * 4 // split[2],
+        "gradient buckets": trained * 4 if setup.gpus > 1 and not setup.zero_stage else 0,  # of DDP
+        "optimizer": 0 if offloaded else trained * state_bytes // split[1],
+        "teacher weights": standing_teacher,
+        "teacher, while it works": coming_teacher,
+        "student activations": activations(setup),
+        "teacher activations": setup.batch * setup.tokens * layer_activations(teacher, setup.activation_bytes, False)
+        if setup.teacher_here
+        else 0,
+        "loss": loss_buffers(setup),
+        "KV cache": kv_cache(setup),
+        "gathered for the rollout": _gathered(setup),
+        "folded adapter": student.linear * min(setup.weight_bytes, setup.activation_bytes) if _folds(setup) else 0,
+        "overhead": OVERHEAD[setup.device],
+    }
+    standing = ["student weights", "gradient buckets", "optimizer", "teacher weights", "overhead"]
+    # One after the other: the teacher's forward pass, the loss on top of the student's, the student's backward pass.
+    scoring = parts["teacher activations"] + coming_teacher
+    moment = max(scoring, kept_activations(setup) + parts["loss"], parts["student activations"])
+    gradients = parts["gradients"]
+    if setup.zero_stage:  # DeepSpeed keeps them from step to step
+        standing.append("gradients")
+    elif setup.accumulates:
+        moment += gradients
+    else:  # they come while the activations go, and are gone before the next step
+        moment = max(moment, gradients)
+    base = sum(parts[name] for name in standing)
+    rollout = base + sum(parts[name] for name in ("KV cache", "gathered for the rollout", "folded adapter"))
+    rollout += coming_teacher if "teacher" in setup.generates else 0
+    training = base + moment
+    return Estimate(parts, rollout, training)
+
+
+def changes(setup: Setup) -> list[tuple[str, Setup]]:
+    """Single changes that save memory, the least intrusive first: (what to set, the changed setup)."""
+    found: list[tuple[str, Setup]] = []
+    if not setup.checkpointing:
+        found.append(("--gradient_checkpointing", replace(setup, checkpointing=True)))
+    rows = setup.rollout_batch
+    while rows > 1:
+        rows //= 2
+        found.append((f"--rollout_batch_size {rows}", replace(setup, rollout_batch=rows)))
+    batch = setup.batch
+    while batch > 1:
+        batch //= 2
+        note = f"--per_device_train_batch_size {batch} (and gradient_accumulation_steps x {setup.batch // batch})"
+        targets = max(1, setup.targets * batch // setup.batch)
+        smaller = replace(setup, batch=batch, targets=targets, accumulates=True)
+        found.append((note, smaller))
+    if _folds(setup):
+        found.append(("--fold_adapter false", replace(setup, fold=False)))
+    # Without fp32 weights beside them, an optimizer's small updates of 16-bit weights are rounded away.
+    keeps_updates = setup.lora_r is not None or setup.zero_stage >= 1
+    if setup.weight_bytes > 2 and keeps_updates:
+        of_teacher = min(setup.teacher_bytes, 2) if setup.teacher_follows else setup.teacher_bytes
+        found.append(
+            ("--dtype bfloat16", replace(setup, weight_bytes=2, activation_bytes=2, teacher_bytes=of_teacher))
+        )
+    if setup.gpus > 1:
+        for stage, name in ((2, "zero2"), (3, "zero3")):
+            if setup.zero_stage < stage:
+                found.append((f"deepspeed_configs/{name}.yaml", replace(setup, zero_stage=stage)))
+    if setup.teacher_here and not setup.shares_base and setup.placement == "same" and setup.teacher_packed is None:
+        if setup.zero_stage < 3:
+            found.append(("--teacher_placement cpu_offload", replace(setup, placement="cpu_offload")))
+        if setup.zero_stage < 3 and setup.gpus > 1:
+            found.append(("--teacher_placement zero3", replace(setup, placement="zero3")))
+    if setup.teacher_here:
+        found.append(("--teacher_server_url: the teacher on a server of its own", replace(setup, teacher_here=False)))
+    if setup.lora_r is None:
+        found.append(("--use_peft --lora_r 16", replace(setup, lora_r=16)))
+    if setup.zero_stage >= 1 and not setup.offload:
+        name = "zero3_offload" if setup.zero_stage == 3 else "zero2_offload"
+        found.append((f"deepspeed_configs/{name}.yaml", replace(setup, offload=True)))
+    return found
+
+
+def smallest_change(setup: Setup, budget: int) -> list[str]:
+    """What to set so that the peak fits into `budget` bytes: as few changes as are enough, the least intrusive first;
+    empty when nothing helps.
+
+    One, two or three are looked for in all combinations. Beyond that they come one after the other, each the one that
+    saves most, and those that turn out not to be needed are left out again.
+    """
+    for number in (1, 2, 3):
+        found = _fitting(setup, budget, number)
+        if found is not None:
+            return found
+    steps: list[str] = []
+    smaller = setup
+    while estimate(smaller).peak > budget:
+        options = [(estimate(changed).peak, text, changed) for text, changed in changes(smaller)]
+        options = [option for option in options if option[0] < estimate(smaller).peak]
+        if not options:
+            return []
+        _, text, smaller = min(options, key=lambda option: option[0])
+        steps.append(text)
+    for text in list(steps):
+        rest = [step for step in steps if step != text]
+        if _fits(setup, rest, budget):
+            steps = rest
+    return steps
+
+
+def _fitting(setup: Setup, budget: int, number: int) -> list[str] | None:
+    """So many changes, one after the other, after which the run fits."""
+    for text, changed in changes(setup):
+        if number == 1:
+            if estimate(changed).peak <= budget:
+                return [text]
+        elif (rest := _fitting(changed, budget, number - 1)) is not None:
+            return [text, *rest]
+    return None
+
+
+def _fits(setup: Setup, steps: list[str], budget: int) -> bool:
+    """Whether the run fits after these changes; not when one of them is no longer there to be made."""
+    for step in steps:
+        changed = dict(changes(setup)).get(step)
+        if changed is None:
+            return False
+        setup = changed
+    return estimate(setup).peak <= budget

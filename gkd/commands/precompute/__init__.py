@@ -1,0 +1,5 @@
+"""`gkd precompute`: the teacher's answers and scores, made beforehand.
+
+answers: `gkd precompute`: the teacher answers a recipe's training prompts beforehand
+scores: `gkd precompute --scores`: the teacher scores a recipe's training rows beforehand
+"""

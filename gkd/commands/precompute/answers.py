@@ -1,0 +1,273 @@
+"""`gkd precompute`: the teacher answers a recipe's training prompts beforehand.
+
+The answers go where training looks for them (`teacher_cache_dir`), under the same key, so a run with `seq_kd` and the
+same settings finds all of them. On request they are also written as a data set: token ids and labels as they are
+trained on, beside their text, with a record of how they were made. Any recipe
+takes that folder as `--dataset_name`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, Features, Sequence, Value
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import propagate_args_to_deepspeed
+
+from gkd.assembly.models import resolve_teacher, resolve_tokenizer, tokenizer_of_teacher
+from gkd.assembly.rollouts import encoding_options, hygiene, keep_completions, make_rollout, rows_at_a_time
+from gkd.assembly.rows import prepare_rows
+from gkd.assembly.scores import evaluation_sets
+from gkd.assembly.servers import connect
+from gkd.assembly.teacher import make_teacher
+from gkd.common.environment import installed_versions
+from gkd.common.redact import redact_command
+from gkd.data.sequences import prompt_of
+from gkd.data.targets import IGNORE
+from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
+from gkd.models.facts import vocabulary_rows
+from gkd.models.loading import generation_config_of
+from gkd.recipe.build import set_loading_arguments, student_name
+from gkd.recipe.capture import Recipe
+from gkd.recipe.rows import recipe_data
+from gkd.report.dataset_folder import check_folder, push_folder, write_folder
+from gkd.report.repo import Repo
+from gkd.rollouts.hygiene import Hygiene
+from gkd.rollouts.kept import CachedRollout
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = Features(
+    {
+        "prompt": Value("string"),
+        "completion": Value("string"),
+        "input_ids": Sequence(Value("int32")),
+        "labels": Sequence(Value("int32")),
+        "prompt_length": Value("int32"),
+        "truncated": Value("bool"),
+        "repetitive": Value("bool"),
+        "source_row": Value("int64"),
+    }
+)
+
+
+@dataclass
+class Work:
+    """What is to be done: the training rows (and those of the evaluation), the teacher, and what a sound answer is.
+
+    `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server;
+    `held_out` is what `load_data` gave beside the train rows.
+    """
+
+    rows: Dataset
+    evaluation: list[Dataset]
+    tokenizer: PreTrainedTokenizerBase
+    teacher: Any
+    answers: CachedRollout | None
+    hygiene: Hygiene
+    accelerator: Accelerator
+    batch_size: int
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rollout(self) -> CachedRollout:
+        assert self.answers is not None, "the teacher writes nothing without seq_kd"
+        return self.answers
+
+
+def precompute(recipe: Recipe, output: str | None = None, push_to: str | None = None) -> None:
+    """Fill the teacher's cache for a recipe's training prompts; write them as a data set, and push that, if asked.
+
+    What is there already is not made again, so a run that was stopped goes on where it was. Several processes
+    (`accelerate launch`) share the work.
+
+    Args:
+        recipe: from `gkd.recipe.capture.capture`, with `seq_kd` on.
+        output: folder of the data set; None writes none.
+        push_to: repository on the Hub; needs `output`.
+
+    Raises:
+        ValueError: no student, teacher or place for the cache is named; the folder holds something else.
+    """
+    if push_to is not None and output is None:
+        raise ValueError("--precompute_push_to_hub needs a data set to push: pass --precompute_output DIR")
+    if output is not None:
+        check_folder(output)
+    work = prepare(recipe)
+    fill(work)
+    if not work.accelerator.is_main_process:
+        return
+    store = work.rollout.store
+    print(f"{len(store):,} answers of the teacher are in {store.path}")
+    if output is None:
+        return
+    rows, left_out = answered_rows(work)
+    about = provenance(recipe, work, len(rows), left_out)
+    write_folder(rows, output, about, work.held_out)
+    told = ", ".join(f"{number:,} {why}" for why, number in left_out.items() if number)
+    print(f"{len(rows):,} rows in {output}{f' (left out: {told})' if told else ''}. To train on them as on any data:")
+    print(f"  {_training_command(recipe, output)}")
+    if push_to is not None:
+        settings = recipe.settings.training
+        print(f"pushed to {push_folder(output, push_to, settings.hub_token, bool(settings.hub_private_repo))}")
+
+
+def _training_command(recipe: Recipe, output: str) -> str:
+    """How this recipe is run on its precomputed answers: without seq_kd, which would ask the teacher again."""
+    args = recipe.settings.training
+    file = next((arg for arg in sys.argv[1:] if arg.endswith(".py")), "RECIPE")
+    more = ["--lmbda", "0"] if args.lmbda == 1 else []  # with 1 no answer of a data set is used
+    return shlex.join(["gkd", "run", file, "--dataset_name", output, "--seq_kd", "false", *more])
+
+
+def prepare(recipe: Recipe) -> Work:
+    """Rows, tokenizer and teacher exactly as training has them; the student itself is not loaded."""
+    settings, args = recipe.settings, recipe.settings.training
+    student = student_name(settings)
+    if args.share_base_model or args.teacher_adapters is not None:
+        raise ValueError(
+            "gkd precompute loads one teacher and no student, so share_base_model and teacher_adapters do not go with "
+            "it: their sequences and scores are kept during the training"
+        )
+    set_loading_arguments(settings)
+    source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "revision": settings.model.model_revision}
+    tokenizer = resolve_tokenizer(None, student, args, settings.model.model_revision)
+    data = recipe_data(recipe.load_data, settings)
+    asked = data.get("eval") if args.eval_strategy != "no" else None
+    encoding = encoding_options(student, tokenizer, args, source)
+    rows, asked, _ = prepare_rows(data["train"], asked, tokenizer, args, None, None, encoding)
+    assert rows is not None
+    teacher = resolve_teacher(student, None, args)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
+    if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
+        propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
+    server = connect(args, tokenizer, ("teacher",))["teacher"]
+    teacher_tokenizer = tokenizer_of_teacher(teacher, student, args)
+    own = size = vocabulary_rows(student, **source)
+    if server is None:
+        size = int(teacher.config.get_text_config().vocab_size)
+    shared = shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
+    stop_ids = {
+        "student": stop_token_ids(tokenizer, generation_config_of(student, source)),
+        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
+    }
+    check_ids_in_use({"train": rows}, stop_ids["student"], tokenizer, {"student": own, "teacher": size}, shared)
+    scorer: Any = None if server is not None else make_teacher(args, teacher, None, accelerator, None)
+    rollout: Any = None
+    if args.seq_kd:
+        beyond = range(0) if shared is None else range(shared, size)
+        foreign = unreadable_ids(size, shared, tokenizer, teacher_tokenizer) if server is None else beyond
+        pad_id = readable_pad_id(tokenizer, min(own, size))
+        common = (accelerator, stop_ids["teacher"], pad_id, foreign, server, own, teacher)
+        rollout = make_rollout(args, "teacher", lambda: scorer.model, *common)
+        if not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
+            rollout = keep_completions(rollout, args, server or scorer.model, accelerator)
+    batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
+    if server is None:
+        batch_size = rows_at_a_time(args, teacher.config, accelerator.device)
+    sets = evaluation_sets(asked)
+    sound, held_out = hygiene(args, stop_ids), {name: part for name, part in data.items() if name != "train"}
+    return Work(rows, sets, tokenizer, scorer, rollout, sound, accelerator, batch_size, held_out)
+
+
+def fill(work: Work) -> None:
+    """Let the teacher answer what is not answered yet, each prompt once, longest first. All ranks call this."""
+    store, accelerator = work.rollout.store, work.accelerator
+    prompts = [list(prompt) for prompt in dict.fromkeys(tuple(p) for p in _prompts(work.rows))]
+    store.refresh()
+    missing = [prompt for prompt in prompts if prompt not in store]
+    missing.sort(key=len, reverse=True)
+    # Other runs may add to the store meanwhile, so one rank's view of what is missing counts.
+    missing = broadcast_object_list([missing])[0]
+    done = len(prompts) - len(missing)
+    logger.info("%s of %s different prompts are answered already", f"{done:,}", f"{len(prompts):,}")
+    with tqdm(total=len(missing), unit="prompt", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+        tokens, size = 0, work.batch_size * accelerator.num_processes
+        for start in range(0, len(missing), size):
+            share = missing[start : start + size][accelerator.process_index :: accelerator.num_processes]
+            tokens += sum(map(len, work.rollout.generate(share, 0)))
+            bar.update(min(size, len(missing) - start))
+            bar.set_postfix({"tokens": f"{tokens * accelerator.num_processes:,}"})
+    accelerator.wait_for_everyone()
+    store.refresh()
+
+
+def answered_rows(work: Work) -> tuple[Dataset, dict[str, int]]:
+    """The rows with the teacher's answers, in the order of the recipe's data set, and how many are left out and why.
+
+    Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out,
+    and so is an answer with an id that stands for no token of the student's tokenizer.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    left_out = {"truncated": 0, "repetitive": 0, "unreadable": 0}
+    known = max(work.tokenizer.get_vocab().values())
+    rows = work.rows.sort("row")
+    for prompt, number in zip(_prompts(rows), rows["row"], strict=True):
+        completion = work.rollout.store.get(prompt)
+        verdict = work.hygiene.judge(completion, "teacher")
+        if not work.hygiene.trains(verdict):
+            left_out["repetitive" if verdict.repetitive else "truncated"] += 1
+            continue
+        if max(completion, default=0) > known:
+            left_out["unreadable"] += 1
+            continue
+        row = {
+            "prompt": work.tokenizer.decode(prompt),
+            "completion": work.tokenizer.decode(completion),
+            "input_ids": [*prompt, *completion],
+            "labels": [IGNORE] * len(prompt) + completion,
+            "prompt_length": len(prompt),
+            "truncated": verdict.truncated,
+            "repetitive": verdict.repetitive,
+            "source_row": number,
+        }
+        for name, value in row.items():
+            columns[name].append(value)
+    if not columns["input_ids"]:
+        raise ValueError(
+            f"no answer of the teacher is left for the data set ({left_out}): raise max_new_tokens, or set "
+            "mask_truncated_completions and drop_repetitive_completions to false"
+        )
+    return Dataset.from_dict(columns, features=_COLUMNS), left_out
+
+
+def _prompts(rows: Dataset) -> Iterable[list[int]]:
+    return (prompt_of(row) for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]))
+
+
+def provenance(recipe: Recipe, work: Work, kept: int, left_out: dict[str, int]) -> dict[str, Any]:
+    """How the rows were made, as JSON: models, sampling, data, date, versions, command."""
+    script, args = recipe.settings.script, recipe.settings.training
+    made = work.rollout.store.about()
+    return {
+        "rows": kept,
+        "left_out": left_out,
+        "teacher": _shown(made["notes"]["teacher"]) or "in memory",
+        "teacher_revision": made["notes"]["revision"],
+        "key": made["key"],
+        "tokenizer": _shown(recipe.settings.model.model_name_or_path),
+        "prompts": {
+            "dataset": _shown(script.dataset_name),
+            "config": script.dataset_config,
+            "split": script.dataset_train_split,
+            "max_prompt_length": args.prompt_limit,
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": installed_versions(),
+        "command": redact_command([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+    }
+
+
+def _shown(name: str | None) -> str | None:
+    """A repository's id, or the last part of a path: the record may be pushed."""
+    return Repo(name).shown if name else None

@@ -1,0 +1,186 @@
+"""`gkd precompute --scores`: the teacher scores a recipe's training rows beforehand.
+
+What it says goes where training looks for it (`teacher_scores_dir`), so a run with the same settings finds all of it,
+and one with `lmbda=0` never loads the teacher. With `seq_kd` the teacher's own sequences are made first, then scored.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from gkd.assembly.scores import written
+from gkd.commands.precompute.answers import Work, fill, prepare
+from gkd.data.sequences import TokenSequence, collate, prompt_of
+from gkd.data.targets import IGNORE
+from gkd.recipe.capture import Recipe
+from gkd.teachers.kept import CachedTeacher
+from gkd.teachers.store import ROOM, row_key
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A row that is not scored yet: its number in `Rows`, its length and its targets."""
+
+    number: int
+    length: int
+    targets: int
+
+
+class Rows:
+    """Everything that training will ask the teacher about, by number; the token ids stay in their data sets."""
+
+    def __init__(self, work: Work) -> None:
+        answers = work.answers
+        writes = [answers is not None, *([False] * len(work.evaluation))]
+        columns = ["input_ids", "labels", "prompt_length", "prompt_ids"]
+        sets = [rows.select_columns(columns) for rows in (work.rows, *work.evaluation)]
+        self._sets = list(zip(sets, writes, strict=True))
+        self._work = work
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows, _ in self._sets)
+
+    def __iter__(self) -> Iterator[TokenSequence | None]:
+        for rows, writes in self._sets:
+            for row in rows:
+                yield self._sequence(row, writes)
+
+    def __getitem__(self, number: int) -> TokenSequence:
+        for rows, writes in self._sets:
+            if number < len(rows):
+                sequence = self._sequence(rows[number], writes)
+                assert sequence is not None
+                return sequence
+            number -= len(rows)
+        raise IndexError(number)
+
+    def _sequence(self, row: Any, writes: bool) -> TokenSequence | None:
+        """What is trained on in this row; None without a target."""
+        ids, labels, length = list(row["input_ids"]), list(row["labels"]), int(row["prompt_length"])
+        if writes:
+            prompt = prompt_of(row)
+            found = written(prompt, self._work.rollout.store.get(prompt), self._work.hygiene)
+            if found is None:
+                return None
+            (ids, labels), length = found, len(prompt)
+        return TokenSequence(ids, labels, length) if any(label != IGNORE for label in labels[1:]) else None
+
+
+def precompute_scores(recipe: Recipe) -> None:
+    """Fill `teacher_scores_dir` for a recipe's training rows, and those of its evaluation.
+
+    What is there already is not scored again, so a run that was stopped goes on where it was. Several processes
+    (`accelerate launch`) share the work.
+
+    Args:
+        recipe: from `gkd.recipe.capture.capture`.
+
+    Raises:
+        ValueError: no student, teacher or place is named, the teacher is on a server, or the disk has no room.
+        DiskFullError: it had, and somebody else took it.
+    """
+    args = recipe.settings.training
+    if args.teacher_server_url is not None:
+        raise ValueError(
+            "--scores needs the teacher in this process: a server (teacher_server_url) gives no hidden states; name "
+            "teacher_model_name_or_path instead"
+        )
+    if args.teacher_scores_dir is None:
+        raise ValueError("--scores needs a place for the scores: pass --teacher_scores_dir DIR, to the training, too")
+    work = prepare(recipe)
+    if work.answers is not None:
+        fill(work)
+    number = fill_scores(work, args.per_device_train_batch_size)
+    if work.accelerator.is_main_process:
+        print(f"the scores of {number:,} rows are in {work.teacher.store.path}")
+
+
+def fill_scores(work: Work, batch_size: int) -> int:
+    """Let the teacher score what is not scored yet, each sequence once, longest first. All ranks call this.
+
+    Returns:
+        The number of rows with a target, all of which are scored now.
+    """
+    teacher, accelerator = work.teacher, work.accelerator
+    assert isinstance(teacher, CachedTeacher)
+    store, rows = teacher.store, Rows(work)
+    if not store.writable:
+        raise ValueError(f"teacher_scores_dir: {store.path} cannot be written to: name another folder")
+    todo, number = _todo(rows, teacher)
+    logger.info("%s of %s rows are scored already", f"{number - len(todo):,}", f"{number:,}")
+    if not todo:
+        return number
+    _check_room(rows, todo, teacher, accelerator)
+    size, ranks, rank = batch_size, accelerator.num_processes, accelerator.process_index
+    try:
+        with tqdm(total=len(todo), unit="row", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+            for start in range(0, len(todo), size * ranks):
+                share = todo[start : start + size * ranks]
+                mine = share[rank::ranks]
+                if mine or teacher.together:  # a model that is split up runs on all ranks or on none
+                    scored = _score(teacher, [rows[row.number] for row in mine or share[:1]])
+                    store.add(scored if mine else {})
+                bar.update(len(share))
+    finally:
+        store.flush()
+    accelerator.wait_for_everyone()
+    store.refresh()
+    return number
+
+
+def _todo(rows: Rows, teacher: CachedTeacher) -> tuple[list[Todo], int]:
+    """What is to be scored, longest first, and the number of rows with a target; the main process's view counts,
+    since other runs may add to the store meanwhile."""
+    found: dict[bytes, Todo] = {}
+    number = 0
+    for place, sequence in enumerate(rows):
+        if sequence is not None:
+            number += 1
+            key = row_key(sequence.input_ids, sequence.labels)
+            if key not in teacher.store:
+                found.setdefault(key, Todo(place, len(sequence.input_ids), sequence.num_targets))
+    todo = sorted(found.values(), key=lambda row: row.length, reverse=True)
+    result: tuple[list[Todo], int] = broadcast_object_list([(todo, number)])[0]
+    return result
+
+
+def _score(teacher: CachedTeacher, sequences: list[TokenSequence]) -> dict[bytes, torch.Tensor]:
+    batch = {name: values.to(teacher.accelerator.device) for name, values in collate(sequences, 0).items()}
+    hidden = teacher.live.score(batch).hidden.split([sequence.num_targets for sequence in sequences])
+    keys = [row_key(sequence.input_ids, sequence.labels) for sequence in sequences]
+    return dict(zip(keys, hidden, strict=True))
+
+
+def _check_room(rows: Rows, todo: list[Todo], teacher: CachedTeacher, accelerator: Any) -> None:
+    """Say how much will be written, from the size of one row, and refuse what does not fit."""
+    (row,) = _score(teacher, [rows[todo[-1].number]]).values()
+    tokens, width, item = sum(t.targets for t in todo), row.shape[1], row.element_size()
+    needed = tokens * width * item
+    folder = teacher.store.path
+    free = broadcast_object_list([shutil.disk_usage(folder).free])[0]
+    text = f"{len(todo):,} rows: {tokens:,} target tokens x {width:,} x {item} bytes = {_bytes(needed)}"
+    if accelerator.is_main_process:
+        print(f"{text} to write; {_bytes(free)} are free in {folder}", flush=True)
+    if needed + ROOM > free:
+        raise ValueError(
+            f"teacher_scores_dir: {text}, and {_bytes(free)} are free in {folder} ({_bytes(ROOM)} stay "
+            "free): make room, name another place, or train on fewer rows"
+        )
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"

@@ -1,0 +1,24 @@
+"""Sums and counts by source, reduced over ranks once per logged step; and the ledger of what was trained on.
+
+Every average is token-weighted (or sequence-weighted) over all ranks: sums travel, means are taken at the end. Ranks
+add to their own sums and meet in one collective that all of them enter, `Meter.flush`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NO_FLOAT64 = {"mps"}
+
+
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """The widest dtype for sums on a device: float64, or float32 where there is none (Apple's GPUs, some of Intel's).
+
+    In float32 counts are exact up to 2^24 tokens a period, and sums to about 1e-6.
+    """
+    device = torch.device(device)
+    if device.type in NO_FLOAT64:
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64

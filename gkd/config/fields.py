@@ -1,0 +1,335 @@
+"""`GKDConfig`: TRL's `SFTConfig` plus the fields of generalized knowledge distillation, with their range checks.
+
+Field names and defaults of `trl.experimental.gkd.GKDConfig` are kept; the others are ours. Options of `SFTConfig` that
+this trainer cannot honour are refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from trl import SFTConfig
+
+from gkd.common.redact import redact_settings, redact_value, without_secrets
+from gkd.config.checks import (
+    COMPLETIONS_TO_PRINT,
+    LOGPROB_TOLERANCE,
+    SERVER_TIMEOUT,
+    check_counts,
+    check_dicts,
+    check_logging,
+    check_servers,
+    check_teacher,
+    check_values,
+)
+from gkd.config.field_types import check_types
+from gkd.loss.divergence import DIVERGENCES, Divergence, make_divergence
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class GKDConfig(SFTConfig):
+    """Arguments of [`GKDTrainer`]. Every field is a command-line flag and a YAML key of a recipe.
+
+    Raises:
+        ValueError: a value out of range, or an option that this trainer cannot honour; the message names the field,
+            the value and the remedy.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+        "teacher_adapters",
+        "generation_kwargs",
+    ]
+
+    # --- names and defaults of trl.experimental.gkd ---
+    temperature: float = _field(0.9, "Sampling temperature of rollouts; 0 is greedy. Does not touch the loss.")
+    lmbda: float = _field(0.5, "Share of the sequences whose completion the student writes, 0 to 1.")
+    beta: float = _field(
+        0.5, "JSD interpolation: 0 = KL(teacher||student), 1 = KL(student||teacher). Only for divergence='jsd'."
+    )
+    max_new_tokens: int = _field(128, "Most tokens of a rollout, the stop token included.")
+    teacher_model_name_or_path: str | None = _field(None, "Teacher to load when no teacher_model is passed.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _field(
+        None, "Keyword arguments for loading the teacher by name, as a dict or JSON (dtype as string or torch.dtype)."
+    )
+    teacher_placement: str = _field(
+        "same",
+        "Where the teacher's weights stand: same (on every GPU), cpu_offload (there only while it works), zero3 "
+        "(split over the GPUs), zero3_offload (and in CPU memory).",
+    )
+    teacher_adapter_name_or_path: str | None = _field(
+        None, "A LoRA adapter on the teacher's model: a folder, or a name on the Hub; safetensors only."
+    )
+    share_base_model: bool = _field(
+        False,
+        "The teacher is the student's own base model, one copy of the weights: with teacher_adapter_name_or_path, or "
+        "as it is (self-distillation). The student trains an adapter.",
+    )
+    teacher_adapters: dict[str, str | None] | str | None = _field(
+        None,
+        "Several teachers, an adapter each on the teacher's model, as a dict or JSON of names to adapters (null = "
+        "none). The column `teacher` names each row's.",
+    )
+    disable_dropout: bool = _field(
+        True, "Turn dropout off in student and teacher. A LoRA adapter's own lora_dropout is left alone."
+    )
+    seq_kd: bool = _field(
+        False, "Sequences that the student does not write are written by the teacher instead of taken from the data."
+    )
+
+    teacher_temperature: float | None = _field(
+        None, "Sampling temperature of the teacher's sequences (seq_kd), 0 is greedy. None = temperature."
+    )
+    seq_kd_loss: str = _field(
+        "divergence", "Loss on the teacher's sequences: divergence, or nll (their negative log-likelihood)."
+    )
+    teacher_cache_dir: str | None = _field(
+        None,
+        "Where the teacher's sequences are kept, so that it answers each prompt once. None = "
+        "<output_dir>/_teacher_sequences; off = a new sample each time.",
+    )
+    teacher_scores_dir: str | None = _field(
+        None,
+        "Keep the teacher's last hidden states of sequences that come again here, and use them. None = score anew.",
+    )
+
+    # --- the loss ---
+    divergence: str = _field("jsd", f"Per-token divergence, one of: {', '.join(DIVERGENCES)}.")
+    skew_lambda: float = _field(0.1, "Mixing share of the skew divergences (DistiLLM's alpha).")
+    ab_alpha: float = _field(0.5, "Alpha of divergence='alpha_beta'.")
+    ab_beta: float = _field(0.5, "Beta of divergence='alpha_beta'.")
+    akl_mu: float = _field(0.5, "Mass of the teacher's head in divergence='adaptive_kl'.")
+    symmetric_kl_weight: float = _field(
+        0.5, "Share of the forward KL in divergence='symmetric_kl'; the reverse KL has the rest."
+    )
+    loss_temperature: float = _field(1.0, "Temperature of both softmaxes in the divergence.")
+    teacher_loss_temperature: float | None = _field(None, "The teacher's, when it differs from loss_temperature.")
+    scale_by_temperature_squared: bool = _field(
+        False, "Multiply the divergence by loss_temperature^2 (Hinton et al.), in value and in gradient."
+    )
+    loss_reduction: str = _field(
+        "token", "token: mean over all targets of the global batch. sequence: mean over each sequence, then over them."
+    )
+    ce_weight: float = _field(0.0, "w of loss = (1 - w) divergence + w cross-entropy on the given token.")
+    ce_on_student_tokens: bool = _field(False, "Apply ce_weight to tokens that the student wrote, too.")
+    teacher_top_k: int | None = _field(None, "Keep only the teacher's K most likely tokens. None = all.")
+    top_k_tail: str = _field(
+        "bucket",
+        "bucket: K + 1 outcomes with the exact tail mass. renormalize: the teacher has no tail. renormalize_both: nor "
+        "has the student. ignore: the tails are left out (forward KL only).",
+    )
+    mask_truncated_completions: bool = _field(False, "Do not train on rollouts that were cut off at max_new_tokens.")
+    drop_repetitive_completions: bool = _field(False, "Do not train on repetitive rollouts (repetition_threshold).")
+    repetition_threshold: float = _field(
+        0.5, "A completion is repetitive when more than this share of its 4-grams occurred before in it."
+    )
+    max_nonfinite_steps: int = _field(
+        3, "So many steps in a row without a finite loss and gradient (they are skipped) end training; 0 = never."
+    )
+    loss_chunk_size: int | None = _field(None, "Targets per chunk of the fused loss. None = from a byte budget.")
+    loss_compile: bool | None = _field(
+        None, "Run the loss's elementwise work through torch.compile. None = on CUDA where Triton is installed."
+    )
+
+    # --- sampling, all explicit: nothing leaks in from a model's own generation config ---
+    mixing: str = _field(
+        "sample", "sample: exactly the share lmbda in every optimizer step. batch: one coin per step (the paper)."
+    )
+    top_p: float = _field(1.0, "Nucleus sampling of rollouts; 1 = off.")
+    top_k: int = _field(0, "Top-k sampling of rollouts; 0 = off.")
+    min_p: float | None = _field(None, "Min-p sampling of rollouts; None = off.")
+    repetition_penalty: float = _field(1.0, "Repetition penalty of rollouts; 1 = off.")
+    generation_kwargs: dict[str, Any] | str | None = _field(
+        None, "Further GenerationConfig fields for rollouts, as a dict or JSON. An unknown one is an error."
+    )
+    rollout_batch_size: int | None = _field(
+        None,
+        "Most sequences generated at a time: bounds the KV cache. None = per_device_train_batch_size x 4; on a GPU "
+        "the whole optimizer step's, while their KV cache takes at most an eighth of it.",
+    )
+    fold_adapter: bool = _field(
+        True, "Fold a LoRA adapter into a copy of the weights for a rollout in this process: faster, more memory."
+    )
+
+    # --- servers ---
+    rollout_backend: str = _field(
+        "hf", "Where the student writes: hf (in this process) or vllm (a server; LoRA only)."
+    )
+    rollout_server_url: str | None = _field(
+        None, "The student's vLLM server, http://host:port; several are comma separated."
+    )
+    rollout_adapter_dir: str | None = _field(
+        None, "Folder of the adapter, which trainer and server must both see. None = <output_dir>/_rollout_adapters."
+    )
+    rollout_server_timeout: float = _field(
+        SERVER_TIMEOUT, "Seconds that one request to a server may take in all, repetitions included."
+    )
+    server_proxy: str | None = _field(
+        None, "An HTTP proxy to the servers, http://host:port. None = direct; the environment's is never used."
+    )
+    rollout_logprob_tolerance: float = _field(
+        LOGPROB_TOLERANCE,
+        "Most difference, in nats per token, between a server's log-probabilities of the tokens it sampled and the "
+        "student's own in the same step; more is an error. 0 = not compared.",
+    )
+    rollout_staleness: int = _field(
+        0, "0: every rollout is from the present weights. 1: a server writes the next step's while this one trains."
+    )
+    teacher_server_url: str | None = _field(
+        None, "A vLLM server that scores as the teacher, in place of a teacher model; needs teacher_top_k."
+    )
+
+    # --- the output folder ---
+    overwrite_output_dir: bool = _field(
+        False, "Start anew in a folder that holds checkpoints of another run, and delete these. False = refuse it."
+    )
+
+    # --- what is shown ---
+    log_completions: bool = _field(
+        False, "Show sample completions of the training step, on the console and in W&B, Trackio and TensorBoard."
+    )
+    log_completions_steps: int | None = _field(None, "Show them every so many steps. None = with every training log.")
+    num_completions_to_print: int = _field(
+        COMPLETIONS_TO_PRINT, "Completions on the console; the loggers get all of the main process."
+    )
+
+    # --- data ---
+    max_prompt_length: int | None = _field(
+        None, "Most tokens of a prompt. None = max_length - max_new_tokens when anything is generated."
+    )
+    overlong_prompt: str = _field("drop", "A prompt over max_prompt_length: drop, keep_start or keep_end.")
+    overlong_row: str = _field("cut", "A data row over max_length: cut (the end of the answer) or drop.")
+    unanswered_rows: str = _field(
+        "cut", "Where answers are needed: cut a chat that ends with a question behind its last answer, or drop it."
+    )
+    assistant_turns: str = _field("last", "Train on the last assistant turn, or on all of them (data rows).")
+
+    def __post_init__(self) -> None:
+        check_types(self, own=vars(GKDConfig)["__annotations__"])
+        self._choose_for_cpu()
+        if getattr(self, "data_seed", None) is None:
+            # Otherwise the order of the rows comes from torch's global stream, and ranks whose streams differ (say,
+            # after set_seed(..., device_specific=True)) would each shuffle in their own way.
+            self.data_seed = self.seed
+        check_dicts(self)
+        super().__post_init__()
+        check_counts(self)
+        self.make_divergence()
+        check_values(self)
+        check_servers(self)
+        check_logging(self)
+        check_teacher(self)
+
+    def _choose_for_cpu(self) -> None:
+        """Without an accelerator: use_cpu, without which accelerate leaves several processes apart and the Trainer
+        refuses bf16; and bf16 only when the launch file says so, since TRL's default is made for GPUs."""
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            if self.deepspeed and "RANK" in os.environ:
+                # What accelerate does on GPUs before a model is split up (ZeRO-3), and on CPUs only for its own files.
+                import deepspeed
+
+                deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+            given: bool | None = getattr(self, "bf16", None)
+            self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" if given is None else given
+
+    def make_divergence(self) -> Divergence:
+        """The divergence that the fields name; ValueError for an unknown name, a parameter out of range or unused."""
+        return make_divergence(
+            self.divergence,
+            beta=self.beta,
+            skew_lambda=self.skew_lambda,
+            ab_alpha=self.ab_alpha,
+            ab_beta=self.ab_beta,
+            akl_mu=self.akl_mu,
+            symmetric_kl_weight=self.symmetric_kl_weight,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`, for loggers; secrets are hidden in nested dictionaries and addresses, too."""
+        return redact_settings(super().to_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the Trainer pickles beside the weights and pushes from there: access tokens have no business in it."""
+        return without_secrets(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GKDConfig:
+        """A copy in this process is not published, so it keeps its secrets."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __copy__(self) -> GKDConfig:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(vars(self))
+        return copied
+
+    def __str__(self) -> str:
+        return redact_value(super().__str__())
+
+    __repr__ = __str__
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """The names of several teachers, in the order of their numbers; () for one."""
+        assert not isinstance(self.teacher_adapters, str)  # TrainingArguments has parsed it
+        return tuple(self.teacher_adapters or ())
+
+    @property
+    def rollout_adapter_folder(self) -> str:
+        """Where the student's adapter is written for a server; the underscore keeps it out of what goes to the Hub."""
+        return self.rollout_adapter_dir or os.path.join(str(self.output_dir), "_rollout_adapters")
+
+    @property
+    def student_writes(self) -> bool:
+        """Whether the student writes completions to train on."""
+        return self.lmbda > 0
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher writes completions to train on: those that the student leaves."""
+        return self.seq_kd and self.lmbda < 1
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether answers of the data are trained on."""
+        return not self.seq_kd and self.lmbda < 1
+
+    @property
+    def trains_on_nll_alone(self) -> bool:
+        """Whether no token has a divergence, so that training needs the teacher's text but not its scores."""
+        return self.teacher_writes and not self.student_writes and self.seq_kd_loss == "nll"
+
+    @property
+    def teacher_cache_folder(self) -> str | None:
+        """Where the teacher's sequences are kept; None when they are not.
+
+        The default's name starts with an underscore: the Trainer leaves such files out of what it pushes to the Hub.
+        """
+        if self.teacher_cache_dir is None:
+            return os.path.join(str(self.output_dir), "_teacher_sequences")
+        off = self.teacher_cache_dir.lower() in ("", "off", "false")
+        return None if off else self.teacher_cache_dir
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens of a prompt: `max_prompt_length`, else what `max_length` leaves for it."""
+        if self.max_prompt_length is not None or self.max_length is None:
+            return self.max_prompt_length
+        generated = self.max_new_tokens if self.student_writes or self.teacher_writes else 1
+        if generated >= self.max_length:  # a bound for rows of the data, then: rollouts go beyond it
+            generated = 1
+        if self.max_length < 2:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a prompt and a token behind it: raise it"
+            )
+        return self.max_length - generated

@@ -1,0 +1,37 @@
+"""From a row to a padded batch: formats, tokens, sources, sequences, targets.
+
+encode: token ids and labels of one row: where the answer begins and ends, found from texts and lengths,
+    never from ids
+files: local data files as data sets: JSON, JSON Lines, CSV, Parquet, with the line number of what is
+    broken
+formats: row formats
+held_out: held-out rows whose prompts are not trained on, and a count of those that are
+kinds: kinds of data set objects: which have rows that can be counted, and how their rows are read as they
+    are stored
+last_turn: the last question of a prompt, for tables: without the system turn and the signs that a chat
+    template writes
+left_out: what a row holds and its chat template does not write: told, since it would be lost without a
+    word
+prepare: data sets: rows of any format become ids and labels, with a report of every row that could not be
+    used as it is
+row_report: what became of a data set's rows: kept, dropped, cut, noted, and what in them nothing reads
+row_values: values of a row: where they stand (for messages), what is JSON as text, and the nulls that
+    Arrow puts in
+sequences: data sets: rows of any format become ids and labels, with a report of every row that could not
+    be used as it is
+sources: where each sequence of an optimizer step comes from: the data set, the student, or the teacher
+targets: pure token functions: join prompt and completion, mark targets, sort by length, cut into micro-
+    batches, pad
+template_day: what a chat template takes for today, where it writes a date (`strftime_now`: Llama-3.2,
+    gpt-oss and others)
+templates: chat templates: rendering, whatever form a template wants a text in and whatever day it is
+token_rows: rows that are token ids already: labels or masks, as `gkd precompute`, TRL and other trainers
+    write them
+tokenizer: `eos_token` and `chat_template_path`: options of `SFTConfig` about the tokenizer, applied
+    before any row is read
+turn_spans: where the earlier assistant turns of a chat stand in its rendering
+turns: turns of a chat, in any spelling of data sets, as the `role`/`content` messages that chat templates
+    read
+unread: what a row holds and nothing reads: told, column by column; images and sound refused
+vocabulary: vocabularies: may these two models be compared token by token, and which ids end an answer?
+"""

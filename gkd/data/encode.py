@@ -1,0 +1,329 @@
+"""Token ids and labels of one row: where the answer begins and ends, found from texts and lengths, never from ids.
+
+A chat is rendered twice by its template, as prompt (with the generation prompt) and with the answer. The prompt's ids
+are what a rollout starts from, so they are kept whole: if the tokenizer would merge a token across the border of
+prompt and answer, the answer is tokenized on its own, as it is when a model writes it. The answer ends with the
+end-of-turn token, which is trained; what a template writes after it is cut off.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gkd.common.text import printable
+from gkd.data.formats import ChatRow, Row, TextRow
+from gkd.data.left_out import has_empty_thought, left_out
+from gkd.data.row_values import Place
+from gkd.data.targets import IGNORE
+from gkd.data.templates import STUMBLES, ChatTemplate, common_prefix
+from gkd.data.token_rows import TokenRow
+from gkd.data.turn_spans import TurnFinder
+from gkd.data.turns import Message
+from gkd.data.vocabulary import end_of_turn
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row in ids; `notes` are keys of `gkd.data.row_report.NOTES`.
+
+    A rollout starts from `prompt`: `prompt_ids` where the row begins otherwise, else `input_ids[:prompt_length]`.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+    notes: tuple[str, ...] = ()
+    prompt_ids: list[int] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.prompt_ids or self.input_ids[: self.prompt_length]
+
+    @property
+    def prompt_only(self) -> bool:
+        return all(label == IGNORE for label in self.labels)
+
+    def starting_from(self, prompt: list[int]) -> Encoded:
+        """With this prompt for rollouts, which is kept beside the row only where the row does not begin with it."""
+        same = self.input_ids[: self.prompt_length] == prompt
+        return replace(self, prompt_ids=[] if same else prompt)
+
+    def noted(self, note: str, **changes: Any) -> Encoded:
+        return replace(self, notes=(*self.notes, note), **changes)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens, None = no limit, and what happens to rows beyond them; see
+    `gkd.data.prepare.prepare_dataset`."""
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    overlong_prompt: str = "drop"
+    overlong_row: str = "cut"
+
+    def __post_init__(self) -> None:
+        choices = {"overlong_prompt": ("drop", "keep_start", "keep_end"), "overlong_row": ("cut", "drop")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
+        for name in ("max_length", "max_prompt_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} should be at least 1, or None for no limit")
+
+    def fit(self, row: Encoded, bos: int | None) -> Encoded:
+        """The row within the limits, or with a note from `gkd.data.row_report.DROPPED`."""
+        row = self._fit_prompt(row, bos)
+        dropped = "prompt_too_long" in row.notes
+        if dropped or self.max_length is None or len(row.input_ids) <= self.max_length or row.prompt_only:
+            return row
+        if row.prompt_length >= self.max_length:
+            return row.noted("no_room")
+        if self.overlong_row == "drop":
+            return row.noted("row_too_long")
+        return row.noted("row_cut", input_ids=row.input_ids[: self.max_length], labels=row.labels[: self.max_length])
+
+    def _fit_prompt(self, row: Encoded, bos: int | None) -> Encoded:
+        limit, length = self.max_prompt_length, row.prompt_length
+        if limit is None or max(length, len(row.prompt)) <= limit:
+            return row
+        if self.overlong_prompt == "drop":
+            return row.noted("prompt_too_long")
+        places = self._kept(row.input_ids[:length], limit, bos)
+        kept = [*places, *range(length, len(row.input_ids))]
+        ids, labels = [row.input_ids[i] for i in kept], [row.labels[i] for i in kept]
+        prompt = [row.prompt[i] for i in self._kept(row.prompt, limit, bos)]
+        row = row.noted("prompt_cut", input_ids=ids, labels=labels, prompt_length=len(places))
+        return row.starting_from(prompt)
+
+    def _kept(self, prompt: list[int], limit: int, bos: int | None) -> list[int]:
+        """Which places of a prompt stay within the limit."""
+        length = len(prompt)
+        if length <= limit or self.overlong_prompt == "keep_start":
+            return list(range(min(length, limit)))
+        head = [0] if prompt[0] == bos and limit > 1 else []  # the one BOS stays in front
+        return head + list(range(length - limit + len(head), length))
+
+
+class RowEncoder:
+    """Turns rows into ids with one tokenizer.
+
+    Args:
+        tokenizer: its padding and truncation settings do not matter.
+        assistant_turns: "last" trains on the final assistant turn, "all" on every one.
+        stop_ids: at which the model stops beside the tokenizer's eos and the template's end of turn; see
+            `gkd.data.vocabulary.configured_stop_ids`.
+        today: what the chat template writes as today's date, as YYYY-MM-DD; None = the clock's day.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        assistant_turns: str = "last",
+        stop_ids: Collection[int] = (),
+        today: str | None = None,
+    ) -> None:
+        if assistant_turns not in ("last", "all"):
+            raise ValueError(f"assistant_turns={assistant_turns!r} is unknown: use 'last' or 'all'")
+        self.tokenizer = tokenizer
+        self.all_turns = assistant_turns == "all"
+        self.template = ChatTemplate(tokenizer, today) if tokenizer.chat_template else None
+        self.turn = turn = end_of_turn(tokenizer, stop_ids)
+        known = (*stop_ids, tokenizer.eos_token_id, turn.token_id if turn else None)
+        self.stop_ids = {int(i) for i in known if i is not None}
+        self.stop_texts = tuple(sorted(str(tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids))
+        bos = tokenizer.bos_token_id
+        self._adds_bos = bos is not None and [bos] == tokenizer("a")["input_ids"][:1] != self._raw("a")[:1]
+
+    def encode(self, row: Row, place: Place) -> Encoded:
+        """Ids and labels of a row, of any length. Raises ValueError when the template or the ids are at fault."""
+        if isinstance(row, ChatRow):
+            return self._chat(row, place)
+        return self._text(row) if isinstance(row, TextRow) else self._tokens(row, place)
+
+    # -------------------------------------------------------------------------------------------- text to ids
+
+    def _raw(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _ids(self, text: str, bos: bool = False) -> list[int]:
+        """Ids of a text from its beginning, with one BOS where the text or `bos` asks for any."""
+        ids, first = self._raw(text), self.tokenizer.bos_token_id
+        if bos and self._adds_bos:
+            ids = [first, *ids]
+        while len(ids) > 1 and first is not None and ids[0] == ids[1] == first:
+            del ids[0]
+        return ids
+
+    def _joined(self, prompt: str, text: str, bos: bool = False) -> tuple[list[int], list[int], int]:
+        """Ids of `prompt`, ids of `text`, and where in these its answer begins.
+
+        Where `text` goes on from `prompt`, so do the ids, unless no tokenization breaks there.
+        """
+        served, whole = self._ids(prompt, bos), self._ids(text, bos)
+        start = common_prefix(served, whole)
+        if start < len(served) and text.startswith(prompt):
+            joined = served + self._raw(text[len(prompt) :])
+            if self._decode(joined) == self._decode(whole):
+                return served, joined, len(served)
+        return served, whole, start
+
+    def _counts(self, text: str, ids: list[int], cuts: list[int]) -> dict[int, tuple[int, int]]:
+        """For each cut in `text` (ascending), how many of its `ids` end before it, and which is the first behind it.
+
+        The two differ where a token reaches over the cut. Every letter is tokenized a few times, however many cuts
+        there are, unless a slow tokenizer merges tokens across them.
+        """
+        pieces = [self._ids(text[: cuts[0]]), *(self._raw(text[a:b]) for a, b in pairwise([*cuts, len(text)]))]
+        if list(chain.from_iterable(pieces)) == ids:
+            ends = list(accumulate(map(len, pieces)))
+            return {cut: (end, end) for cut, end in zip(cuts, ends, strict=False)}
+        if not self.tokenizer.is_fast:  # no places of tokens in the text: what comes before each cut is tokenized anew
+            before = {cut: self._ids(text[:cut]) for cut in cuts}
+            kept = {cut: common_prefix(own, ids) for cut, own in before.items()}
+            return {cut: (kept[cut], kept[cut] + (kept[cut] < len(before[cut]))) for cut in cuts}
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        places = found["offset_mapping"][len(found["input_ids"]) - len(ids) :]  # without a second BOS
+        firsts, lasts = [first for first, _ in places], [last for _, last in places]
+        return {cut: (bisect_right(lasts, cut), bisect_left(firsts, cut)) for cut in cuts}
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _closed(self, text: str) -> str:
+        """`text` without what stands behind the stop token that ends its last answer."""
+        if self.turn and self.turn.closing and text.endswith(self.turn.closing):
+            return text[: -len(self.turn.closing)] + self.turn.kept
+        end, rest = None, text.rstrip()
+        while stop := next((stop for stop in self.stop_texts if rest.endswith(stop)), None):
+            end, rest = len(rest), rest[: -len(stop)].rstrip()
+        return text[:end]
+
+    def _with_stop(self, encoded: Encoded, note: str | None) -> Encoded:
+        """Appends a stop token, as a target, to an answer that none ends: the one that ends an earlier turn where the
+        model stops at it, else eos."""
+        stop = self.tokenizer.eos_token_id
+        if note and self.turn and self.turn.next_token_id in self.stop_ids:
+            stop = self.turn.next_token_id
+        if stop is None or encoded.labels[-1] in self.stop_ids:
+            return encoded
+        ids, labels = [*encoded.input_ids, stop], [*encoded.labels, stop]
+        encoded = replace(encoded, input_ids=ids, labels=labels)
+        return encoded.noted(note) if note else encoded
+
+    # ---------------------------------------------------------------------------------------------------- chats
+
+    def _chat(self, row: ChatRow, place: Place) -> Encoded:
+        if self.template is None:
+            raise ValueError(
+                f"{place} is a chat, but the tokenizer has no chat template: use "
+                f"an instruction-tuned model's tokenizer, set chat_template_path, or give plain text prompts"
+            )
+        messages = row.messages
+        if row.answer is None:
+            text = self._render(self.template, row, messages, place, generate=True)
+            ids = self._ids(text)
+            return Encoded(ids, [IGNORE] * len(ids), len(ids), tuple(left_out(self.template, row, text)))
+        prompt = self._render(self.template, row, messages[: row.answer], place, generate=True)
+        whole = self._render(self.template, row, messages, place)
+        text = self._closed(whole)
+        served, ids, start = self._joined(prompt, text)
+        if start == 0:
+            place.bad("messages", "the chat template renders the prompt and the whole chat with different beginnings")
+        untrained = row.answer in row.untrained
+        labels = [IGNORE] * len(ids) if untrained else [IGNORE] * start + ids[start:]
+        encoded = Encoded(ids, labels, start).starting_from(served)
+        if encoded.prompt_ids:
+            encoded = encoded.noted("prompt_not_prefix")
+        if self.all_turns:
+            prefix = text.startswith(prompt) and not encoded.prompt_ids
+            encoded = self._with_earlier_turns(encoded, row, whole, *((prompt, served) if prefix else (text, ids)))
+        for note in left_out(self.template, row, whole):
+            encoded = encoded.noted(note)
+        if untrained:
+            return encoded.noted("untrained") if encoded.prompt_only else encoded
+        answer = self._decode(ids[start:])
+        if has_empty_thought(answer) and "</think>" not in messages[row.answer]["content"]:
+            encoded = encoded.noted("empty_thought")
+        if _is_empty(messages[row.answer]) or self._is_bare(answer):
+            encoded = encoded.noted("empty_answer")
+        return self._with_stop(encoded, "eos_appended")
+
+    def _render(
+        self, template: ChatTemplate, row: ChatRow, messages: list[Message], place: Place, generate: bool = False
+    ) -> str:
+        try:
+            return template.render(messages, generate, row.tools, row.template_kwargs)
+        except STUMBLES as error:
+            raise ValueError(
+                f"{place}: the chat template cannot render the roles "
+                f"{printable(', '.join(message['role'] for message in messages))}: {printable(str(error))}. Take a "
+                f"template that can (chat_template_path), or merge or leave out turns in a formatting_func"
+            ) from error
+
+    def _with_earlier_turns(self, encoded: Encoded, row: ChatRow, whole: str, head: str, ids: list[int]) -> Encoded:
+        """Trained on the assistant turns before the last, too.
+
+        Args:
+            whole: the rendered chat.
+            head: the beginning of it that holds these turns, of which `ids` are the row's first ids.
+        """
+        assert self.template is not None
+        numbers = [i for i, message in enumerate(row.messages) if i > 0 and message["role"] == "assistant"]
+        numbers = [i for i in numbers if i != row.answer and i not in row.untrained]
+        next_id = self.turn.next_token_id if self.turn else None
+        stops = {*self.stop_texts, *([] if next_id is None else [str(self.tokenizer.convert_ids_to_tokens(next_id))])}
+        finder = TurnFinder(self.template, self.turn, tuple(sorted(stops)), self._raw, self._decode, self._closed)
+        found = finder.find(row, whole, numbers) if numbers else {}
+        if len(found) < len(numbers):
+            encoded = encoded.noted("turn_not_found")
+        spans = [span for span in found.values() if not self._is_bare(whole[slice(*span)])]
+        if not spans:
+            return encoded
+        labels = list(encoded.labels)
+        counts = self._counts(head, ids, [cut for span in spans for cut in span])
+        for first, last in spans:
+            begin, end = counts[first][1], counts[last][0]
+            labels[begin:end] = ids[begin:end]
+        return replace(encoded, labels=labels)
+
+    def _is_bare(self, text: str) -> bool:
+        """Whether a turn's text is a stop token and nothing else."""
+        for stop in self.stop_texts:
+            text = text.replace(stop, "")
+        return not text.strip()
+
+    # ------------------------------------------------------------------------------------------- texts, token ids
+
+    def _text(self, row: TextRow) -> Encoded:
+        if row.completion is None:
+            ids = self._ids(row.prompt, bos=True)
+            return Encoded(ids, [IGNORE] * len(ids), len(ids))
+        completion = self._closed(row.completion) if any(stop in row.completion for stop in self.stop_texts) else None
+        text = row.prompt + (row.completion if completion is None else completion)
+        served, ids, start = self._joined(row.prompt, text, bos=True)
+        encoded = Encoded(ids, [IGNORE] * start + ids[start:], start).starting_from(served)
+        if encoded.prompt_ids:
+            encoded = encoded.noted("prompt_not_prefix")
+        if not row.completion.strip():
+            encoded = encoded.noted("empty_answer")
+        return self._with_stop(encoded, None)
+
+    def _tokens(self, row: TokenRow, place: Place) -> Encoded:
+        known = max(self.tokenizer.get_vocab().values())
+        for column, ids in (("input_ids", row.input_ids), ("prompt_ids", row.prompt_ids)):
+            if wrong := [i for i in ids if not 0 <= i <= known]:
+                place.bad(column, f"holds the id {wrong[0]}, but the tokenizer's ids end at {known}")
+        return Encoded(row.input_ids, row.labels, row.prompt_length, prompt_ids=list(row.prompt_ids))
+
+
+def _is_empty(message: Message) -> bool:
+    return not message["content"].strip() and not any(
+        message.get(key) for key in ("tool_calls", "reasoning_content", "thinking")
+    )

@@ -1,0 +1,289 @@
+"""Data sets: rows of any format become ids and labels, with a report of every row that could not be used as it is.
+
+Masks come from lengths, never from ids, so pad == eos changes nothing. Nothing of a prompt is a target; the stop token
+that ends an answer is. See `gkd.data.formats` for the formats and `gkd.data.encode` for the tokenization.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jinja2
+from datasets import Dataset, Features, Sequence, Value
+from transformers import PreTrainedTokenizerBase
+
+from gkd._version import __version__
+from gkd.common.text import printable
+from gkd.data.encode import Encoded, Limits, RowEncoder
+from gkd.data.formats import ChatRow, Row, TextRow, canonical_row
+from gkd.data.kinds import Transform, as_stored, check_kind, transformed
+from gkd.data.row_report import (
+    DROPPED,
+    NOTES_OF_THE_ANSWER,
+    OF_THE_ANSWER,
+    UNREAD,
+    DataReport,
+    read_notes,
+    row_numbers,
+)
+from gkd.data.row_values import Place, without_arrow_nulls
+from gkd.data.targets import IGNORE
+from gkd.data.unread import refuse_other_than_text, unread
+
+logger = logging.getLogger(__name__)
+
+# What tokenizers and chat templates raise over a single row.
+_STUMBLES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+PREPARED = {"input_ids", "labels", "prompt_length", "row"}  # columns that say that rows have been prepared
+_COLUMNS = Features(
+    {
+        "input_ids": Sequence(Value("int64")),
+        "labels": Sequence(Value("int64")),
+        "prompt_length": Value("int64"),
+        "prompt_ids": Sequence(Value("int64")),
+        "row": Value("int64"),
+        "notes": Sequence(Value("string")),
+        "targets": Value("int64"),
+        "length": Value("int64"),
+        "served": Value("int64"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What `_encode_batch` needs beside the tokenizer; see `prepare_dataset`."""
+
+    name: str
+    limits: Limits
+    assistant_turns: str = "last"
+    unanswered_rows: str = "cut"
+    prompt_only_ok: bool = False
+    prompts_needed: bool = True
+    formatting_func: Callable[[dict[str, Any]], Any] | None = None
+    teachers: tuple[str, ...] = ()
+    features: Features | None = None  # of the data set as it is stored; None: not known
+    transform: Transform | None = None
+    stop_ids: tuple[int, ...] = ()
+    today: str | None = None
+    version: str = __version__  # only there for the key of `datasets.map`'s cache: another one may tokenize otherwise
+
+
+def prepare_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    overlong_prompt: str = "drop",
+    overlong_row: str = "cut",
+    assistant_turns: str = "last",
+    unanswered_rows: str = "cut",
+    prompt_only_ok: bool = False,
+    prompts_needed: bool = True,
+    name: str = "train",
+    num_proc: int | None = None,
+    formatting_func: Callable[[dict[str, Any]], str | Mapping[str, Any]] | None = None,
+    teachers: Collection[str] = (),
+    stop_ids: Collection[int] = (),
+    today: str | None = None,
+) -> tuple[Dataset, DataReport]:
+    """Tokenizes a data set once, before training.
+
+    Args:
+        dataset: rows of any format of `gkd.data.formats`. A format of `set_format` shows columns, a transform is
+            applied once.
+        max_length: most tokens of a data row, prompt and answer together; None = no limit. Rows without an answer are
+            only held to `max_prompt_length`.
+        max_prompt_length: most tokens of a prompt; None = no limit.
+        overlong_prompt: "drop" the row, or cut its prompt and keep its tokens from the start ("keep_start") or at the
+            end ("keep_end": the question and the generation prompt survive, and so does a BOS).
+        overlong_row: "cut" the end of the answer, or "drop" the row.
+        assistant_turns: targets of a data row: its "last" assistant turn, or "all" of them.
+        unanswered_rows: where answers are needed, "cut" a chat that ends with a question behind its last answer, or
+            "drop" rows that end without one.
+        prompt_only_ok: rows without an answer are welcome, since no completion is taken from the data; and one whose
+            answer cannot be used (empty, too long, flagged) is a prompt.
+        prompts_needed: completions will be generated, so a row needs a prompt. False (lmbda=0 without seq_kd) also
+            admits running text: a `text` column, all of it target.
+        name: what messages call this data set.
+        num_proc: processes of `datasets.map`.
+        formatting_func: row -> another row of a known format, as a dict, or -> running text, as in `SFTTrainer`.
+        teachers: names that the column `teacher` may hold, when there are several teachers.
+        stop_ids: at which the model stops beside the tokenizer's eos (`gkd.data.vocabulary.configured_stop_ids`).
+        today: what a chat template writes as today's date, as YYYY-MM-DD; None = the clock's day.
+
+    Returns:
+        The data set with `input_ids`, `labels` (-100 off target; all of them -100 for a prompt-only row),
+        `prompt_length`, `prompt_ids` (what a rollout starts from where `input_ids[:prompt_length]` is not that, else
+        empty: `gkd.data.sequences.prompt_of`), `row` (number in `dataset`) and, with `teachers`, `teacher` (number in
+        their order), and the report.
+
+    Raises:
+        ValueError: no data set with rows of known length; a malformed row (number and column are named); rows without
+            an answer or a prompt where one is needed, or of no known teacher; no row left.
+    """
+    check_kind(dataset, name)
+    if unanswered_rows not in ("cut", "drop"):
+        raise ValueError(f"unanswered_rows={unanswered_rows!r} is unknown: use 'cut' or 'drop'")
+    limits = Limits(max_length, max_prompt_length, overlong_prompt, overlong_row)
+    plain, transform = as_stored(dataset)
+    preparation = Preparation(
+        name=name,
+        limits=limits,
+        assistant_turns=assistant_turns,
+        unanswered_rows=unanswered_rows,
+        prompt_only_ok=prompt_only_ok,
+        prompts_needed=prompts_needed,
+        formatting_func=formatting_func,
+        teachers=tuple(teachers),
+        features=None if transform else plain.features,
+        transform=transform,
+        stop_ids=tuple(sorted(stop_ids)),
+        today=today,
+    )
+    encoded = plain.map(
+        _encode_batch,
+        batched=True,
+        with_indices=True,
+        remove_columns=plain.column_names,
+        features=Features({**_COLUMNS, "teacher": Value("int64")}) if teachers else _COLUMNS,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} data set",
+        fn_kwargs={"tokenizer": tokenizer, "preparation": preparation},
+    )
+    kept, prompt_only, report = read_notes(encoded, DataReport(name, limits, rows=len(dataset)))
+    logger.log(logging.WARNING if report.remarks() else logging.INFO, "%s", report)
+    if not kept:
+        raise ValueError(f"no usable row is left.\n{report}")
+    if prompt_only and not prompt_only_ok:
+        raise ValueError(_without_answers(prompt_only, plain, name, generates=prompts_needed or name == "train"))
+    if report.dropped:
+        encoded = encoded.select(kept)
+    return encoded.remove_columns(["notes", "targets", "length", "served"]), report
+
+
+def _without_answers(rows: list[int], dataset: Dataset, name: str, generates: bool) -> str:
+    answer = "`completion`, or a last assistant turn"
+    if "input_ids" in dataset.column_names:
+        answer = "`labels` with the id of each trained token, or a `completion_mask`, beside `input_ids`"
+    found = f"{len(rows):,} of the {len(dataset):,} rows of the {name} data set have a prompt but no answer"
+    if not generates:  # an evaluation
+        return (
+            f"{found} ({row_numbers(rows)}). eval_loss is measured on the data's own answers, whatever lmbda and "
+            f"seq_kd are: give these rows one ({answer}), set unanswered_rows=drop, or leave the eval data set out"
+        )
+    return (
+        f"{found} ({row_numbers(rows)}). Set lmbda=1 or seq_kd=True, so that every completion is generated, give "
+        f"these rows an answer ({answer}), or set unanswered_rows=drop; evaluation always needs answers"
+    )
+
+
+def _encode_batch(
+    columns: dict[str, list[Any]], numbers: list[int], tokenizer: PreTrainedTokenizerBase, preparation: Preparation
+) -> dict[str, list[Any]]:
+    encoder = RowEncoder(tokenizer, preparation.assistant_turns, preparation.stop_ids, preparation.today)
+    batch = transformed(columns, preparation.transform, preparation.name)
+    rows, teacher_numbers = [], []
+    for i, number in enumerate(numbers):
+        place = Place(preparation.name, number)
+        raw = {column: values[i] for column, values in batch.items()}
+        if preparation.teachers:
+            teacher_numbers.append(_teacher_number(raw, preparation.teachers, place))
+        rows.append(prepared_row(raw, place, encoder, preparation))
+    return {
+        "input_ids": [row.input_ids for row in rows],
+        "labels": [row.labels for row in rows],
+        "prompt_length": [row.prompt_length for row in rows],
+        "prompt_ids": [row.prompt_ids for row in rows],
+        "row": list(numbers),
+        "notes": [list(row.notes) for row in rows],
+        "targets": [sum(label != IGNORE for label in row.labels[1:]) for row in rows],
+        "length": [len(row.input_ids) for row in rows],
+        "served": [len(row.prompt) for row in rows],
+        **({"teacher": teacher_numbers} if preparation.teachers else {}),
+    }
+
+
+def prepared_row(raw: Mapping[str, Any], place: Place, encoder: RowEncoder, preparation: Preparation) -> Encoded:
+    """One row in ids, within the limits, with notes of all that became of it."""
+    template = encoder.tokenizer.chat_template
+    exact: Collection[str] = ()
+    if preparation.formatting_func is not None:
+        raw = _formatted(preparation.formatting_func(dict(raw)), place)
+    elif preparation.features is not None:
+        raw = {column: without_arrow_nulls(value, preparation.features[column]) for column, value in raw.items()}
+        exact = raw.keys()
+    refuse_other_than_text(raw, place)
+    row = canonical_row(raw, place, bool(template), exact)
+    honoured = ("teacher",) if preparation.teachers else ()
+    ignored = [UNREAD + name for name in unread(raw, row, str(template or ""), honoured)]
+    if preparation.prompts_needed and isinstance(row, TextRow) and not row.prompt:
+        place.bad(
+            "text",
+            "running text has no prompt to continue: give rows a `prompt` and a `completion` (a formatting_func "
+            "may return such a row, as a dict), or train on the data only with lmbda=0",
+        )
+    if isinstance(row, ChatRow) and not preparation.prompt_only_ok and preparation.unanswered_rows == "cut":
+        row = row.up_to_last_answer()
+    encoded = _encoded(encoder, row, place)
+    if preparation.prompts_needed and encoded.prompt_length == 0:
+        place.bad("input_ids", "has no prompt: its first id is a target already")
+    encoded = replace(encoded, notes=(*row.notes, *encoded.notes, *ignored))
+    return _fitted(encoded, encoder.tokenizer.bos_token_id, preparation)
+
+
+def _fitted(row: Encoded, bos: int | None, preparation: Preparation) -> Encoded:
+    """The row within the limits; a prompt where only its answer is at fault and none is needed."""
+    if not preparation.prompt_only_ok and row.prompt_only and not DROPPED.keys() & set(row.notes):
+        return row.noted("unanswered") if preparation.unanswered_rows == "drop" else preparation.limits.fit(row, bos)
+    fitted = row if DROPPED.keys() & set(row.notes) else preparation.limits.fit(row, bos)
+    if preparation.prompt_only_ok and OF_THE_ANSWER & set(fitted.notes):
+        notes = tuple(note for note in row.notes if note not in OF_THE_ANSWER | NOTES_OF_THE_ANSWER)
+        prompt = Encoded(row.prompt, [IGNORE] * len(row.prompt), len(row.prompt), notes)
+        return preparation.limits.fit(prompt, bos)
+    return fitted
+
+
+def _teacher_number(raw: Mapping[str, Any], teachers: tuple[str, ...], place: Place) -> int:
+    name = raw.get("teacher")
+    if raw.keys() >= PREPARED and isinstance(name, int) and 0 <= name < len(teachers):
+        return name  # rows that have been prepared before
+    if name not in teachers:
+        found = "is missing" if name is None else f"is {name!r}, which no teacher is called"
+        place.bad("teacher", f"{found}: every row names one of {', '.join(teachers)} (teacher_adapters)")
+    return teachers.index(name)
+
+
+def _encoded(encoder: RowEncoder, row: Row, place: Place) -> Encoded:
+    """The row's ids; where a tokenizer or its chat template stumbles over a row, the row is named."""
+    try:
+        return encoder.encode(row, place)
+    except _STUMBLES as error:
+        if str(error).startswith(str(place)):  # it is ours, and says where
+            raise
+        what = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ValueError(f"{place}: cannot be tokenized ({what})") from error
+
+
+def _formatted(result: Any, place: Place) -> Mapping[str, Any]:
+    if isinstance(result, str):
+        return {"text": result}
+    if isinstance(result, Mapping):
+        return result
+    raise ValueError(
+        f"formatting_func returned {type(result).__name__} for row {place.number} of the {place.dataset} data set; it "
+        f"should return a row of a known format (a dict such as {{'prompt': ..., 'completion': ...}}) or one text"
+    )

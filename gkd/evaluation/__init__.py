@@ -1,0 +1,12 @@
+"""Student before, student after and teacher on the same prompts: numbers with standard errors.
+
+harness: one harness for the student before training, the student after, and the teacher: fixed prompts,
+    fixed seeds
+measures: what an evaluation found of one model: numbers with standard errors
+public_tasks: named public tasks through lm-eval (EleutherAI's lm-evaluation-harness), beside what the
+    harness measures itself
+subject: the evaluation's forward passes: batches of (context, text), hidden states of their targets, -log
+    p of tokens
+task_score: A recipe's own scores: of each completion by itself, and of all completions at once (corpus
+    BLEU)
+"""

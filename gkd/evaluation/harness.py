@@ -1,0 +1,356 @@
+"""One harness for the student before training, the student after, and the teacher: fixed prompts, fixed seeds.
+
+What decides about on-policy distillation is how far the student is from the teacher *on what the student itself
+writes*. So each model samples completions for the same prompts with the training's own sampling settings, and is
+compared there with the teacher token by token; the same on completions that the teacher wrote, once; the difference
+of the two is the exposure gap (GKD paper, section 1: the mismatch of training and inference sequences).
+
+The random numbers of a completion depend on (seed, prompt number) alone and are the same for every model, so a model
+equal to the teacher writes what the teacher writes, and differences between models are paired. No global random
+stream is moved, and the models come back in the mode they were in.
+
+Several processes: every rank measures everything and gets the same numbers. No share is split off, so a single
+process and eight agree exactly; under ZeRO-3 all ranks must call `measure` (parameters are gathered, a collective).
+
+A teacher on a server answers the same questions as far as it can (`gkd.evaluation.subject`); without one, what
+concerns the student alone is measured.
+
+B rows, T tokens, N targets, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from gkd.data.last_turn import LastTurn
+from gkd.data.targets import target_mask
+from gkd.evaluation.measures import (
+    METRICS,
+    Estimate,
+    Measures,
+    Metric,
+    difference_estimate,
+    distinct_ngrams,
+    exponential_estimate,
+    mean_estimate,
+    ratio_estimate,
+)
+from gkd.evaluation.public_tasks import PublicTasks
+from gkd.evaluation.subject import ServedTeacher, batches, collated, hidden_of_targets, token_nll
+from gkd.evaluation.task_score import TaskScore
+from gkd.loss.divergence import forward_kl
+from gkd.loss.fused import fused_divergence
+from gkd.loss.settings import LossSettings
+from gkd.loss.signals import DenseSignal, Head, TeacherSignal
+from gkd.models.generation_mode import generation_mode
+from gkd.models.head import head_of
+from gkd.rollouts.base import SamplingSettings
+from gkd.rollouts.hf import HFRollout
+from gkd.rollouts.hygiene import repeated_ngram_share
+
+logger = logging.getLogger(__name__)
+
+TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # the KL at temperature 1
+
+
+@dataclass
+class Evaluator:
+    """Measures models on fixed prompts and texts; the teacher's completions are sampled once and kept.
+
+    Attributes:
+        teacher: the teacher, bare or prepared by accelerate; or on a server; or None.
+        tokenizer: for the sample texts and the task score.
+        prompts: token ids, one list for each prompt.
+        held_out: token ids of texts for the perplexity, each of at least two tokens; may be empty.
+        sampling: how the student samples: the training's own settings.
+        loss: the training's divergence, temperatures and shared vocabulary; the teacher's full distribution is used.
+            The forward KL beside it is at temperature 1, always.
+        teacher_sampling: the teacher's settings where they differ (its stop ids); None = `sampling`.
+        seed: of the sampling.
+        score: the task's, for the greedy completions and samples at T = 1; None without a task.
+        public_tasks: named tasks through lm-eval, for models in this process.
+        held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
+        batch_size: sequences per forward pass.
+        num_samples: prompts whose completions are kept as text.
+        accelerator: for its autocast; None runs in the models' own dtype.
+        fold_adapter: as in the training: whether an adapter is folded into a copy of the weights to generate.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, a held-out text without a target.
+    """
+
+    teacher: nn.Module | ServedTeacher | None
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    held_out: list[list[int]]
+    sampling: SamplingSettings
+    loss: LossSettings
+    teacher_sampling: SamplingSettings | None = None
+    seed: int = 0
+    score: TaskScore | None = None
+    public_tasks: PublicTasks | None = None
+    held_out_starts: list[int] | None = None
+    batch_size: int = 8
+    num_samples: int = 3
+    accelerator: Accelerator | None = None
+    fold_adapter: bool = True
+    _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
+    _bar: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(self.prompts):
+            empty = [i for i, prompt in enumerate(self.prompts) if not prompt]
+            raise ValueError(
+                f"evaluation prompts: {len(self.prompts)} given, empty ones at {empty}; give at least one"
+            )
+        self._of_answers = bool(self.held_out_starts)
+        starts = self.held_out_starts or [1] * len(self.held_out)
+        if len(starts) != len(self.held_out):
+            raise ValueError(
+                f"held_out_starts has {len(starts)} entries for {len(self.held_out)} texts: give one each"
+            )
+        bad = [
+            i for i, (ids, start) in enumerate(zip(self.held_out, starts, strict=True)) if not 1 <= start < len(ids)
+        ]
+        if bad:
+            raise ValueError(
+                f"held_out texts {bad} have no token to predict after their context: leave them out, or start at 1"
+            )
+        self.held_out_starts = starts
+        self._trained_as = self.loss
+        # As trained, but against all that the teacher says.
+        top_k = self.teacher.top_k if isinstance(self.teacher, ServedTeacher) else None
+        plain = self.loss.loss_temperature == self.loss.teacher_temperature == 1
+        self.loss = replace(self.loss, teacher_top_k=top_k, top_k_tail="bucket", report_kls=plain)
+        # The forward KL that runs are compared by is of the two models as they are, whatever the training softens: at
+        # temperature 1 it comes with the divergence, else from a second look at the heads.
+        self._plain_kl = replace(
+            self.loss,
+            divergence=forward_kl(),
+            loss_temperature=1.0,
+            teacher_loss_temperature=None,
+            scale_by_temperature_squared=False,
+        )
+
+    def measure(self, model: nn.Module | ServedTeacher, name: str) -> Measures:
+        """Everything there is to measure of one model (`model` may be the teacher itself).
+
+        Args:
+            model: a causal language model, bare or prepared by accelerate, with or without a LoRA adapter; or the
+                teacher on its server.
+            name: the heading of its column.
+        """
+        is_teacher = model is self.teacher
+        sampling = self._teacher_sampling if is_teacher else self.sampling
+        with self._watched(name):
+            own = self.teacher_text() if is_teacher else self._generate(model, sampling)
+            values = {
+                **self._against_teacher(model, own),
+                **self._text_measures(own, sampling),
+                **self._perplexity(model),
+                **self._scores(model, sampling, own),
+            }
+        extra: dict[str, Metric] = {}
+        if self._of_answers:
+            extra["perplexity"] = replace(METRICS["perplexity"], label="Perplexity, held-out answers")
+        if self.public_tasks is not None and not isinstance(model, ServedTeacher):
+            with generation_mode(model, self.accelerator) as bare:
+                public, of_tasks = self.public_tasks.measure(bare, self.tokenizer)
+            values, extra = values | public, extra | of_tasks
+        texts = zip(self.prompts[: self.num_samples], own, strict=False)
+        samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
+        questions = tuple(map(LastTurn(self.tokenizer), (prompt for prompt, _ in samples)))
+        return Measures(name, values, samples, self.settings(), extra, questions)
+
+    def settings(self) -> dict[str, Any]:
+        """How everything was measured, for the table's footnote."""
+        return {
+            "prompts": len(self.prompts),
+            "held-out texts": len(self.held_out),
+            "divergence": self._divergence_name(),
+            "sampling temperature": self.sampling.temperature,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "seed": self.seed,
+        }
+
+    def _divergence_name(self) -> str:
+        if self.teacher is None:
+            return "not measured: there is no single teacher here"
+        loss, trained = self.loss, self._trained_as
+        if trained.teacher_top_k is None or trained.teacher_top_k == loss.teacher_top_k:
+            return loss.in_words()
+        return f"{loss.in_words()} (trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})"
+
+    def teacher_text(self) -> list[list[int]]:
+        """The teacher's completions of the prompts, sampled at the first call."""
+        assert self.teacher is not None
+        if self._teacher_text is None:
+            self._teacher_text = self._generate(self.teacher, self._teacher_sampling)
+        return self._teacher_text
+
+    def held_out_prompts(self) -> list[list[int]]:
+        """All prompts that are not to be trained on, each once: those of the samples, and those of the answers."""
+        assert self.held_out_starts is not None
+        contexts = zip(self.held_out, self.held_out_starts, strict=True) if self._of_answers else ()
+        prompts = [*self.prompts, *(ids[:start] for ids, start in contexts)]
+        return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+
+    # --------------------------------------------------------------------------------------------------- parts
+
+    def _text(self, ids: list[int], plain: bool = False) -> str:
+        """Decoded text; `plain` leaves out the special tokens, which a sample shows (did it end by itself?)."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=plain))
+
+    @property
+    def _teacher_sampling(self) -> SamplingSettings:
+        return self.teacher_sampling or self.sampling
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """A line in a log, a bar on a terminal: this takes as long as so many sequences written and read."""
+        logger.info("measuring the %s on %d prompts", name, len(self.prompts))
+        is_main = self.accelerator is None or self.accelerator.is_main_process
+        bar = tqdm(desc=name, unit="sequence", disable=None if is_main else True, leave=False, dynamic_ncols=True)
+        with bar as self._bar:
+            yield
+        self._bar = None
+
+    def _tick(self, sequences: int) -> None:
+        if self._bar is not None:
+            self._bar.update(sequences)
+
+    def _generate(self, model: nn.Module | ServedTeacher, sampling: SamplingSettings) -> list[list[int]]:
+        """Completions of all prompts. The source of the random numbers is no training source: none is used twice."""
+        completions = self._written(model, sampling)
+        self._tick(len(completions))
+        return completions
+
+    def _written(self, model: nn.Module | ServedTeacher, sampling: SamplingSettings) -> list[list[int]]:
+        if isinstance(model, ServedTeacher):
+            return model.generate(self.prompts, sampling)
+        rollout = HFRollout(
+            lambda: model,
+            self.accelerator,
+            sampling,
+            seed=self.seed,
+            source="evaluation",
+            batch_size=self.batch_size,
+            merge_adapter=self.fold_adapter,
+        )
+        return rollout.generate(self.prompts, step=0)
+
+    def _against_teacher(self, model: nn.Module | ServedTeacher, own: list[list[int]]) -> dict[str, Estimate]:
+        """Divergences and agreement with the teacher on the model's own and on the teacher's completions."""
+        if self.teacher is None:
+            return {}
+        mine = self._target_means(model, own)
+        theirs = mine if own is self._teacher_text else self._target_means(model, self.teacher_text())
+        return {
+            "divergence_own": mine["divergence"],
+            "divergence_teacher_text": theirs["divergence"],
+            "exposure_gap": difference_estimate(mine["divergence"], theirs["divergence"]),
+            "forward_kl_own": mine["forward_kl"],
+            "forward_kl_teacher_text": theirs["forward_kl"],
+            "agreement_own": mine["agreement"],
+            "agreement_teacher_text": theirs["agreement"],
+        }
+
+    def _target_means(self, model: nn.Module | ServedTeacher, completions: list[list[int]]) -> dict[str, Estimate]:
+        """Token means of TARGET_VALUES over the completions."""
+        counts = [len(completion) for completion in completions]
+        if isinstance(model, ServedTeacher):  # compared with itself
+            same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
+            return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
+        sums = torch.zeros(len(completions), len(TARGET_VALUES), dtype=torch.float64)
+        sequences = list(zip(self.prompts, completions, strict=True))
+        with generation_mode(model, self.accelerator) as student, self._asked() as ask:
+            student_head = head_of(student)
+            for rows in batches([len(p) + len(c) for p, c in sequences], self.batch_size):
+                batch = collated([sequences[row] for row in rows], student.device)
+                targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
+                self._tick(len(rows))
+                values = self._target_values(hidden_of_targets(student, batch), student_head, ask(batch), targets)
+                lengths = torch.tensor([len(sequences[row][1]) for row in rows])
+                sums.index_add_(0, torch.tensor(rows).repeat_interleave(lengths), values)
+        return {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
+
+    def _target_values(self, hidden: Tensor, head: Head, signal: TeacherSignal, targets: Tensor) -> Tensor:
+        """TARGET_VALUES of each target, [N, 3] on the CPU."""
+        no_loss = torch.zeros(len(targets), device=hidden.device)
+        output = fused_divergence(hidden, head, signal, targets, no_loss, self.loss)
+        kl = output.forward_kl
+        if kl is None:
+            kl = fused_divergence(hidden, head, signal, targets, no_loss, self._plain_kl).divergence
+        return torch.stack([value.cpu().double() for value in (output.divergence, kl, output.agreement)], dim=1)
+
+    @contextmanager
+    def _asked(self) -> Iterator[Callable[[dict[str, Tensor]], TeacherSignal]]:
+        """What the teacher says about a batch's targets."""
+        if isinstance(self.teacher, ServedTeacher):
+            yield self.teacher.score
+            return
+        assert self.teacher is not None
+        with generation_mode(self.teacher, self.accelerator) as teacher:
+            head = head_of(teacher)
+            yield lambda batch: DenseSignal(hidden_of_targets(teacher, batch, batch["labels"].device), head)
+
+    def _perplexity(self, model: nn.Module | ServedTeacher) -> dict[str, Estimate]:
+        """exp of the mean negative log-likelihood per token of the held-out texts, over the whole vocabulary."""
+        if not self.held_out:
+            return {}
+        assert self.held_out_starts is not None
+        parts = [(ids[:start], ids[start:]) for ids, start in zip(self.held_out, self.held_out_starts, strict=True)]
+        nll = model.nll(parts) if isinstance(model, ServedTeacher) else self._nll(model, parts)
+        return {
+            "perplexity": exponential_estimate(ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll))))
+        }
+
+    def _nll(self, model: nn.Module, parts: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """-log p of the tokens of each (context, text)'s text."""
+        found: list[list[float]] = [[] for _ in parts]
+        with generation_mode(model, self.accelerator) as bare:
+            head = head_of(bare)
+            for rows in batches([len(context) + len(text) for context, text in parts], self.batch_size):
+                batch = collated([parts[row] for row in rows], bare.device)
+                targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
+                self._tick(len(rows))
+                nll = token_nll(hidden_of_targets(bare, batch), head, targets).cpu().double()
+                for row, values in zip(rows, nll.split([len(parts[row][1]) for row in rows]), strict=True):
+                    found[row] = values.tolist()
+        return found
+
+    def _text_measures(self, own: list[list[int]], sampling: SamplingSettings) -> dict[str, Estimate]:
+        """What can be seen from the completions alone; lengths count the stop token, as in training."""
+        return {
+            "ended": mean_estimate([float(ids[-1] in sampling.stop_ids) for ids in own]),
+            "length": mean_estimate([float(len(ids)) for ids in own]),
+            "repeated_4grams": mean_estimate([repeated_ngram_share(ids, 4) for ids in own]),
+            "distinct_2": Estimate(distinct_ngrams(own, 2), None, len(own)),
+        }
+
+    def _scores(
+        self, model: nn.Module | ServedTeacher, sampling: SamplingSettings, own: list[list[int]]
+    ) -> dict[str, Estimate]:
+        """The task score of the greedy completions and of samples from the model's undistorted distribution."""
+        if self.score is None:
+            return {}
+        plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
+        written = {
+            "greedy": self._generate(model, replace(plain, temperature=0.0)),
+            "sampled": own if plain == sampling else self._generate(model, plain),
+        }
+        found: dict[str, Estimate] = {}
+        for way, completions in written.items():
+            found |= self.score.estimates([self._text(ids, plain=True) for ids in completions], way)
+        return found

@@ -1,0 +1,34 @@
+"""The divergences, and the fused pass that takes them. Needs torch and nothing else.
+
+chunks: one call of the fused divergence at work: projections, chunks, blocks, and the gradients they add
+    up to
+compiled: the rows of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators, where
+    traffic is the cost
+dense: the generalized JSD on dense logits, for those who have them: the drop-in replacement of TRL's
+    static method
+divergence: what a divergence is: an integrand over the vocabulary and its derivative
+eager: the arithmetic of a few rows of logits: softmax in place, statistics, the divergence and its
+    gradient
+fused: output heads, softmax, divergence and gradient in one pass over chunks of target tokens
+projection: hidden states times an output head, and back: which dtype the factors have, and which the
+    products
+settings: what goes into the fused divergence besides tensors, and what comes out of it
+signals: what the teacher says about the N target tokens, and the output head that turns hidden states
+    into logits
+"""
+
+from gkd.loss.divergence import DIVERGENCES, Divergence, make_divergence
+from gkd.loss.fused import fused_divergence
+from gkd.loss.settings import LossSettings
+from gkd.loss.signals import DenseSignal, Head, TopKSignal
+
+__all__ = [
+    "DIVERGENCES",
+    "DenseSignal",
+    "Divergence",
+    "Head",
+    "LossSettings",
+    "TopKSignal",
+    "fused_divergence",
+    "make_divergence",
+]

@@ -1,0 +1,213 @@
+"""Output heads, softmax, divergence and gradient in one pass over chunks of target tokens.
+
+Shapes: N target tokens on this rank, V vocabulary, D hidden size (Ds student, Dt teacher), K top-k.
+
+The loss is a weighted sum over tokens whose weights are known in advance, so its gradient is taken in the forward
+pass: each head is projected once, a chunk of rows at a time, and no [N, V] tensor exists. A step costs three matrix
+products (student logits, teacher logits, gradient back to the hidden states), and one more only when the student's
+head itself is trained. The backward pass multiplies the kept gradients by a scalar; it does not touch the heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gkd.loss import eager as rows
+from gkd.loss.chunks import Gradients, Pass, chunk_rows, even_cuts
+from gkd.loss.projection import Projection
+from gkd.loss.settings import FusedOutput, LossSettings
+from gkd.loss.signals import DenseSignal, Head, TeacherSignal, TopKSignal
+
+__all__ = ["FusedOutput", "LossSettings", "fused_cross_entropy", "fused_divergence"]
+
+
+def fused_divergence(
+    student_hidden: Tensor,
+    student_head: Head,
+    signal: TeacherSignal,
+    targets: Tensor,
+    weights: Tensor,
+    settings: LossSettings,
+    ce_weights: Tensor | None = None,
+    *,
+    check_ids: bool = True,
+) -> FusedOutput:
+    """sum_n weights[n] D_n + ce_weights[n] CE_n over the target tokens, without building their logits.
+
+    The matrix products take factors of the hidden states' dtype (under autocast: of its dtype) and leave fp32 logits,
+    everything else is in fp32. Heads
+    must be whole tensors while this runs (ZeRO-3: gather them around the call); the backward pass does not need them.
+
+    Args:
+        student_hidden: [N, Ds], what the student's head would project.
+        student_head: its weight and bias get gradients if they require them.
+        signal: the teacher at the same N targets; gets no gradient.
+        targets: [N] token ids.
+        weights: [N], everything that multiplies a token's divergence: mask, 1 / denominator, (1 - ce_weight).
+        settings: see `LossSettings`.
+        ce_weights: [N] factors of the cross-entropy on the target, or None.
+        check_ids: look whether all ids are in the vocabulary, for which the CPU waits for the device; False where
+            that is known.
+
+    Returns:
+        `FusedOutput`. N = 0 gives a loss of zero that still reaches every parameter in the backward pass.
+
+    Raises:
+        ValueError: sizes that do not fit together, a target or a top-k id outside the compared vocabulary, a
+            temperature other than 1 with a top-k signal.
+    """
+    vocab = _compared_vocabulary(student_hidden, student_head, signal, targets, settings)
+    if check_ids:
+        ids_in_range("target", targets, vocab)
+        if isinstance(signal, TopKSignal):
+            ids_in_range("top-k id", signal.ids, vocab)
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    student = Projection(student_hidden, student_head, vocab, dtype)
+    teacher = Projection(signal.hidden, signal.head, vocab, dtype) if isinstance(signal, DenseSignal) else None
+    inputs = (student_hidden, student_head.weight, student_head.bias)
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+        gradients = Gradients.zeros(inputs, needs, dtype)
+        work = Pass(student, teacher, signal, targets, weights, ce_weights, settings, gradients)
+        for at in even_cuts(targets.shape[0], work.chunk):
+            work.run_chunk(at)
+        output = work.output()
+    if not any(needs):
+        return output
+    loss = _Attach.apply(output.loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
+    return replace(output, loss=loss)
+
+
+def fused_cross_entropy(
+    student_hidden: Tensor,
+    student_head: Head,
+    targets: Tensor,
+    ce_weights: Tensor,
+    settings: LossSettings,
+    *,
+    check_ids: bool = True,
+) -> FusedOutput:
+    """sum_n ce_weights[n] CE_n over the target tokens alone, for steps in which no token has a divergence.
+
+    As `fused_divergence` with weights of zero, at two matrix products instead of three and without a teacher: what
+    would be said about it is None in the output.
+
+    Args:
+        student_hidden: [N, Ds]. student_head: as in `fused_divergence`.
+        targets: [N] token ids. ce_weights: [N].
+        settings: its `shared_vocab` and `chunk_size`. check_ids: as in `fused_divergence`.
+
+    Raises:
+        ValueError: a target outside the vocabulary.
+    """
+    vocab, n = settings.shared_vocab or student_head.weight.shape[0], targets.shape[0]
+    if check_ids:
+        ids_in_range("target", targets, vocab)
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    student = Projection(student_hidden, student_head, vocab, dtype)
+    inputs = (student_hidden, student_head.weight, student_head.bias)
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    entropy, cross_entropy = torch.zeros(2, n, dtype=dtype, device=targets.device)
+    weights = ce_weights.to(dtype)
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+        gradients = Gradients.zeros(inputs, needs, dtype)
+        default = chunk_rows(vocab, dtype.itemsize, targets.device.type, gradients.weight is not None)
+        chunk = max(1, min(settings.chunk_size or default, n))
+        buffer = student.buffer(chunk)
+        for at in even_cuts(n, chunk):
+            z, slope_of_cap = student.logits(student.project(at, buffer))
+            gradient = torch.empty_like(z)
+            rows.log_softmax_(rows.shift_(z), gradient)
+            own = targets[at, None]
+            cross_entropy[at] = -z.gather(1, own)[:, 0]
+            entropy[at] = -(z.mul_(gradient)).sum(dim=-1)
+            gradient.scatter_add_(1, own, -torch.ones_like(own, dtype=dtype))
+            if slope_of_cap is not None:
+                gradient.mul_(slope_of_cap)
+            gradients.add(student, at, gradient, weights[at, None] * student.logit_scale)
+        loss = (weights * cross_entropy).sum()
+    if any(needs):
+        loss = _Attach.apply(loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
+    return FusedOutput(loss=loss, student_entropy=entropy, cross_entropy=cross_entropy)
+
+
+def ids_in_range(name: str, ids: Tensor, vocab: int) -> None:
+    """Refuse ids outside the compared vocabulary. Waits for the device that they are on.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ValueError(
+            f"a {name} is outside the {vocab} compared tokens ({int(ids.min())} to {int(ids.max())} found): "
+            "the student's vocabulary and the data's or the teacher's do not match"
+        )
+
+
+def _compared_vocabulary(
+    hidden: Tensor, head: Head, signal: TeacherSignal, targets: Tensor, settings: LossSettings
+) -> int:
+    n = hidden.shape[0]
+    vocab = head.weight.shape[0]
+    if isinstance(signal, DenseSignal):
+        teacher_vocab, rows_of_signal = signal.head.weight.shape[0], signal.hidden.shape[0]
+        if settings.shared_vocab is None and vocab != teacher_vocab:
+            raise ValueError(
+                f"the student's head has {vocab} rows and the teacher's {teacher_vocab}: if their tokenizers agree on "
+                "the ids they share, set shared_vocab to the number of shared tokens"
+            )
+        vocab = min(vocab, teacher_vocab)
+    else:
+        rows_of_signal = signal.ids.shape[0]
+        if settings.loss_temperature != 1 or settings.teacher_temperature != 1:
+            raise ValueError(
+                f"loss_temperature={settings.loss_temperature} (teacher {settings.teacher_temperature}) needs the "
+                "teacher's full distribution, and a top-k signal has its log-probabilities at temperature 1: use 1.0"
+            )
+    if settings.shared_vocab is not None:
+        if settings.shared_vocab > vocab:
+            raise ValueError(f"shared_vocab={settings.shared_vocab} is more than the {vocab} rows of the smaller head")
+        vocab = settings.shared_vocab
+    if not n == rows_of_signal == targets.shape[0]:
+        raise ValueError(f"{n} hidden states, {rows_of_signal} rows of the signal and {targets.shape[0]} targets")
+    return vocab
+
+
+class _Attach(torch.autograd.Function):
+    """The loss as a function of hidden states and head, with gradients that are already there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        grad_hidden: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = (
+            None if grad is None else (grad.mul_(grad_loss) if _graph_is_freed() else grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return None, hidden, weight, bias, None, None, None
+
+
+def _graph_is_freed() -> bool:
+    """Whether this backward pass is the graph's last, so that the kept gradients may be scaled in place.
+
+    Saves a copy of a trained head's gradient (half a gigabyte for a 0.5B model). Unknown counts as no.
+    """
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()

@@ -1,0 +1,136 @@
+"""What goes into the fused divergence besides tensors, and what comes out of it.
+
+Shapes: N target tokens on this rank, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gkd.loss.divergence import Divergence
+
+_TAILS = ("bucket", "renormalize", "renormalize_both", "ignore")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the divergence of a target token is measured.
+
+    Attributes:
+        divergence: from `gkd.loss.divergence.make_divergence`.
+        loss_temperature: divides the student's logits, and the teacher's unless teacher_loss_temperature is given.
+        scale_by_temperature_squared: multiply the divergence by loss_temperature^2 (Hinton et al., 2015).
+        teacher_top_k: compare only the teacher's K most likely tokens and the rest; None = the whole vocabulary.
+        top_k_tail: "bucket": all other tokens are one more outcome, with the teacher's true mass. "renormalize": the
+            teacher's mass outside its top K is moved onto the top K, so the student is taught to put nothing there.
+            "renormalize_both": the student's, too: only what the two say within the top K is compared. "ignore": the
+            forward KL's terms of the top K alone, both normalised over the whole vocabulary.
+        shared_vocab: compare only the first so many tokens (both renormalised); None = heads of equal size.
+        chunk_size: rows per chunk; None = from a byte budget.
+        report_kls: also return the forward and the reverse KL of each token.
+        compiled: run the elementwise work through `torch.compile` where it can be; None = on CUDA with Triton.
+
+    Raises:
+        ValueError: a value out of range; a divergence that is infinite with top_k_tail="renormalize" or has no form
+            for "ignore"; "renormalize_both" with one token, which is always 0; compiled=True where nothing can be
+            compiled.
+    """
+
+    divergence: Divergence
+    loss_temperature: float = 1.0
+    teacher_loss_temperature: float | None = None
+    scale_by_temperature_squared: bool = False
+    teacher_top_k: int | None = None
+    top_k_tail: str = "bucket"
+    shared_vocab: int | None = None
+    chunk_size: int | None = None
+    report_kls: bool = False
+    compiled: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("loss_temperature", "teacher_loss_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("teacher_top_k", "shared_vocab", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if self.top_k_tail not in _TAILS:
+            raise ValueError(f"top_k_tail={self.top_k_tail!r} is unknown: choose one of {', '.join(_TAILS)}")
+        traceable = self.divergence.traceable and self.divergence.phi_a is not None
+        if self.compiled and (self.teacher_top_k is not None or not traceable):
+            raise ValueError(
+                f"compiled=True has no effect with divergence={self.divergence.name} and "
+                f"teacher_top_k={self.teacher_top_k}: torch.compile takes divergences with a phi_a that no value "
+                "decides about, over the whole vocabulary; leave it out"
+            )
+        if self.top_k_tail == "renormalize" and self.divergence.needs_teacher_support:
+            raise ValueError(
+                f"divergence={self.divergence.name} is infinite with top_k_tail='renormalize', where the teacher has "
+                "no mass outside its top k: use top_k_tail='bucket' or 'renormalize_both'"
+            )
+        if self.top_k_tail == "ignore" and self.divergence.name != "forward_kl":
+            raise ValueError(
+                f"top_k_tail='ignore' is defined for the forward KL only, not for divergence={self.divergence.name}: "
+                "set divergence='forward_kl', or another top_k_tail"
+            )
+        if self.top_k_tail == "renormalize_both" and self.teacher_top_k == 1:
+            raise ValueError(
+                "top_k_tail='renormalize_both' compares nothing with teacher_top_k=1, where both models are sure of "
+                "the one token: raise teacher_top_k"
+            )
+
+    def in_words(self) -> str:
+        """The divergence with all that goes into it, in one line."""
+        parts = [f"{self.divergence.name} at T = {self.loss_temperature:g}"]
+        if self.teacher_temperature != self.loss_temperature:
+            parts.append(f"(teacher {self.teacher_temperature:g})")
+        if self.scale_by_temperature_squared:
+            parts.append(f"times T² = {self.loss_temperature**2:g}")
+        if self.teacher_top_k is not None:
+            rest = "and the rest (a lower bound)" if self.top_k_tail == "bucket" else "alone (renormalize)"
+            parts.append(f"over the teacher's {self.teacher_top_k} most likely tokens {rest}")
+        elif self.shared_vocab is not None:
+            parts.append(f"over the {self.shared_vocab:,} common tokens")
+        else:
+            parts.append("over the whole vocabulary")
+        return " ".join(parts)
+
+    @property
+    def teacher_temperature(self) -> float:
+        return self.loss_temperature if self.teacher_loss_temperature is None else self.teacher_loss_temperature
+
+
+@dataclass(frozen=True, eq=False)
+class FusedOutput:
+    """The loss and what the same pass says about each token; all fp32, and only `loss` carries a gradient.
+
+    Of `fused_cross_entropy`, what needs a teacher is None.
+
+    Attributes:
+        loss: scalar, sum_n weights[n] divergence[n] + ce_weights[n] cross_entropy[n].
+        divergence: [N] nats, at the loss temperature (with scale_by_temperature_squared: multiplied by its square).
+        student_entropy: [N] nats, at temperature 1.
+        teacher_entropy: [N] nats, at temperature 1; of the K + 1 outcomes for a top-k signal.
+        agreement: [N] 1.0 where student and teacher share a most likely token, else 0.0.
+        teacher_log_prob: [N] the teacher's log-probability of the target at temperature 1; for a top-k signal and a
+            target outside it, the log of the tail's whole mass (an upper bound).
+        cross_entropy: [N] nats, of the student on the target at temperature 1, or None without ce_weights.
+        top_k_mass: [N] what the K tokens of a top-k signal hold of the teacher's probability, or None.
+        forward_kl: [N] KL(teacher || student) over the compared outcomes, or None. reverse_kl: the other way round.
+    """
+
+    loss: Tensor
+    student_entropy: Tensor
+    divergence: Any = None  # a tensor wherever there is a teacher
+    teacher_entropy: Any = None
+    agreement: Any = None
+    teacher_log_prob: Any = None
+    cross_entropy: Tensor | None = None
+    top_k_mass: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None

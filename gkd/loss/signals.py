@@ -1,0 +1,54 @@
+"""What the teacher says about the N target tokens, and the output head that turns hidden states into logits.
+
+Shapes: N target tokens, V vocabulary, D hidden size (Dt the teacher's), K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """An output head: logits = softcap tanh(scale (h W^T + bias) / softcap), without the cap when it is None.
+
+    Attributes:
+        weight: [V, D]. bias: [V] or None.
+        logit_scale: multiplies the logits before the cap (Cohere; for Granite 1 / logits_scaling).
+        softcap: bound of the logits (Gemma-2 and later), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], all at once: for tests and for a few tokens."""
+        out = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True, eq=False)
+class DenseSignal:
+    """The teacher in the same process: its last hidden states [N, Dt] at the targets, and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass(frozen=True, eq=False)
+class TopKSignal:
+    """The teacher's K most likely tokens per target: ids [N, K] and their log-probabilities [N, K] fp32.
+
+    The log-probabilities are normalised over the full vocabulary at temperature 1, so 1 - sum(exp) is the tail's mass.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+TeacherSignal = DenseSignal | TopKSignal

@@ -1,0 +1,84 @@
+"""Each prompt is answered once: completions of a model that does not change, kept on disk.
+
+This is Kim & Rush's sequence-level distillation as it was meant (arXiv 1606.07947, section 3.2): the teacher writes a
+fixed data set. A prompt has one completion, whichever step, epoch, rank or run meets it, so its random numbers go by
+the prompt (and the seed), not by step and row as those of other rollouts do.
+
+A completion is made anew when anything that it depends on changes: the prompt's ids, the model's weights or config,
+how it is sampled, its stop tokens, the seed. What the key leaves out changes rounding at most: the batch it is
+sampled in, the device, the versions of the libraries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkd.common.keyed_folder import digest
+from gkd.models.zero import gathered
+
+_SAMPLES = 256  # words of a parameter that are hashed with their place
+
+
+def fingerprint(model: nn.Module, *, frozen_only: bool = False) -> str:
+    """32 hexadecimal digits of a model's config and weights; the name and the folder it came from do not matter.
+
+    `frozen_only`: of the weights that are not trained, and nothing else.
+
+    Of every parameter: name, shape, dtype, the sum of all its bytes as 64-bit words (so one changed weight shows), and
+    256 words spread over it (so an exchange shows). Read at memory speed. Of an adapter also how strongly it acts.
+    Sharded parameters (ZeRO-3) are gathered one at a time: all ranks call this, and all get the result that an
+    unsharded model gives.
+
+    Raises:
+        ValueError: weights that are not in memory (offloaded to disk).
+    """
+    state = hashlib.blake2b(digest_size=16)
+    state.update(digest(None if frozen_only else _config(model)).encode())
+    for place, module in () if frozen_only else model.named_modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            state.update(json.dumps([place, module.scaling]).encode())
+    for name, parameter in model.named_parameters():
+        if frozen_only and parameter.requires_grad:
+            continue
+        with gathered([parameter]), torch.no_grad():
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"the teacher's {name} is offloaded, so a change of it would go unseen: set teacher_cache_dir="
+                    "'off', or keep the teacher in memory"
+                )
+            about = [name, list(parameter.shape), str(parameter.dtype)]
+            state.update(json.dumps([*about, *_content(parameter.detach())]).encode())
+    return state.hexdigest()
+
+
+def _content(values: Tensor) -> list[int]:
+    """The sum of all 64-bit words (modulo 2^64: in any order), some of the words, and the odd bytes at the end."""
+    flat = values.contiguous().view(-1).view(torch.uint8)
+    if flat.device.type not in ("cpu", "cuda") or flat.storage_offset() % 8:
+        flat = flat.cpu().clone()
+    whole = flat.numel() // 8 * 8
+    words = flat[:whole].view(torch.int64)
+    sample = words[:: max(1, len(words) // _SAMPLES)]
+    return [int(words.sum()), *sample.tolist(), *flat[whole:].tolist()]
+
+
+def _config(model: nn.Module) -> Any:
+    """The config without what says nothing about the completions: names, versions, how attention is computed."""
+    config = getattr(model, "config", None)
+    to_dict = getattr(config, "to_dict", None)
+    return _comparable(to_dict()) if to_dict is not None else None
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        left_out = ("transformers_version", "architectures", "use_cache", "dtype", "torch_dtype")
+        return {str(k): _comparable(v) for k, v in value.items() if str(k) not in left_out and str(k)[:1] != "_"}
+    if isinstance(value, (list, tuple)):
+        return [_comparable(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,78 @@
+"""Where a frozen model's weights stand: whole on every rank's accelerator, in CPU memory while it does nothing, or
+split over the ranks by DeepSpeed ZeRO-3 (Rajbhandari et al., arXiv 1910.02054), whatever the student's stage.
+
+A ZeRO-3 engine without an optimizer holds one rank's share of the weights and gathers a layer's while it runs; with
+`zero3_offload` that share stands in CPU memory. The student's own engine, DDP included, knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has split the model up: it then runs inside its engine only."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """The DeepSpeed ZeRO stage in use, 0 without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
+    """Make ZeRO-3 parameters whole inside, read-only; nothing for ordinary ones. A collective: all ranks enter.
+
+    What is whole already stays so, on leaving too (a small parameter that ZeRO-3 never splits, an outer `gathered`).
+    """
+    sharded: list[Any] = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    missing = [p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE]
+    with deepspeed.zero.GatheredParameters(missing, enabled=bool(missing)):
+        yield
+
+
+@contextlib.contextmanager
+def without_zero_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside, modules of a ZeRO-3 engine run without DeepSpeed's hooks: none of them gathers, releases or records.
+
+    For rollouts from parameters that are `gathered`: a rank may then run as many forward passes as it likes, also
+    none. Every hook comes back as and where it was, so DeepSpeed's trace of the training step stays valid.
+
+    Args:
+        model: the model as the trainer holds it; nothing happens unless it is a ZeRO-3 engine.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    offload: Any = getattr(optimizer, "parameter_offload", optimizer)  # a frozen model's engine has the offload itself
+    if not hasattr(offload, "fwd_pre_hook"):
+        yield
+        return
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    tables = {id(table): table for handle in handles if (table := handle.hooks_dict_ref()) is not None}
+    before = [(table, dict(table)) for table in tables.values()]
+    of_deepspeed = {handle.id for handle in handles}
+    for table, hooks in before:
+        for key in of_deepspeed.intersection(hooks):
+            del table[key]
+    parameter: Any
+    for parameter in model.parameters():
+        parameter.ds_active_sub_modules.clear()  # modules whose backward hook had no reason to run still count as busy
+    try:
+        yield
+    finally:
+        for table, hooks in before:
+            table.clear()
+            table.update(hooks)

@@ -1,0 +1,88 @@
+"""Everything that a run is told: the command line over YAML over a recipe's defaults, and data sets by name.
+
+One config object goes from the command line to the trainer: `GKDConfig` is parsed once, and nothing is copied field by
+field. Precedence: command-line flag, then `--config` YAML, then the recipe's defaults, then the fields' own defaults.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PrinterCallback, ProgressCallback
+from trl import get_peft_config, get_quantization_config
+
+from gkd.models.loading import load_tokenizer
+from gkd.recipe.settings import Settings
+from gkd.training.progress import ProgressBar
+from gkd.training.trainer import GKDTrainer
+
+
+def student_name(settings: Settings) -> str:
+    """The student's name or path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if settings.model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: pass --model_name_or_path, the student")
+    return str(settings.model.model_name_or_path)
+
+
+def set_loading_arguments(settings: Settings) -> None:
+    """Write into the training arguments how student and teacher are loaded: dtype, attention, quantization."""
+    args, model = settings.training, settings.model
+    quantization = get_quantization_config(model)
+    shared: dict[str, Any] = {
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    args.model_init_kwargs = {**shared, "revision": model.model_revision, **(args.model_init_kwargs or {})}
+    if quantization is not None:
+        device_map = {"": str(PartialState().device)}  # quantized weights cannot be moved later
+        args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
+    if args.share_base_model:  # the teacher is not loaded
+        return
+    own = args.teacher_model_init_kwargs or {}
+    assert not isinstance(own, str)  # TrainingArguments has parsed it
+    # float32 is ModelConfig's default, made for a student: a teacher stays as it was saved unless the user says more.
+    dtype = "auto" if model.dtype == "float32" else model.dtype
+    args.teacher_model_init_kwargs = {**shared, "dtype": dtype, **own}
+
+
+TRAIN_ROWS = 256  # of the training set, which only the set-up of a trainer needs
+
+
+@contextmanager
+def measuring_trainer(settings: Settings, data: dict[str, Any]) -> Iterator[GKDTrainer]:
+    """The trainer of a run, with its models, tokenizer and sampling, that leaves nothing behind on disk or Hub."""
+    train = data["train"]
+    with tempfile.TemporaryDirectory() as folder:
+        args = settings.training
+        args.output_dir, args.push_to_hub, args.report_to, args.teacher_cache_dir = folder, False, [], "off"
+        args.teacher_scores_dir, args.log_completions = None, False
+        yield build_trainer(settings, {**data, "train": train.select(range(min(len(train), TRAIN_ROWS)))})
+
+
+def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
+    """Tokenizer, models and trainer from the settings."""
+    args, model = settings.training, settings.model
+    set_loading_arguments(settings)
+    tokenizer = load_tokenizer(
+        model.model_name_or_path, trust_remote_code=args.trust_remote_code, revision=model.model_revision
+    )
+    trainer = GKDTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval") if args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model),
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar())
+    return trainer

@@ -1,0 +1,147 @@
+"""Recipe files: executing one, or taking from it what it would run, and how a user's mistake ends.
+
+Light to import: torch is loaded by the recipe, once it is found.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import runpy
+import sys
+import warnings
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from gkd.common.redact import harmless
+
+if TYPE_CHECKING:
+    from gkd.evaluation.task_score import CorpusScore, Score
+    from gkd.recipe.settings import LoadData, Settings
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file hands to `run`, with its flags parsed."""
+
+    settings: Settings
+    load_data: LoadData
+    score: Score | None
+    corpus_score: CorpusScore | None = None
+
+    def __post_init__(self) -> None:
+        for name, example in _FUNCTIONS.items():
+            function = getattr(self, name)
+            try:
+                if function is not None:
+                    inspect.signature(function).bind(*example[1:-1].split(", "))
+            except TypeError as error:
+                raise ValueError(f"{name} is called as {name}{example}, and cannot be: {error}") from error
+
+
+# How `run` calls what a recipe gives it.
+_FUNCTIONS = {"load_data": "(settings)", "score": "(completion, row)", "corpus_score": "(completions, rows)"}
+
+
+class _Captured(BaseException):
+    """Ends a recipe file at its call of `run`; a BaseException, so that no `except Exception` there is in the way."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+
+_capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+_NEVER_CALLS = "the recipe {!r} does not call gkd.run.run(load_data, defaults=...)"
+_calls = 0  # of `run`, in this process
+
+
+def is_captured() -> bool:
+    """Whether the recipe file is executed by `capture`."""
+    return _capturing.get()
+
+
+def hand_over(recipe: Recipe) -> NoReturn:
+    """End the recipe file here and give `capture` what it asked for."""
+    raise _Captured(recipe)
+
+
+def capture(path: str | Path, argv: list[str]) -> Recipe:
+    """Execute a recipe file up to its call of `run` and give what would be run: for commands that do something else
+    with a recipe than train.
+
+    Raises:
+        ValueError: there is no such file, it never calls `run`, or a field refuses its value.
+        SystemExit: `--help`, or an unknown flag.
+    """
+    outside = _capturing.set(True)
+    try:
+        execute_recipe(path, argv)
+    except _Captured as captured:
+        return captured.recipe
+    finally:
+        _capturing.reset(outside)
+    raise ValueError(_NEVER_CALLS.format(str(path)))
+
+
+def count_call() -> None:
+    """`run` has been called."""
+    global _calls
+    _calls += 1
+
+
+def run_recipe(path: str | Path, argv: list[str]) -> None:
+    """Execute a recipe file, which trains.
+
+    Raises:
+        ValueError: there is no such file, or it never calls `run`: then nothing was trained.
+    """
+    before = _calls
+    execute_recipe(path, argv)
+    if _calls == before:
+        raise ValueError(_NEVER_CALLS.format(str(path)))
+
+
+def execute_recipe(path: str | Path, argv: list[str]) -> None:
+    """Execute a recipe file as `python path argv...` does, in this process.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no recipe {str(path)!r}: name a file, for example recipes/gkd_glass.py")
+    before = sys.argv
+    sys.argv = [str(path), *argv]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+class _HarmlessFormatter(logging.Formatter):
+    """A message may hold what a row, a chat template or a server wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
+
+
+# What libraries say at every start about things that nobody has asked for: part of a line, and its logger.
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return _NOISE.get(record.name, "\0") not in str(record.msg)
+
+
+def quiet_libraries() -> None:
+    """Leave out a few lines by which libraries tell of themselves, so that a log begins with the run's own."""
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_says_something)
+    deprecated = r"`(is_)?gradient_checkpointing` is deprecated"  # in favour of another name of transformers' own
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)

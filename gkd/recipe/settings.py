@@ -1,0 +1,161 @@
+"""Everything that a run is told: the command line over YAML over a recipe's defaults, and data sets by name.
+
+One config object goes from the command line to the trainer: `GKDConfig` is parsed once, and nothing is copied field by
+field. Precedence: command-line flag, then `--config` YAML, then the recipe's defaults, then the fields' own defaults.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from trl import ModelConfig, ScriptArguments
+
+from gkd.config.field_types import check_types
+from gkd.config.fields import GKDConfig
+from gkd.evaluation.public_tasks import check_installed
+from gkd.recipe.command_line import Parser, arguments, read_config, refuse_unknown
+from gkd.recipe.set_aside import flag_values, set_aside
+from gkd.report.dataset_folder import is_precomputed_folder, precomputed_data
+
+
+@dataclass
+class RunArguments:
+    """What a run does around the training itself."""
+
+    evaluate_before_and_after: bool = field(
+        default=True, metadata={"help": "Measure student before, student after and teacher in one harness."}
+    )
+    num_eval_prompts: int = field(default=32, metadata={"help": "Held-out prompts for that evaluation."})
+    lm_eval_tasks: str | None = field(
+        default=None,
+        metadata={"help": "Public tasks for it through lm-eval, comma separated (hellaswag,arc_easy) or .yaml files."},
+    )
+    lm_eval_limit: int | None = field(
+        default=None, metadata={"help": "Most items of each of these tasks; None = all."}
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.num_eval_prompts < 1:
+            raise ValueError(
+                f"num_eval_prompts={self.num_eval_prompts} should be 1 or more; to leave the evaluation out set "
+                "evaluate_before_and_after=False"
+            )
+        if self.lm_eval_tasks is not None:
+            check_installed()
+        if self.lm_eval_limit is not None and (self.lm_eval_limit < 1 or self.lm_eval_tasks is None):
+            raise ValueError(
+                f"lm_eval_limit={self.lm_eval_limit} should be 1 or more, and name the tasks by lm_eval_tasks: or "
+                "leave it out"
+            )
+
+
+@dataclass
+class Settings:
+    """Everything that was parsed; handed to a recipe's `load_data`."""
+
+    script: ScriptArguments
+    training: GKDConfig
+    model: ModelConfig
+    run: RunArguments
+    remarks: list[str] = field(default_factory=list)  # the recipe's values that were set aside
+
+
+_PARSED = (ScriptArguments, GKDConfig, ModelConfig, RunArguments)
+LoadData = Callable[[Settings], dict[str, Any]]
+_DATA_SETS = ("train", "eval", "prompts")
+
+
+def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: str = "") -> Settings:
+    """Parse the command line (and `--config` YAML) over a recipe's defaults.
+
+    Args:
+        defaults: field values by name; a callable is called when neither flag nor YAML gives the field.
+        argv: the arguments, `sys.argv[1:]` when None.
+        description: for `--help`.
+
+    Raises:
+        ValueError: an unknown flag, key in the YAML file or name in `defaults`, or a value that a field refuses.
+        SystemExit: `--help`.
+    """
+    parser = Parser(
+        _PARSED,
+        usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help lists the fields",
+        description=description,
+        allow_abbrev=False,
+    )
+    known = [action.dest for action in parser._actions if action.dest != "help"]
+    refuse_unknown(defaults, known, "the recipe's defaults")
+    argv = arguments(argv)
+    given = read_config(argv)
+    refuse_unknown(given, [*known, "env"], "the --config file")
+    own = {action.dest: action.default for action in parser._actions}
+    kept, remarks = set_aside(defaults, own, {**given, **flag_values(argv)})
+    parser.set_defaults_with_config(**parser.fitting(kept, "the recipe's defaults"))
+    parser.fitting(given, "the --config file")
+    parser.call_defaults(argv, given)
+    script, training, model, around, unused = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unused:
+        refuse_unknown([unused[0].partition("=")[0]], known, "the command line", "--")
+    return Settings(script, training, model, around, remarks)
+
+
+class _Precomputed(BaseException):
+    """Ends a `load_data` that has loaded what `gkd precompute` wrote, which is trained on as it is. A BaseException,
+    so that no `except Exception` there is in the way."""
+
+
+_in_load_data: ContextVar[bool] = ContextVar("in_load_data", default=False)
+
+
+def _loaded(load_data: LoadData, settings: Settings) -> tuple[Any, Collection[str]]:
+    """What `load_data` gives, and which fields about the data set it has read.
+
+    Or what `gkd precompute` wrote, where the data set's name is one of those: such rows are in ids already, so that
+    nothing of `load_data` can apply to them, and the held-out rows stand beside them.
+    """
+    name = settings.script.dataset_name
+    if name and is_precomputed_folder(name):
+        return precomputed_data(name), {"dataset_name"}
+    watched = copy.copy(settings.script)
+    watched.__class__ = _Watched
+    outside = _in_load_data.set(True)
+    try:
+        data = load_data(replace(settings, script=watched))
+    except _Precomputed:
+        assert name
+        data = precomputed_data(name)
+    finally:
+        _in_load_data.reset(outside)
+    return data, watched.__dict__.get(_READ, ())
+
+
+_READ = "_read"
+
+
+class _Watched(ScriptArguments):
+    """Notes which of its fields are read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("dataset_"):
+            self.__dict__.setdefault(_READ, set()).add(name)
+        return super().__getattribute__(name)
+
+
+def _check_read(script: ScriptArguments, read: Collection[str]) -> None:
+    """Refuse what names other data than those that were loaded.
+
+    Raises:
+        ValueError: a field about the data set that has no effect.
+    """
+    for one in fields(ScriptArguments):
+        value = getattr(script, one.name)
+        if one.name.startswith("dataset_") and one.name not in read and value != one.default:
+            raise ValueError(
+                f"{one.name}={value!r} has no effect: this recipe's load_data brings its own data and does not read "
+                f"settings.script.{one.name}. Leave it out, or let load_data call gkd.run.dataset_by_name(settings)"
+            )

@@ -1,0 +1,28 @@
+"""How much memory a run needs on each GPU, from the models' configs alone.
+
+Letters: P parameters, A trained parameters, L layers, h hidden size, i MLP size, q and k widths of all query and of
+all key heads, V vocabulary, B rows of a micro-batch, R rows of a rollout, T tokens of a row, w and a bytes of a weight
+and of an activation, N GPUs. The formulas are in the functions; `docs/scaling.md` has them as a table, with what was
+measured beside what they give.
+"""
+
+from __future__ import annotations
+
+_OF_THE_CARD = 8  # one part in so many for keys and values, where rollout_batch_size says nothing
+
+
+def rollout_rows(batch: int, window: int, row_bytes: int, room: int | None) -> int:
+    """Rows to decode at a time, where `rollout_batch_size` says nothing.
+
+    On a CPU four micro-batches are the quickest (measured). On a GPU a step of decoding costs about the same for any
+    number of rows (not measured): all of the window, as long as their keys and values fit into a part of the card.
+
+    Args:
+        batch: rows of a micro-batch. window: of an optimizer step on this rank.
+        row_bytes: keys and values of one row. room: bytes of the GPU; None on a CPU.
+    """
+    least = 4 * batch
+    rows = least if room is None else max(least, window)
+    while rows > least and rows * row_bytes > (room or 0) // _OF_THE_CARD:
+        rows = max(least, rows // 2)
+    return rows

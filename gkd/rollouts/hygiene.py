@@ -1,0 +1,66 @@
+"""What every rollout backend shares: the sampling settings, the random numbers, and two measures of a completion.
+
+A rollout takes prompts (token ids) and gives completions (token ids): the stop token is part of a completion when it
+was sampled, nothing follows it, and there is never any padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+def is_truncated(completion: list[int], stop_ids: tuple[int, ...], max_new_tokens: int) -> bool:
+    """True when the cap, not a stop token, ended the completion."""
+    return len(completion) >= max_new_tokens and completion[-1] not in stop_ids
+
+
+def repeated_ngram_share(ids: list[int], n: int = 4) -> float:
+    """Share of the n-grams of `ids` that occurred before: 0 when all differ (or there is none), near 1 in a loop."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a completion is like: `ended` with a stop token, `truncated` by the cap, `empty` (nothing but a stop
+    token), `repetitive` (a loop)."""
+
+    ended: bool
+    truncated: bool
+    empty: bool
+    repetitive: bool
+
+
+@dataclass(frozen=True)
+class Hygiene:
+    """What a sound completion is, and which others are trained on.
+
+    Attributes:
+        stop_ids: by source, those of the model that writes it; data rows end with the student's.
+        max_new_tokens: the cap; a rollout that reached it without a stop token is truncated.
+        repetition_threshold: a completion is repetitive when a larger share of its 4-grams occurred before in it.
+        train_truncated: whether truncated rollouts are trained on.
+        train_repetitive: whether repetitive rollouts are trained on. Data rows always are.
+    """
+
+    stop_ids: Mapping[str, tuple[int, ...]]
+    max_new_tokens: int
+    repetition_threshold: float = 0.5
+    train_truncated: bool = True
+    train_repetitive: bool = True
+
+    def judge(self, completion: list[int], source: str) -> Verdict:
+        """What this completion, written by `source`, is like."""
+        stops = self.stop_ids["teacher" if source == "teacher" else "student"]
+        ended = bool(completion) and completion[-1] in stops
+        return Verdict(
+            ended=ended,
+            truncated=source != "data" and is_truncated(completion, stops, self.max_new_tokens),
+            empty=len(completion) == int(ended),
+            repetitive=repeated_ngram_share(completion) > self.repetition_threshold,
+        )
+
+    def trains(self, verdict: Verdict) -> bool:
+        """Whether a rollout like this is trained on."""
+        return (self.train_truncated or not verdict.truncated) and (self.train_repetitive or not verdict.repetitive)

@@ -1,0 +1,204 @@
+"""What vLLM servers answer, one function per kind of answer: what is needed of it, checked, or a ServerError.
+
+Nothing of an answer is used that was not looked at here: a proxy's page, a number where ids should be, a token that no
+vocabulary has, a NaN. Python's own idea of equality is not enough for that: True == 1 and 65.0 == 65.
+
+Shapes: K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gkd.common.redact import harmless
+from gkd.servers.client import ServerError
+
+MOST_ABOVE_ONE = 1e-3  # by how much rounding may lift a probability, or the sum of K, above 1
+Entry = Mapping[str, Any]  # vLLM's scores of one position: token id, as text -> {"logprob": ...}
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The base model of the servers: the name to ask for, where it was loaded from, and its longest sequence."""
+
+    name: str
+    root: str
+    max_model_len: int | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Sampled ids, and what the server says of them: their log-probabilities (of the model, at temperature 1, before
+    any rule of the sampling; None when they were not asked for) and why it stopped."""
+
+    ids: list[int]
+    log_probs: list[float] | None
+    finish_reason: str
+
+
+def served_model_of(body: Any) -> ServedModel:
+    """The base model of /v1/models; a model served under several names has several entries, the first counts."""
+    cards = _list(_field(body, "data"), "data")
+    bases = [card for card in cards if not _field(card, "parent", None)]
+    if not bases:
+        raise ServerError(f"it serves no base model: {_shown(cards)}")
+    name, root = _field(bases[0], "id"), _field(bases[0], "root", None)
+    longest = _field(bases[0], "max_model_len", None)
+    if not isinstance(name, str) or not name:
+        raise ServerError(f"a model is called {_shown(name)}, which is no name")
+    if not (root is None or isinstance(root, str)):
+        raise ServerError(f"the root of {name!r} is {_shown(root)}, which is no path")
+    if not (longest is None or (_is_whole(longest) and longest > 0)):
+        raise ServerError(f"max_model_len is {_shown(longest)}, which is no length")
+    return ServedModel(name, root or name, longest)
+
+
+def tokens_of(body: Any) -> list[int]:
+    """The ids of /tokenize."""
+    return _ids(_field(body, "tokens"), "tokens")
+
+
+def is_unfinished(body: Any) -> str | None:
+    """Why a completion is to be asked for again: a server that shuts down answers what it has. None: it is not."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+    return f"finish_reason={_shown(reason)}" if isinstance(reason, str) and reason not in ("stop", "length") else None
+
+
+def completion_of(body: Any, model: str, prompt: Sequence[int], *, log_probs: bool) -> Completion:
+    """The one completion of /v1/completions, which must be the asked model's, of the prompt that was sent.
+
+    Args:
+        log_probs: they were asked for.
+    """
+    _check_model(_field(body, "model", None), model)
+    choices = _list(_field(body, "choices"), "choices")
+    if len(choices) != 1:
+        raise ServerError(f"{len(choices)} choices, where one was asked for")
+    index, reason = _field(choices[0], "index", 0), _field(choices[0], "finish_reason", None)
+    if not _is_whole(index) or index != 0:
+        raise ServerError(f"the choice with index {_shown(index)}, where one was asked for")
+    if not isinstance(reason, str):
+        raise ServerError(f"finish_reason={_shown(reason)}")
+    if _field(choices[0], "token_ids", None) is None or _field(choices[0], "prompt_token_ids", None) is None:
+        raise ServerError("no token_ids and prompt_token_ids: it needs vLLM 0.10.2 or newer")
+    ids = _ids(_field(choices[0], "token_ids"), "token_ids")
+    if _ids(_field(choices[0], "prompt_token_ids"), "prompt_token_ids") != list(prompt):
+        raise ServerError("a completion of another prompt")
+    return Completion(ids, _log_probs(choices[0], len(ids)) if log_probs else None, reason)
+
+
+def _log_probs(choice: Any, number: int) -> list[float]:
+    values = _list(_field(_field(choice, "logprobs"), "token_logprobs"), "token_logprobs")
+    if len(values) != number:
+        raise ServerError(f"{len(values)} log-probabilities for {number} tokens")
+    return [_log_prob(value, f"token {place}") for place, value in enumerate(values)]
+
+
+def prompt_scores_of(body: Any, model: str, ids: Sequence[int]) -> list[Entry]:
+    """The scores of each position of a sequence, of /inference/v1/generate or /v1/completions; the first is empty.
+    Each must say something of the sequence's own token, which shows that entry and position belong together."""
+    _check_model(_field(body, "model", model), model)  # not every version says it at both addresses
+    scores = _field(body, "prompt_logprobs", None)
+    if scores is None:
+        choices = _list(_field(body, "choices", None), "choices")
+        scores = _field(choices[0], "prompt_logprobs", None) if choices else None
+    if not isinstance(scores, list):
+        raise ServerError(f"the answer holds no prompt_logprobs ({_shown(scores)})")
+    if len(scores) != len(ids):
+        raise ServerError(f"{len(scores)} positions for {len(ids)} tokens")
+    places = range(1, len(ids))
+    return [{}, *(_entry(scores[place], place, ids[place]) for place in places)]
+
+
+def _entry(entry: Any, place: int, token: int) -> Entry:
+    if not isinstance(entry, dict) or str(token) not in entry:
+        raise ServerError(f"token {token} at position {place} is missing from its scores")
+    return entry
+
+
+def own_score(entry: Entry, place: int, token: int) -> float:
+    """The log-probability of the sequence's own token."""
+    return _log_prob(_field(entry[str(token)], "logprob"), f"position {place}")
+
+
+def top_scores(entry: Entry, place: int, k: int, vocabulary: int | None) -> tuple[list[int], list[float]]:
+    """The K most likely tokens of a position, most likely first; an entry holds K tokens, and the sequence's own when
+    it is not among them.
+
+    Args:
+        vocabulary: ids from here on are an error; None allows all.
+    """
+    where = f"position {place}"
+    found = {_id_of(text, where): _log_prob(_field(value, "logprob"), where) for text, value in entry.items()}
+    ranked = sorted(((value, token) for token, value in found.items()), reverse=True)[:k]
+    if len(ranked) < k:
+        raise ServerError(f"{where} has {len(ranked)} scores, not teacher_top_k={k}")
+    mass = math.fsum(math.exp(value) for value, _ in ranked)
+    if mass > 1 + MOST_ABOVE_ONE:
+        raise ServerError(f"{where}: {mass} is not the mass of {k} probabilities")
+    foreign = max(token for _, token in ranked)
+    if vocabulary is not None and foreign >= vocabulary:
+        raise ServerError(f"{where}: token {foreign}, where the vocabulary has {vocabulary}")
+    return [token for _, token in ranked], [value for value, _ in ranked]
+
+
+# ----------------------------------------------------------------------------------------------------- pieces
+
+_REQUIRED: Any = object()
+
+
+def _check_model(answered: Any, asked: str) -> None:
+    if answered != asked:
+        raise ServerError(f"asked for {asked!r}, the answer is from {_shown(answered)}; is there a proxy in between?")
+
+
+_SHORT = reprlib.Repr()  # answers may be deep and long
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def _field(value: Any, name: str, default: Any = _REQUIRED) -> Any:
+    if not isinstance(value, dict):
+        raise ServerError(f"{_shown(value)} stands where an object with {name!r} should be")
+    if name not in value and default is _REQUIRED:
+        raise ServerError(f"the answer has no {name!r}: {_shown(value)}")
+    return value.get(name, default)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ServerError(f"{name!r} is {_shown(value)}, which is no list")
+    return value
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    for token in _list(value, name):
+        if not _is_whole(token) or token < 0:
+            raise ServerError(f"{name!r} holds {_shown(token)}, which is no token id")
+    return list(value)
+
+
+def _id_of(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and text == str(int(text))):
+        raise ServerError(f"{where}: {_shown(text)} is no token id")
+    return int(text)
+
+
+def _log_prob(value: Any, where: str) -> float:
+    number = isinstance(value, float) or _is_whole(value)
+    if not number or not math.isfinite(value) or value > MOST_ABOVE_ONE:
+        raise ServerError(f"{where}: {_shown(value)} is no log-probability")
+    return float(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64
+
+
+def _shown(value: Any) -> str:
+    return harmless(_SHORT.repr(value)[:200])

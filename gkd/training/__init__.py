@@ -1,0 +1,40 @@
+"""`GKDTrainer`: windows, steps, checkpoints, logs.
+
+belongs: what a training belongs to: its settings, rows, models and how its ranks are wired, as plain
+    facts
+card: the trainer's model card: what it knows of itself, handed to `gkd.report.card`
+card_settings: the settings that a model card shows: the core of the method, and everything that differs
+    from its default
+checkpoint_faults: what is wrong with a checkpoint folder, in words: what was cut off, damaged, or written
+    by something else
+checkpoint_files: checkpoint folders on disk: which are complete, which is the newest, which go
+checkpoints: saving and resuming: a killed run loses nothing that was saved, and goes on as if it had not
+    been killed
+completions: sample completions during training: a table on the console, and the whole step's rows for the
+    loggers
+eval_loss: evaluation during training: `eval_loss` is the divergence on the data's own completions
+faults: what ends a training early, or a step: signals, and a loss or gradient that is not finite
+going_on: going on from a checkpoint: which one, whether it is sound, and whether it belongs to what is
+    trained now
+hub: pushing to the Hugging Face Hub: a push that fails loses nothing and says how to do it again
+log: what a training log holds beside the Trainer's own loss and learning rate
+metrics: sums and counts by source, reduced over ranks once per logged step; and the ledger of what was
+    trained on
+output_folder: the output folder belongs to one run at a time: it is locked while one works there, and
+    what other runs left in it is neither overwritten nor deleted unasked
+position_profile: divergence along the position in the completion: sums by bucket of positions, source and
+    third of the training
+progress: one tidy progress bar: step, loss, realised lambda, tokens per second, time left
+record: sums and counts by source, reduced over ranks once per logged step; and the ledger of what was
+    trained on
+safe_pickles: DeepSpeed unpickles what a checkpoint's folder holds, and a pickle runs any program
+stop_request: what ends a training early, or a step: signals, and a loss or gradient that is not finite
+stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that
+    is wanted
+trainer: `GKDTrainer`: TRL's `SFTTrainer` with sequences from three sources and a teacher's distribution
+    as the target
+trl_attributes: what scripts touch of `trl.experimental.gkd.GKDTrainer` beside its constructor: attributes
+    and one static method
+window: one optimizer step's rows on one rank: which source each has, and the completions that are written
+    for it
+"""

@@ -1,0 +1,107 @@
+"""The windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from gkd.data.sources import choose_sources
+from gkd.rollouts.against_the_student import RolloutCheck
+from gkd.rollouts.vllm import VLLMRollout
+from gkd.training.window import Window, open_window, prompts_of
+
+Batches = list[dict[str, Tensor]]
+
+
+class WindowMixin:
+    """Windows in their order. With `rollout_staleness=1` the server writes the next one while this one is trained.
+
+    The rows that are looked at ahead are kept for the step that trains on them; nothing of it is in a checkpoint. A
+    resumed run asks anew, and so does every epoch's first window: both are sampled from the present weights.
+    """
+
+    args: Any
+    state: Any
+    accelerator: Any
+    train_dataset: Any
+    rollouts: dict[str, Any]
+    rollout_check: RolloutCheck | None
+    _metrics: dict[str, dict[str, list[float]]]
+    _looked_at: tuple[Iterator[Any], Batches, bool] | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; a request that was made ahead ends with it."""
+        self._looked_at = None
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for rollout in self.rollouts.values():
+                if isinstance(rollout, VLLMRollout):
+                    rollout.forget()
+
+    def _next_window(self, iterator: Iterator[Any], number: int) -> tuple[Window, list[str]] | None:
+        """The window that is to be trained now and its rows' sources; None at the end of an epoch."""
+        held, self._looked_at = self._looked_at, None
+        if held is not None and held[0] is iterator:
+            return self._open(*held[1:], step=self.state.global_step)
+        return self._open(*self._fetch(iterator, number), step=self.state.global_step)
+
+    def _ask_ahead(self, iterator: Iterator[Any]) -> None:
+        """Ask the server for the student's completions of the next window; they are sampled while this one trains."""
+        step, rollout = self.state.global_step + 1, self.rollouts["student"]
+        if self.args.rollout_staleness == 0 or step >= self.state.max_steps:
+            return
+        self._looked_at = (iterator, *self._fetch(iterator, self.args.gradient_accumulation_steps))
+        opened = self._open(*self._looked_at[1:], step=step)
+        if opened is not None and "student" in opened[1]:
+            _, prompts, numbers = prompts_of(*opened, "student")
+            rollout.generate_ahead(prompts, step, numbers)
+
+    def _count_age(self, sources: list[str], micro_batches: int) -> None:
+        """Log how old the weights were that a server sampled this window's rollouts from, in optimizer steps; what it
+        says of its tokens is compared while they are trained on."""
+        rollout = self.rollouts["student"]
+        if isinstance(rollout, VLLMRollout) and "student" in sources:
+            assert rollout.age in (0, self.args.rollout_staleness), rollout.age
+            self._metrics["train"]["rollout/staleness"].append(float(rollout.age))
+            if self.rollout_check is not None:
+                self.rollout_check.open(micro_batches, rollout.age)
+
+    def _compare_rollouts(self) -> None:
+        """Behind each micro-batch, before its backward pass: after the step's last one the ranks compare."""
+        compared = None if self.rollout_check is None else self.rollout_check.close()
+        if compared is not None:
+            self._metrics["train"]["rollout/logprob_gap"].append(compared.gap)
+            self._metrics["train"]["rollout/surprise"].append(compared.surprise)
+
+    def _fetch(self, iterator: Iterator[Any], number: int) -> tuple[Batches, bool]:
+        """The next batches, and whether the epoch ends with them."""
+        batches: Batches = []
+        ended = False
+        while len(batches) < number and not ended:
+            batch = next(iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+            ended = self.accelerator.gradient_state.end_of_dataloader
+        return batches, ended
+
+    def _open(self, batches: Batches, ended: bool, step: int) -> tuple[Window, list[str]] | None:
+        if not batches:
+            return None
+        args, accelerator = self.args, self.accelerator
+        last = self._rows_of_last_round(len(batches[-1]["input_ids"])) if ended else None
+        window = open_window(batches, accelerator.process_index, accelerator.num_processes, last)
+        sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
+        return window, sources
+
+    def _rows_of_last_round(self, size: int) -> int | None:
+        """Rows that the ranks' last batches of an epoch hold together, without those that accelerate repeats to make
+        them as large as the others (`size` rows); None when there are none of those."""
+        ranks, config = self.accelerator.num_processes, self.args.accelerator_config
+        if ranks == 1 or self.args.dataloader_drop_last or not config.even_batches:
+            return None
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+        return rows % (ranks * size) or None

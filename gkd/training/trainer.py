@@ -1,0 +1,409 @@
+"""`GKDTrainer`: TRL's `SFTTrainer` with sequences from three sources and a teacher's distribution as the target.
+
+What differs from the paper (Agarwal et al., arXiv 2306.13649) by default: the loss is the mean over all target tokens
+of the global batch rather than over sequences (`loss_reduction="sequence"` is the paper's Eq. 2), and exactly the
+share `lmbda` of every step's sequences is student-written rather than all or none by one coin (`mixing="batch"`).
+
+What differs from `trl.experimental.gkd`: the rollout happens once per optimizer step, before anything is counted, so
+the loss is divided by the number of tokens that are trained on; docs/coming_from_trl.md has the list.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from gkd.assembly import student as student_setup
+from gkd.assembly.checks import check_lengths, check_not_quantized, check_steps, warn_of_differences
+from gkd.assembly.launch_checks import check_launch, check_wiring
+from gkd.assembly.models import (
+    disable_dropout,
+    resolve_config,
+    resolve_teacher,
+    resolve_tokenizer,
+    tokenizer_of_teacher,
+)
+from gkd.assembly.rollouts import encoding_options, hygiene, loss_settings, make_rollout
+from gkd.assembly.rows import prepare_rows
+from gkd.assembly.scores import evaluation_sets, load_unless_covered
+from gkd.assembly.servers import connect, rollout_check, score_together
+from gkd.assembly.teacher import frozen_models, make_teacher, shared_base
+from gkd.common.ranks import sum_over_ranks
+from gkd.config.fields import GKDConfig
+from gkd.data.sequences import PaddingCollator, collate, cut, unpad
+from gkd.data.sources import SOURCES
+from gkd.data.targets import Targets, per_target, select_targets, target_weights, targets_of
+from gkd.data.tokenizer import template_already_taken
+from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
+from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
+from gkd.loss.settings import FusedOutput
+from gkd.loss.signals import DenseSignal, TeacherSignal, TopKSignal
+from gkd.models.head import check_head, head_of, output_layer
+from gkd.models.hidden import instead_of_logits
+from gkd.models.placement import on_accelerator, place_student
+from gkd.models.precision import mixed_precision
+from gkd.models.quantized import keep_layout
+from gkd.models.zero import gathered, zero_stage
+from gkd.rollouts.routed import routed
+from gkd.teachers.local import LocalTeacher
+from gkd.training.card import CardMixin
+from gkd.training.checkpoints import CheckpointMixin
+from gkd.training.eval_loss import EvaluationMixin
+from gkd.training.faults import FaultGuard, nan_unless_finite
+from gkd.training.hub import HubMixin
+from gkd.training.log import LoggingMixin
+from gkd.training.metrics import Meter
+from gkd.training.record import Ledger
+from gkd.training.stream import WindowMixin
+from gkd.training.trl_attributes import TRLAttributes
+from gkd.training.window import count, measure, write_completions
+
+logger = logging.getLogger(__name__)
+
+
+class GKDTrainer(
+    TRLAttributes, CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer
+):
+    """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
+
+    Args:
+        model: the student: a model, or the name to load it from.
+        teacher_model: the teacher: a model or a name; None takes `args.teacher_model_name_or_path`.
+        args: a `GKDConfig`; None takes the defaults.
+        data_collator: None takes the one made for the prepared rows. A foreign one must give `input_ids`,
+            `attention_mask` and `labels` (-100 off target); the prompt is then what stands before the first target.
+        train_dataset: rows of the forms in docs/recipes.md ("Data").
+        eval_dataset: the same; `eval_loss` is the divergence on its own completions.
+        processing_class: the tokenizer; None loads the student's.
+        compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics: as in `transformers.Trainer`.
+        peft_config: a LoRA configuration; None trains the model as it is passed.
+        formatting_func: row -> another row of a known format, as a dict; or -> text, as in `SFTTrainer` (all of it is
+            trained on, so it has no prompt: with `lmbda=0` only).
+        teacher_processing_class: the teacher's tokenizer, to compare token maps with; None loads it by the teacher's
+            name where it has one.
+        quantization_config: a `BitsAndBytesConfig` with which to load a student that is given by name.
+
+    Raises:
+        ValueError: a combination that cannot be honoured; the message names the field, the values and the remedy.
+    """
+
+    _tag_names = ["trl", "gkd"]  # noqa: RUF012 - as the base class declares it
+    _name = "GKD"
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: GKDConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable[..., Any] | None = None,
+        teacher_processing_class: Any = None,
+        quantization_config: Any = None,
+    ) -> None:
+        if model is None:
+            raise ValueError("model is missing: pass the student, a model or a name")
+        args = resolve_config(args, model, quantization_config)
+        check_launch(args)
+        config = student_setup.check_named(model, args)
+        use_cache = student_setup.use_cache_of(config)
+        teacher = resolve_teacher(model, teacher_model, args)
+        tokenizer = resolve_tokenizer(processing_class, model, args)
+        self._formatting_func = formatting_func
+        self.encoding = encoding_options(model, tokenizer, args, args.model_init_kwargs)
+        train_dataset, eval_dataset, collator = prepare_rows(
+            train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator, self.encoding
+        )
+        args.remove_unused_columns = False  # the collator needs prompt_length and row
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        student, peft_config = student_setup.with_own_adapter(model, args, peft_config)
+        loaded = student_setup.already_loaded(args, student is not model)
+        with template_already_taken(args), student_setup.student_named(model), loaded:
+            super().__init__(
+                student,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                peft_config=student_setup.adapt_text_only(peft_config, student, config),
+            )
+        check_wiring(self.accelerator)
+        student_setup.freeze_beside_text(self.model)
+        student_setup.check_student(self.model)
+        check_steps(args, train_dataset, self.accelerator.split_batches)
+        student_setup.keep_use_cache(self.model, args, use_cache)
+        for role, quantizable in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):
+            check_not_quantized(quantizable, role, self.accelerator)
+        self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
+        self.model_accepts_loss_kwargs = True
+        self._set_up_models(teacher, teacher_processing_class)
+        self.ledger = Ledger()
+        self.guard = FaultGuard(self.accelerator, self.ledger, args.max_nonfinite_steps)
+        self.add_callback(self.guard)
+        for callback in getattr(self.teacher, "callbacks", ()):
+            self.add_callback(callback)  # behind the guard, which may ask for a checkpoint
+        self._meters = {mode: Meter(self.accelerator.device, args.teacher_names) for mode in ("train", "eval")}
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        self._set_up_logging()
+
+    # ---------------------------------------------------------------------------------------------- set-up
+
+    def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
+        args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
+        student = self.accelerator.unwrap_model(self.model)
+        student_setup.align_pad_token(student, tokenizer)
+        place_student(keep_layout(student), accelerator)
+        self._head = head_of(student)
+        self._head_module = output_layer(student)
+        self._head_unchecked = zero_stage(accelerator) == 3  # cannot be run outside its engine: in the first step
+        if not self._head_unchecked:
+            with mixed_precision(accelerator, student):
+                check_head(student, self._head)
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        teacher_model = shared_base(args, teacher_model, student)
+        check_lengths(args, {"student": student, "teacher": teacher_model}, self.train_dataset)
+        if teacher_tokenizer is None:
+            teacher_tokenizer = tokenizer_of_teacher(teacher_model, student, args)
+        servers = connect(args, tokenizer)
+        heads = {"student": _vocabulary_rows(student), "teacher": _vocabulary_rows(teacher_model or student)}
+        shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
+        self._pad_id = readable_pad_id(tokenizer, min(heads.values()))
+        if isinstance(self.data_collator, PaddingCollator):
+            self.data_collator = replace(self.data_collator, pad_id=self._pad_id)
+        self.teacher = make_teacher(args, teacher_model, student, accelerator, servers["teacher"])
+        self.loss_settings = loss_settings(args, shared)
+        self.stop_ids = {
+            "student": stop_token_ids(tokenizer, student.generation_config),
+            "teacher": stop_token_ids(
+                teacher_tokenizer or tokenizer, getattr(teacher_model, "generation_config", None)
+            ),
+        }
+        asked = [self.train_dataset, *evaluation_sets(self.eval_dataset)]
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        sets = {**evaluated, "train": self.train_dataset}
+        check_ids_in_use(sets, self.stop_ids["student"], tokenizer, heads, shared)
+        unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
+        if servers["teacher"] is None:
+            unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
+        models = {"student": [lambda: self.model_wrapped], "teacher": frozen_models(self.teacher)}
+        self.rollouts = {
+            source: routed(
+                make_rollout(
+                    args,
+                    source,
+                    model,
+                    accelerator,
+                    self.stop_ids[source],
+                    self._pad_id,
+                    unread[source],
+                    servers[source],
+                    heads["student"],
+                    teacher_model,
+                )
+                for model in of_source
+            )
+            for source, of_source in models.items()
+        }
+        self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)
+        self.hygiene = hygiene(args, self.stop_ids)
+        load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
+        warn_of_differences(self.stop_ids, tokenizer, teacher_tokenizer)
+        logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
+        logger.info("loss: %s", self.loss_settings.in_words())
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        """The frozen teacher, as `trl.experimental.gkd.GKDTrainer` names it; None when it is on a server. One whose
+        scores are on disk (`teacher_scores_dir`) is loaded now."""
+        return self.teacher.model
+
+    # ---------------------------------------------------------------------------------------- one optimizer step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+        """One window: choose sources, write completions, sort, cut into micro-batches, count what is trained on."""
+        args, step = self.args, self.state.global_step
+        opened = self._next_window(epoch_iterator, num_batches)
+        if opened is None or step >= self.state.max_steps:  # resumed at the very end: no step is left
+            return [], None
+        self._begin_window()
+        self._take_generation_config()
+        window, sources = opened
+        with self._meters["train"].phase("rollout"):
+            sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)
+            self._count_age(sources, len(window.sizes))
+            self._ask_ahead(epoch_iterator)
+        measure(sequences, self.hygiene, self._meters["train"])
+        counts = count(sequences)
+        tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
+        totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
+        self.guard.open_window(totals[:6].view(2, len(SOURCES)).cpu())
+        self._total_train_tokens += int(totals[6])
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
+        micro_batches = cut(sequences + window.fillers, window.sizes)
+        if self.completions is not None:
+            self.completions.open(micro_batches)
+        collated = [collate(rows, self._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
+        compared = self.loss_settings.shared_vocab or _vocabulary_rows(self.accelerator.unwrap_model(self.model))
+        for batch in collated:
+            ids_in_range("target", batch["target_ids"], compared)
+        if args.teacher_placement == "cpu_offload" and len(collated) > 1 and not args.trains_on_nll_alone:
+            self._score_ahead(collated, device)
+        return collated, trained.clamp(min=1).to(device)
+
+    def _score_ahead(self, batches: list[dict[str, Tensor]], device: torch.device) -> None:
+        """Score a whole window while the teacher is on the accelerator: its weights travel once, not once for each
+        micro-batch. What comes of it waits in CPU memory (two bytes for each of N x Dt numbers, or four)."""
+        if not isinstance(self.teacher, LocalTeacher):
+            return
+        with self._meters["train"].phase("teacher"), on_accelerator(self.teacher.model):
+            for batch in batches:
+                signal = self.teacher.score({name: value.to(device) for name, value in batch.items()})
+                assert isinstance(signal, DenseSignal)
+                batch["teacher_hidden"] = signal.hidden.cpu()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; warns of weights whose updates would be rounded away."""
+        student_setup.warn_of_half_precision(self.model, zero_stage(self.accelerator))
+        return super().create_optimizer(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
+        with self._meters["train"].phase("student"):
+            loss = super().training_step(*args, **kwargs)
+        if self.guard.is_empty:
+            loss = torch.zeros_like(loss)  # of nothing: also where a router's loss, or a NaN for the engine, was added
+        self.guard.watch(loss, args[1]["rows"])
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The divergence of this micro-batch: sum over its targets / `num_items_in_batch`, x ranks (DDP's mean).
+
+        `num_items_in_batch` is the number of targets (or sequences, `loss_reduction="sequence"`) of the whole
+        optimizer step over all ranks; None (evaluation) takes this micro-batch's own.
+        """
+        mode = "train" if self.model.training else "eval"
+        if mode == "eval" and not isinstance(self.data_collator, PaddingCollator):
+            # a foreign collator may pad on the left; our forward pass wants the padding on the right
+            batch = collate(unpad(inputs), self._pad_id)
+            inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
+        with self._meters[mode].phase("teacher"):
+            signal: TeacherSignal | None = None
+            if "teacher_hidden" in inputs:
+                assert isinstance(self.teacher, LocalTeacher)
+                signal = DenseSignal(inputs["teacher_hidden"], self.teacher.head)
+            elif mode == "eval" or not self.args.trains_on_nll_alone:
+                signal = score_together(self.teacher, inputs, self.accelerator)
+        model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        targets = targets_of(inputs)
+        details: list[FusedOutput] = []
+
+        def loss_at_the_head(hidden: Tensor) -> Tensor:
+            details.append(self._divergence(hidden, signal, targets, inputs, num_items_in_batch))
+            loss = details[0].loss
+            return self.guard.step_loss(loss, hidden) if mode == "train" else loss
+
+        check, self._head_unchecked = self._head if self._head_unchecked else None, False
+        loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head, check)
+        output, sources = details[0], per_target(_sources(inputs), targets)
+        teachers = per_target(inputs["teachers"], targets) if self.args.teacher_names else None
+        self._meters[mode].add_targets(output, sources, teachers)
+        if mode == "train":
+            self._compare_rollouts()
+        if mode == "eval":
+            self._count_evaluation(output, inputs["labels"], targets)
+        elif signal is not None:
+            self._observe(output, sources, targets.places)
+        if mode == "train" and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            loss = self._with_aux_loss(loss, outputs, mode, num_items_in_batch is not None)
+        if mode == "train":
+            loss = nan_unless_finite(loss)
+        if return_outputs:  # compute_metrics wants logits, which the loss never builds
+            with torch.no_grad():
+                outputs = model(**model_inputs, use_cache=False)
+            return loss, outputs
+        return loss
+
+    def _with_aux_loss(self, loss: Tensor, outputs: Any, mode: str, of_window: bool) -> Tensor:
+        """The loss with a mixture of experts' load balancing added, where the model gives one."""
+        balance = getattr(outputs, "aux_loss", None)
+        if balance is None:  # Llama 4 has routers, and a dense Doge a coefficient, but no such loss
+            logger.warning(
+                "router_aux_loss_coef=%s has no effect: %s gives no auxiliary loss; set it to 0",
+                self.router_aux_loss_coef,
+                type(self.accelerator.unwrap_model(self.model)).__name__,
+            )
+            self.aux_loss_enabled = False
+            return loss
+        # A mean per micro-batch, which DDP averages over ranks: average it over the window, as SFTTrainer does. The
+        # number is the Trainer's, which knows it once it trains.
+        own = self.args.gradient_accumulation_steps
+        steps = getattr(self, "current_gradient_accumulation_steps", own) if of_window else 1
+        self._metrics[mode]["aux_loss"].append(balance.item())
+        return loss + self.router_aux_loss_coef * balance / steps
+
+    def _divergence(
+        self, hidden: Tensor, signal: Any, targets: Targets, inputs: dict[str, Tensor], num_items: Tensor | int | None
+    ) -> FusedOutput:
+        """The fused divergence of the N targets."""
+        args, head, settings = self.args, self._head, self.loss_settings
+        options = (args.loss_reduction, args.ce_weight, args.ce_on_student_tokens, args.seq_kd_loss == "nll")
+        weights, ce_weights = target_weights(inputs["labels"], targets, _sources(inputs), num_items, *options)
+        selected, check_ids = select_targets(hidden, targets), not self.model.training  # else checked on the CPU
+        if self.rollout_check is not None and "server_log_probs" in inputs:
+            said = inputs["server_log_probs"].flatten().index_select(0, targets.at + 1)  # of the token to predict
+            self.rollout_check.add(selected, head, targets.ids, said)
+        if signal is None:
+            assert ce_weights is not None
+            return fused_cross_entropy(selected, head, targets.ids, ce_weights, settings, check_ids=check_ids)
+        # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
+        with gathered(self.teacher.head_parameters()):
+            output = fused_divergence(
+                selected, head, signal, targets.ids, weights, settings, ce_weights, check_ids=check_ids
+            )
+        if isinstance(signal, TopKSignal):
+            output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
+        return output
+
+
+def _sources(inputs: dict[str, Tensor]) -> Tensor:
+    """[B], indices into SOURCES; in the evaluation all rows are from the data."""
+    return inputs["sources"] if "sources" in inputs else torch.zeros_like(inputs["labels"][:, 0])
+
+
+def _vocabulary_rows(model: Any) -> int:
+    """Rows of the output head; the config's number, which also holds for a sharded model."""
+    return int(model.config.get_text_config().vocab_size)

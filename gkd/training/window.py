@@ -1,0 +1,138 @@
+"""One optimizer step's rows on one rank: which source each has, and the completions that are written for it.
+
+The rollout happens once per source and optimizer step for all micro-batches together: weights do not move inside a
+window, so everything in it is on-policy, and the engine gets one large request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gkd.data.sequences import TokenSequence, join, unpad
+from gkd.data.sources import SOURCES
+from gkd.data.targets import IGNORE
+from gkd.rollouts.base import Rollout
+from gkd.rollouts.hygiene import Hygiene
+from gkd.rollouts.routed import RoutedRollout
+from gkd.rollouts.vllm import VLLMRollout
+from gkd.training.metrics import Meter
+
+
+@dataclass
+class Window:
+    """The rows of one optimizer step on this rank.
+
+    Attributes:
+        sequences: rows in the order of the data stream.
+        sizes: rows per micro-batch.
+        indices: each row's number in the whole step, over all ranks; what sources and sampling are keyed on.
+        total: rows in the whole step.
+        fillers: sequences of one token and no target, where this rank has fewer rows than its micro-batches have
+            places (`sizes` counts both).
+    """
+
+    sequences: list[TokenSequence]
+    sizes: list[int]
+    indices: list[int]
+    total: int
+    fillers: list[TokenSequence] = field(default_factory=list)
+
+
+def open_window(
+    batches: list[dict[str, Tensor]], rank: int, world_size: int, rows_of_last: int | None = None
+) -> Window:
+    """Take the collated micro-batches of a step apart and number their rows as one process would meet them.
+
+    accelerate deals batches out in turn: micro-batch i of rank r is batch i * world_size + r of the stream, and its
+    even_batches makes the ranks' batches equally large. So the numbering is the same for any number of ranks.
+
+    Args:
+        batches: of this rank.
+        rank, world_size: this rank's number, and how many there are.
+        rows_of_last: rows in the ranks' last batches together; what stands behind them in an epoch's last round are
+            rows that even_batches repeats from its beginning. They have been trained on, so fillers take their
+            places. None: there are no repeats.
+    """
+    window = Window([], [], [], 0)
+    for batch in batches:
+        rows = unpad(batch)
+        window.sizes.append(len(rows))
+        end = window.total + world_size * len(rows)
+        if batch is batches[-1] and rows_of_last is not None:
+            end = window.total + rows_of_last
+        for index, row in enumerate(rows, start=window.total + rank * len(rows)):
+            if index < end:
+                window.sequences.append(row)
+                window.indices.append(index)
+            else:
+                window.fillers.append(TokenSequence(row.input_ids[:1], [IGNORE], 1, row=row.row, teacher=row.teacher))
+        window.total = end
+    return window
+
+
+def prompts_of(window: Window, sources: list[str], source: str) -> tuple[list[int], list[list[int]], list[int]]:
+    """What `source` writes on this rank: places in the window, prompts, row numbers in the step."""
+    mine = [i for i, index in enumerate(window.indices) if sources[index] == source]
+    rows = [window.sequences[i] for i in mine]
+    return mine, [row.prompt for row in rows], [window.indices[i] for i in mine]
+
+
+def write_completions(
+    window: Window,
+    sources: list[str],
+    rollouts: Mapping[str, Rollout | RoutedRollout],
+    step: int,
+    hygiene: Hygiene,
+) -> list[TokenSequence]:
+    """Replace the completions of "student" and "teacher" rows by rollouts from their prompts.
+
+    Every rank calls every needed rollout, also with no prompt of its own, since a sharded model needs all ranks.
+
+    Args:
+        window: this rank's rows.
+        sources: source of every row of the whole step (`window.total`).
+        rollouts: by source.
+        step: the optimizer step.
+        hygiene: a completion that it does not train on gives a sequence without a target.
+    """
+    assert len(sources) == window.total, (len(sources), window.total)
+    written = list(window.sequences)
+    for source in ("student", "teacher"):
+        if source not in sources:
+            continue
+        mine, prompts, numbers = prompts_of(window, sources, source)
+        rows = [window.sequences[i] for i in mine]
+        rollout = rollouts[source]
+        if isinstance(rollout, RoutedRollout):
+            completions = rollout.generate_by([row.teacher for row in rows], prompts, step, numbers)
+        else:
+            completions = rollout.generate(prompts, step, numbers)
+        said = rollout.log_probs if isinstance(rollout, VLLMRollout) and source == "student" else []
+        for i, row, prompt, completion in zip(mine, rows, prompts, completions, strict=True):
+            verdict = hygiene.judge(completion, source)
+            train = hygiene.trains(verdict)
+            written[i] = join(prompt, completion, source, row.row, verdict.truncated, train, row.teacher)
+        for i, log_probs in zip(mine, said, strict=False):  # no list at all where they were not asked for
+            written[i].log_probs = log_probs
+    return written
+
+
+def measure(sequences: list[TokenSequence], hygiene: Hygiene, meter: Meter) -> None:
+    """Count lengths and unsound completions by source, whether they are trained on or not."""
+    for sequence in sequences:
+        verdict = hygiene.judge(sequence.input_ids[sequence.prompt_length :], sequence.source)
+        meter.add_sequence(sequence, verdict.ended, verdict.repetitive, verdict.empty)
+
+
+def count(sequences: list[TokenSequence]) -> Tensor:
+    """[2, 3] int64: sequences, and target tokens, by source (SOURCES); sequences without a target do not count."""
+    counts = torch.zeros(2, len(SOURCES), dtype=torch.int64)
+    for sequence in sequences:
+        targets = sequence.num_targets
+        counts[0, SOURCES.index(sequence.source)] += targets > 0
+        counts[1, SOURCES.index(sequence.source)] += targets
+    return counts
