@@ -1,6 +1,7 @@
 """The house's walls: a package imports only from those before it, and its docstring names every file in it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,8 +72,8 @@ def test_below_the_assembly_nobody_knows_the_config():
 
 @pytest.mark.parametrize("folder", PACKAGES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_packages_docstring_names_its_files(folder):
-    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
-    named = {line.split(":")[0].strip() for line in text.splitlines() if line.startswith("    ")}
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    named = set(re.findall(r"^(\w+): ", ast.get_docstring(tree, clean=False) or "", flags=re.MULTILINE))
     files = {p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "__main__")}
     folders = {p.name for p in folder.iterdir() if (p / "__init__.py").exists()}
     assert named == files | folders
