@@ -11,12 +11,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
-from gkd.config.fields import GKDConfig
+from gkd import GKDConfig, GKDTrainer
 from gkd.data.sources import choose_sources
 from gkd.demo import glass_student, glass_teacher
 from gkd.report.plots import write_plots
 from gkd.training.progress import ProgressBar
-from gkd.training.trainer import GKDTrainer
 
 # %% Models: any two of one family will do
 STUDENT, TEACHER = glass_student(), glass_teacher()

@@ -12,10 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from gkd.data.held_out import hold_out
 from gkd.demo import glass_student, glass_teacher, translation_sentences
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, hold_out, run
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": glass_student,

@@ -15,10 +15,7 @@ From the paper (arXiv 2306.13649): lmbda = 1 and forward KL, the best cell of Fi
 import re
 from typing import Any
 
-from gkd.data.held_out import with_held_out
-from gkd.recipe.rows import dataset_by_name
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, dataset_by_name, run, with_held_out
 
 ASK = "\n\nReason step by step, and end with the number alone after '####'."
 

@@ -15,9 +15,7 @@ data set too (`--dataset_name rows.jsonl`).
 
 from typing import Any
 
-from gkd.recipe.rows import dataset_by_name
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, dataset_by_name, run
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": "Qwen/Qwen2-0.5B-Instruct",

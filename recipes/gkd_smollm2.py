@@ -11,10 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from gkd.data.held_out import hold_out
 from gkd.demo import healthsearchqa_prompts, openwebtext_excerpts, smollm2_student, smollm2_teacher
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, hold_out, run
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": smollm2_student,

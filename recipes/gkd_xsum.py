@@ -15,10 +15,7 @@ where summaries are sampled. The paper trained all weights of T5; models and LoR
 import sys
 from typing import Any
 
-from gkd.data.held_out import with_held_out
-from gkd.recipe.rows import dataset_by_name
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, dataset_by_name, run, with_held_out
 
 try:
     from rouge_score.rouge_scorer import RougeScorer

@@ -18,11 +18,8 @@ a fine-tuned student on. The models it makes are smaller than the article's, 512
 
 from typing import Any
 
-from gkd.data.held_out import with_held_out
 from gkd.demo import minimind_rows, minimind_student, minimind_teacher
-from gkd.recipe.rows import dataset_by_name
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, dataset_by_name, run, with_held_out
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": minimind_student,

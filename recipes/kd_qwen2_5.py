@@ -18,10 +18,7 @@ mean; here both are means, so that the 0.5 is what it says.
 
 from typing import Any
 
-from gkd.data.held_out import with_held_out
-from gkd.recipe.rows import dataset_by_name
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, dataset_by_name, run, with_held_out
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",

@@ -14,10 +14,7 @@ is ours. It also trains on the questions; here only answers are targets.
 
 from typing import Any
 
-from gkd.data.held_out import with_held_out
-from gkd.recipe.rows import dataset_by_name
-from gkd.recipe.settings import Settings
-from gkd.run import run
+from gkd.run import Settings, dataset_by_name, run, with_held_out
 
 HUMAN, ASSISTANT = "### Human:", "### Assistant:"
 TRAIN_ROWS, HELD_OUT_TEXTS = 500, 100

@@ -170,7 +170,7 @@ Written by `gkd new` and yours to change. Any field that --help lists may stand 
 
 from typing import Any
 
-from gkd.recipe.settings import Settings, dataset_by_name, run, with_held_out
+from gkd.run import Settings, dataset_by_name, run, with_held_out
 
 DEFAULTS: dict[str, Any] = {{
 {values}

@@ -23,7 +23,7 @@ from gkd.recipe.capture import capture
 from gkd.servers import client as vllm_client
 
 RECIPE = """
-from gkd.recipe.rows import dataset_by_name, run, with_held_out
+from gkd.run import dataset_by_name, run, with_held_out
 
 def load_data(settings):
     return with_held_out(dataset_by_name(settings), 4)
@@ -234,7 +234,7 @@ def test_duplicates_and_held_out_prompts_that_are_trained_on_are_counted(folder,
     assert "2 duplicates among 18" in check.message
     # A recipe that brings its own held-out rows: two of three are trained on.
     (tmp_path / "own.py").write_text(
-        "import json\nfrom datasets import Dataset\nfrom gkd.recipe.rows import dataset_by_name, run\n\n"
+        "import json\nfrom datasets import Dataset\nfrom gkd.run import dataset_by_name, run\n\n"
         "def load_data(settings):\n    train = dataset_by_name(settings)['train']\n"
         "    held_out = Dataset.from_list([train[0], train[1], {'messages': [{'role': 'user', 'content': 'new'}]}])\n"
         "    return {'train': train, 'prompts': held_out}\n\nrun(load_data, defaults={'max_new_tokens': 6})\n"

@@ -25,7 +25,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE = """
 import sys
 from pathlib import Path
-from gkd.recipe.rows import dataset_by_name, run
+from gkd.run import dataset_by_name, run
 
 def load_data(settings):
     assert settings.training.output_dir
@@ -249,7 +249,7 @@ def test_the_data_set_says_what_it_holds_and_how_it_was_made(folder, tmp_path):
 
 
 HELD_OUT_RECIPE = """
-from gkd.recipe.rows import dataset_by_name, run, with_held_out
+from gkd.run import dataset_by_name, run, with_held_out
 
 def load_data(settings):
     data = with_held_out(dataset_by_name(settings), 2)

@@ -35,7 +35,7 @@ metric_list:
     higher_is_better: true
 """
 RECIPE = """
-from gkd.recipe.rows import dataset_by_name, run
+from gkd.run import dataset_by_name, run
 
 run(dataset_by_name, defaults={"max_new_tokens": 4, "lmbda": 1.0, "report_to": "none"})
 """

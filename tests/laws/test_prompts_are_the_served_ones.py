@@ -70,7 +70,7 @@ def test_rows_that_are_prepared_already_keep_their_prompts():
 
 
 RECIPE = """
-from gkd.recipe.rows import dataset_by_name, run
+from gkd.run import dataset_by_name, run
 
 run(lambda settings: {"train": dataset_by_name(settings)["train"]})
 """

@@ -17,7 +17,7 @@ from tiny import save_tiny, tiny_model, tiny_rows
 from gkd.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-START = "from gkd.recipe.rows import dataset_by_name, run, with_held_out\n\ndef load_data(settings):\n"
+START = "from gkd.run import dataset_by_name, run, with_held_out\n\ndef load_data(settings):\n"
 GOOD = "    return with_held_out(dataset_by_name(settings), 4)\n"
 END = "\nrun(load_data, defaults={'max_new_tokens': 4, 'max_steps': 1, 'report_to': 'none', 'num_eval_prompts': 2})\n"
 SCORE = "\ndef score(completion, row):\n    return row['none']\n" + END.replace("run(", "run(score=score, load_data=")
@@ -28,9 +28,9 @@ RECIPES = {
     "name": "from gkd.run import run\n\nrun(load_dta)\n",
     "package": "import a_package_that_nobody_has\n",
     "silent": "x = 1\n",
-    "argument": "from gkd.recipe.rows import dataset_by_name, run\n\nrun(dataset_by_name, default={})\n",
-    "default": "from gkd.recipe.rows import dataset_by_name, run\n\nrun(dataset_by_name, defaults={'lmda': 1})\n",
-    "type": "from gkd.recipe.rows import dataset_by_name, run\n\nrun(dataset_by_name, defaults={'seed': 2.5})\n",
+    "argument": "from gkd.run import dataset_by_name, run\n\nrun(dataset_by_name, default={})\n",
+    "default": "from gkd.run import dataset_by_name, run\n\nrun(dataset_by_name, defaults={'lmda': 1})\n",
+    "type": "from gkd.run import dataset_by_name, run\n\nrun(dataset_by_name, defaults={'seed': 2.5})\n",
     "nothing": START + "    pass\n" + END,
     "list": START + "    return [1]\n" + END,
     "rows": START + "    return {'train': [{'prompt': 'a', 'completion': 'b'}]}\n" + END,

@@ -22,7 +22,7 @@ from gkd.recipe.rows import dataset_by_name
 from gkd.run import run
 
 RECIPE = """
-from gkd.recipe.rows import dataset_by_name, run, with_held_out
+from gkd.run import dataset_by_name, run, with_held_out
 
 run(lambda settings: with_held_out(dataset_by_name(settings), 4), defaults={"max_new_tokens": 6, "seq_kd": True})
 """

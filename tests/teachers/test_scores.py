@@ -501,7 +501,7 @@ def test_an_evaluation_alone_is_reason_enough():
 
 
 RECIPE = """
-from gkd.recipe.rows import dataset_by_name, run
+from gkd.run import dataset_by_name, run
 
 def load_data(settings):
     rows = dataset_by_name(settings)["train"]
