@@ -1,12 +1,6 @@
 """A few cases of the architecture matrix, so that it stays runnable; all of them: `make test-architectures`."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "architectures"))
-
 from matrix import Case, cases, run_case, verdict
 from page import table
 

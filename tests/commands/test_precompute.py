@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
-from test_trainer import Remember
 from tiny import CHATML, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from training import Remember
 from vllm_server.fake import FakeServer
 
 from gkd.cli import main
@@ -321,7 +321,7 @@ def test_answers_are_known_by_their_columns_on_the_hub_too(folder, answers, tmp_
     shutil.copytree(path / "answers", copy)
     (copy / "provenance.json").unlink()
     monkeypatch.setattr("gkd.report.dataset_folder.snapshot_download", lambda name, repo_type: str(path / name))
-    monkeypatch.setattr("gkd.recipe.settings.load_dataset", lambda path, **kwargs: load_dataset(str(copy)))
+    monkeypatch.setattr("gkd.recipe.rows.load_dataset", lambda path, **kwargs: load_dataset(str(copy)))
     monkeypatch.chdir(tmp_path)
     recipe = capture(RECIPES / "gkd_gsm8k.py", flags(folder, tmp_path, dataset_name="answers", seq_kd="false"))
     data = recipe_data(recipe.load_data, recipe.settings)

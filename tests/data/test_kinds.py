@@ -5,8 +5,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from prepared import GOOD, TOKENIZER, prepare
-from test_prompts_are_the_served_ones import THINKING
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import THINKING, tiny_model, tiny_rows, tiny_tokenizer
 from training import config, trainer_of
 
 from gkd.training.trainer import GKDTrainer

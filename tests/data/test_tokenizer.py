@@ -2,9 +2,8 @@
 
 import pytest
 from datasets import Dataset
-from test_trainer import Remember
 from tiny import CHATML, VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
-from training import config
+from training import Remember, config
 
 from gkd.training.trainer import GKDTrainer
 

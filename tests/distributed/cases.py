@@ -29,6 +29,7 @@ from gkd.config.fields import GKDConfig
 from gkd.models.generation_mode import generation_mode
 from gkd.training.trainer import GKDTrainer
 
+SPLIT_ALL = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
 RANKS = 2
 ROWS = 24
 DEFAULTS: dict[str, Any] = {

@@ -9,10 +9,9 @@ import json
 from pathlib import Path
 
 import pytest
-from cases import Case
+from cases import SPLIT_ALL, Case
 from launch import launch
 from results import assert_equal, assert_saved_whole, largest_differences, read
-from test_zero import SPLIT_ALL
 from tiny import tiny_model
 from vllm_server.fake import FakeServer
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Case
+from cases import SPLIT_ALL, Case
 from launch import launch
 from results import assert_equal, largest_differences, read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
 
-SPLIT_ALL = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
 PLANS: dict[str, dict[str, Any]] = {"zero2": {"stage": 2}, "zero3": {"stage": 3, **SPLIT_ALL}}
 PLACE = "@plans@"  # stands for the folder of the plans' files until there is one
 SMALL = 480  # 10 x the teacher's hidden size: what is larger is split up

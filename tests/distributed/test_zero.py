@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from cases import Case
+from cases import SPLIT_ALL, Case
 from launch import launch
 from results import assert_all_saved_whole, assert_as_one_process, read
 
@@ -22,7 +22,6 @@ from gkd.assembly.checks import check_not_quantized
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
 
-SPLIT_ALL = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
 ON_CPU = {"offload_optimizer": {"device": "cpu"}}
 PLANS: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},

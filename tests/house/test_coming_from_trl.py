@@ -9,9 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from test_trainer import Remember
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
-from training import change, config, dense_loss, losses, trainer_of
+from training import Remember, change, config, dense_loss, losses, trainer_of
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig as TheirConfig
 from trl.experimental.gkd import GKDTrainer as TheirTrainer

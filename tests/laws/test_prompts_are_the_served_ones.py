@@ -5,9 +5,8 @@ import json
 
 import pytest
 from datasets import Dataset, load_dataset
-from test_trainer import Remember
-from tiny import CHATML, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-from training import config
+from tiny import CHATML, THINKING, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from training import Remember, config
 from transformers import GenerationConfig
 
 import gkd.data.template_day
@@ -22,11 +21,6 @@ from gkd.rollouts.hf import HFRollout
 from gkd.run import run
 from gkd.teachers.local import LocalTeacher
 from gkd.training.trainer import GKDTrainer
-
-# A thinking model's template: it is served "<think>\n" to go on from, and leaves the thoughts of an answer out.
-THINKING = CHATML.replace("(message['content'] or '')", "message['content'].split('</think>')[-1]").replace(
-    "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"
-)
 
 
 def served(row):

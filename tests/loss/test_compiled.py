@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_fused import Case
+from fused_case import Case
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_cache
 

@@ -7,9 +7,9 @@ import tempfile
 
 import pytest
 from safetensors.torch import load_file
-from test_run import flags, folder  # noqa: F401 - a fixture
 from training import trainer_of
 from transformers import TrainerCallback
+from user import flags
 
 from gkd.recipe.build import build_trainer
 from gkd.report.card import CardInfo, create_card
@@ -29,10 +29,10 @@ def at_the_end(monkeypatch, act):
         trainer.add_callback(AtTheEnd())
         return trainer
 
-    monkeypatch.setattr("gkd.recipe.build.build_trainer", build)
+    monkeypatch.setattr("gkd.run.build_trainer", build)
 
 
-def test_weights_that_the_folder_cannot_take_are_saved_elsewhere(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_weights_that_the_folder_cannot_take_are_saved_elsewhere(folder, tmp_path, monkeypatch, capsys):
     out, refuge = tmp_path / "out", tmp_path / "tmp"
     refuge.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(refuge))
@@ -47,7 +47,7 @@ def test_weights_that_the_folder_cannot_take_are_saved_elsewhere(folder, tmp_pat
     assert (saved / "tokenizer_config.json").is_file()
 
 
-def test_what_cannot_be_written_keeps_nothing_else_back(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_what_cannot_be_written_keeps_nothing_else_back(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     at_the_end(monkeypatch, (out / "metrics.jsonl").mkdir)
     with pytest.raises(SystemExit) as stopped:
@@ -60,7 +60,7 @@ def test_what_cannot_be_written_keeps_nothing_else_back(folder, tmp_path, monkey
         assert (out / name).is_file(), name
 
 
-def test_a_resumed_run_leaves_no_evaluation_of_other_weights(folder, tmp_path):  # noqa: F811
+def test_a_resumed_run_leaves_no_evaluation_of_other_weights(folder, tmp_path):
     """And its card counts the whole run, and says how all of it was started."""
     first = flags(folder, tmp_path, num_eval_prompts=2, save_strategy="steps", save_steps=2)
     run(argv=first)
@@ -131,7 +131,7 @@ def test_a_file_that_never_calls_run_is_an_error(tmp_path, text, capsys):
     assert "does not call gkd.run.run" in capsys.readouterr().err
 
 
-def test_an_adapter_that_is_a_pickle_is_not_evaluated(folder, tmp_path, capsys):  # noqa: F811
+def test_an_adapter_that_is_a_pickle_is_not_evaluated(folder, tmp_path, capsys):
     from gkd.commands.evaluate import evaluate_recipe
 
     (tmp_path / "adapter_config.json").write_text("{}")

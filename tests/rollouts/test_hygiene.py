@@ -2,9 +2,8 @@
 
 import pytest
 from datasets import Dataset
-from test_trainer import Remember
 from tiny import tiny_rows, tiny_tokenizer
-from training import change, logged, losses, trainer_of
+from training import Remember, change, logged, losses, trainer_of
 
 from gkd.config.fields import GKDConfig
 from gkd.rollouts.hygiene import Hygiene

@@ -14,9 +14,8 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
-from test_trainer import Remember
 from tiny import save_tiny, tiny_model, tiny_rows
-from training import change, dense_loss, logged, losses, trainer_of
+from training import Remember, change, dense_loss, logged, losses, trainer_of
 from transformers import AutoModelForCausalLM, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from gkd.config.fields import GKDConfig

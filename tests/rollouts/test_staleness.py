@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from test_client import _AtStep, rollout_of, student_of, trainer_with
+from served import AtStep, rollout_of, student_of, trainer_with
 from tiny import tiny_model, tiny_tokenizer
 from training import config, logged
 from vllm_server.fake import FakeServer
@@ -37,11 +37,11 @@ def windows(monkeypatch):
     """Every trained window: (row, source, ids) of its sequences."""
     seen = []
 
-    def count(sequences, original=gkd.trainer.count):
+    def count(sequences, original=gkd.training.trainer.count):
         seen.append([(s.row, s.source, tuple(s.input_ids)) for s in sequences])
         return original(sequences)
 
-    monkeypatch.setattr(gkd.trainer, "count", count)
+    monkeypatch.setattr(gkd.training.trainer, "count", count)
     return seen
 
 
@@ -142,7 +142,7 @@ def test_the_server_writes_while_the_step_is_trained(server, tmp_path):
             super().generate_ahead(*args)
 
     trainer.rollouts["student"].__class__ = Rollout
-    trainer.add_callback(_AtStep(1, finished.set))
+    trainer.add_callback(AtStep(1, finished.set))
     trainer.train()
     assert waited == [True]
 
@@ -167,7 +167,7 @@ def test_a_failure_in_the_background_surfaces_at_the_next_step(server, tmp_path,
     expected = [[s[:2] for s in window] for window in windows]
     windows.clear()
     trainer = stale_trainer(tmp_path / "a", server)
-    trainer.add_callback(_AtStep(1, lambda: server.faults.update({"/v1/completions": [400] * 50})))
+    trainer.add_callback(AtStep(1, lambda: server.faults.update({"/v1/completions": [400] * 50})))
     with pytest.raises(ServerError, match=rf"{server.url}/v1/completions answers HTTP 400"):
         trainer.train()
     assert trainer.state.global_step == 2, "the request that failed was made during step 2, for step 3"
@@ -184,7 +184,7 @@ def test_a_training_that_ends_early_leaves_nothing_pending(server, tmp_path):
     def fail():
         raise RuntimeError("enough")
 
-    trainer.add_callback(_AtStep(2, fail))
+    trainer.add_callback(AtStep(2, fail))
     with pytest.raises(RuntimeError, match="enough"):
         trainer.train()
     assert trainer.rollouts["student"]._ahead is None

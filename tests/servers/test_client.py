@@ -9,32 +9,20 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from served import STOP, AtStep, client_of, loss_of, ragged_batch, rollout_of, student_of, trainer_with
+from tiny import tiny_model, tiny_tokenizer
 from training import change, config
-from transformers import TrainerCallback
 from vllm_server.fake import FakeServer
 
-from gkd.data.targets import target_mask
-from gkd.loss.divergence import make_divergence
-from gkd.loss.fused import fused_divergence
-from gkd.loss.settings import LossSettings
-from gkd.loss.signals import Head
 from gkd.models.head import head_of
-from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hf import HFRollout
-from gkd.rollouts.vllm import VLLMRollout
 from gkd.servers import client as vllm_client
 from gkd.servers.answers import ServedModel
 from gkd.servers.checks import check_length, check_tokenizer, served_model
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
 from gkd.teachers.local import LocalTeacher
 from gkd.teachers.server import ServerTeacher
-from gkd.training.trainer import GKDTrainer
 
-STOP = 258
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
 PATH = "/v1/models"
 
 
@@ -47,16 +35,6 @@ def _no_long_pauses(monkeypatch):
 def server():
     with FakeServer(tiny_model(seed=1), tiny_tokenizer()) as server:
         yield server
-
-
-def client_of(*servers, timeout=20.0):
-    return VLLMClient(",".join(server.url for server in servers), field="rollout_server_url", timeout=timeout)
-
-
-def student_of(seed=1, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return get_peft_model(tiny_model(seed=seed), LoraConfig(**(LORA | options)))
 
 
 # ---------------------------------------------------------------------------------------------------- the client
@@ -316,21 +294,6 @@ def test_a_model_length_that_is_too_short_is_refused(server):
 PROMPTS = [[5, 9, 40], [7], [100, 3, 3, 8, 50, 61, 7], [200, 2]]
 
 
-def rollout_of(server, tmp_path, student, client=None, source="student", **settings):
-    settings = SamplingSettings(**({"max_new_tokens": 12, "stop_ids": (STOP, 10)} | settings))
-    client = client or client_of(server)
-    options = {"get_model": lambda: student} if source == "student" else {}
-    return VLLMRollout(
-        client,
-        served_model(client),
-        settings,
-        seed=4,
-        source=source,
-        adapter_dir=str(tmp_path / "adapters"),
-        **options,
-    )
-
-
 def test_greedy_is_what_the_model_gives_in_process(server, tmp_path):
     student = student_of()
     rollout = rollout_of(server, tmp_path, student, temperature=0)
@@ -564,21 +527,6 @@ def test_full_fine_tuning_is_refused(server, tmp_path):
 # ------------------------------------------------------------------------------------------------------ teacher
 
 
-def ragged_batch():
-    """Four rows of different lengths, prompts untouched, one row with a gap, one without any target."""
-    rows = [[7, 3, 90, 4, 5, 258], [8, 1, 250, 251, 17, 16, 15, 14, 258], [1, 2, 3], [9, 9]]
-    starts = [2, 4, 3, 1]
-    width = max(map(len, rows))
-    ids = torch.zeros(4, width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        labels[i, start : len(row)] = ids[i, start : len(row)]
-    labels[1, 6] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
 @pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
@@ -593,19 +541,6 @@ def teacher_of(server, top_k=20):
 def scoring():
     with FakeServer(tiny_model(hidden=48, layers=3, seed=2)) as server:
         yield server
-
-
-def loss_of(signal, batch, name, top_k):
-    """Loss and its gradient in the student's hidden states, which are random."""
-    labels = batch["labels"]
-    targets = labels[:, 1:][target_mask(labels)]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(len(targets), 16, generator=generator).requires_grad_()
-    head = Head(torch.randn(259, 16, generator=generator) * 0.3)
-    settings = LossSettings(make_divergence(name), teacher_top_k=top_k)
-    output = fused_divergence(hidden, head, signal, targets, torch.ones(len(targets)) / 7, settings)
-    output.loss.backward()
-    return output, hidden.grad
 
 
 @pytest.mark.parametrize("tokens_only", [True, False])
@@ -694,22 +629,6 @@ def test_a_sequence_that_the_server_cannot_take_is_named(scoring):
 # ----------------------------------------------------------------------------------------------------- training
 
 
-def trainer_with(folder, teacher=None, **values):
-    """Three greedy steps of a LoRA student, with a teacher model or with servers."""
-    torch.manual_seed(6)  # the adapter's initial values
-    return GKDTrainer(
-        model=tiny_model(seed=1),
-        teacher_model=teacher,
-        args=config(
-            folder,
-            **{"lmbda": 0.5, "seq_kd": True, "temperature": 0.0, "teacher_top_k": 20, "max_steps": 3} | values,
-        ),
-        train_dataset=Dataset.from_list(tiny_rows(16)),
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
-    )
-
-
 def test_training_with_servers_is_training_without(tmp_path):
     """Greedy rollouts and the same top-k teacher: the weights after three steps are the same."""
     teacher = tiny_model(hidden=48, layers=3, seed=2)
@@ -742,7 +661,7 @@ def test_a_server_that_stays_away_costs_no_step(tmp_path, who):
         before = trained_weights(trainer)
         away = {"server": server, "scoring": scoring}[who]
         path = {"server": "/v1/completions", "scoring": "/inference/v1/generate"}[who]
-        trainer.add_callback(_AtStep(2, lambda: away.faults.update({path: [400] * 50})))
+        trainer.add_callback(AtStep(2, lambda: away.faults.update({path: [400] * 50})))
         with pytest.raises(ServerError, match="HTTP 400"):
             trainer.train()
         away.faults.clear()
@@ -754,15 +673,6 @@ def test_a_server_that_stays_away_costs_no_step(tmp_path, who):
 
 def trained_weights(trainer):
     return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters() if p.requires_grad])
-
-
-class _AtStep(TrainerCallback):
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.action()
 
 
 @pytest.mark.parametrize(

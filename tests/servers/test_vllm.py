@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_client import loss_of, ragged_batch
+from served import loss_of, ragged_batch
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import config
 from transformers import AutoModelForCausalLM

@@ -30,6 +30,11 @@ CHATML = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
+# A thinking model's template: it is served "<think>\n" to go on from, and leaves the thoughts of an answer out.
+THINKING = CHATML.replace("(message['content'] or '')", "message['content'].split('</think>')[-1]").replace(
+    "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"
+)
+
 
 def tiny_tokenizer(
     pad_is_eos: bool = False, padding_side: str = "right", chat_template: str | None = CHATML

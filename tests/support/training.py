@@ -80,3 +80,18 @@ def dense_loss(student: Any, teacher: Any, sequences: list[Any], beta: float = 0
         total = total + terms[beta].sum()
         number += int(keep.sum())
     return total / number
+
+
+class Remember:
+    """Records what `gkd.training.window.count` is given: all sequences of a window after the rollout."""
+
+    def __init__(self, monkeypatch):
+        from gkd.training import trainer as module
+
+        self.windows, original = [], module.count
+
+        def count(sequences):
+            self.windows.append(list(sequences))
+            return original(sequences)
+
+        monkeypatch.setattr(module, "count", count)

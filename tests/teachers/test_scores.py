@@ -10,9 +10,8 @@ from datasets import Dataset
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_trainer import Remember
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-from training import change, config, logged, losses
+from training import Remember, change, config, logged, losses
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import gkd.assembly.checks

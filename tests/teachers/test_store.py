@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import small_disk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_faults import small_disk
 
 from gkd.common.errors import DiskFullError
 from gkd.loss.signals import Head

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from disks import small_disk
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_rows, tiny_tokenizer
 from training import config, logged, losses, trainer_of
@@ -295,13 +296,6 @@ def test_it_may_never_give_up(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------- a full disk
-
-
-def small_disk(path, size):
-    """A file system of that size, where this process may mount one."""
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)], capture_output=True)
-    return mounted.returncode == 0
 
 
 @pytest.mark.parametrize("room", [0, 30, 300, 460])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import pty
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from tiny import save_tiny, tiny_rows
-from transformers import TrainerCallback
 
 from gkd.common.redact import REDACTED
 from gkd.config.fields import GKDConfig
@@ -197,16 +195,6 @@ def test_trackio_has_everything_in_one_run(folder, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------- the console
 
 
-class Noise(TrainerCallback):
-    """What else writes during a training."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        import warnings
-
-        logging.getLogger("gkd.noise").warning("a message of step %d", state.global_step)
-        warnings.warn(f"a warning of step {state.global_step}", stacklevel=1)
-
-
 def screen(raw, columns):
     """The lines that a terminal of this width shows in the end: carriage returns, cursor up, erase."""
     lines, row, column = [""], 0, 0
@@ -233,14 +221,14 @@ def screen(raw, columns):
 WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_loggers import Noise
+from noise import Noise
 import gkd.run
-build = gkd.recipe.build.build_trainer
+build = gkd.run.build_trainer
 def noisy(*args):
     trainer = build(*args)
     trainer.add_callback(Noise())
     return trainer
-gkd.recipe.build.build_trainer = noisy
+gkd.run.build_trainer = noisy
 gkd.run.run(argv=sys.argv[1:])
 """
 
@@ -254,7 +242,7 @@ def in_a_terminal(argv, columns, folder):
 
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(tests=str(ROOT / "tests")), *argv],
+        [sys.executable, "-c", WORKER.format(tests=str(ROOT / "tests" / "support")), *argv],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
         stdout=follower,

@@ -8,26 +8,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_rows
-from training import change, dense_loss, logged, losses, trainer_of
+from training import Remember, change, dense_loss, logged, losses, trainer_of
 
 from gkd.loss.dense import generalized_jsd_loss
 from gkd.training.trainer import GKDTrainer
-
-
-class Remember:
-    """Records what `gkd.training.window.count` is given: all sequences of a window after the rollout."""
-
-    def __init__(self, monkeypatch):
-        from gkd.training import trainer as module
-
-        self.windows, original = [], module.count
-
-        def count(sequences):
-            self.windows.append(list(sequences))
-            return original(sequences)
-
-        monkeypatch.setattr(module, "count", count)
-
 
 # ------------------------------------------------------------------------------------------- law 1: the cut
 
