@@ -141,14 +141,9 @@ def _check_same_base(student: Any, teacher: Any, args: GKDConfig) -> None:
         )
 
 
-def resolve_tokenizer(
-    tokenizer: Any, student: Any, args: GKDConfig, revision: str | None = None
-) -> PreTrainedTokenizerBase:
+def resolve_tokenizer(tokenizer: Any, student: Any, args: GKDConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that renders the rows: the given one, or the student's own, loaded by its name; with a pad token
     and with `eos_token` and `chat_template_path` applied. Training, precomputing and the doctor all take it from here.
-
-    Args:
-        revision: of a student by name; None takes that of `model_init_kwargs`.
 
     Raises:
         ValueError: none is given and the student has no name; or what `apply_options` refuses.
@@ -157,8 +152,7 @@ def resolve_tokenizer(
         name = model_name(student)
         if name is None:
             raise ValueError("processing_class is missing and the student has no name to load it from: pass it")
-        if revision is None and isinstance(args.model_init_kwargs, dict):
-            revision = args.model_init_kwargs.get("revision")
+        revision = args.model_init_kwargs.get("revision") if isinstance(args.model_init_kwargs, dict) else None
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
     return apply_options(check_tokenizer(tokenizer), args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -85,28 +86,40 @@ def rows_at_a_time(args: GKDConfig, config: Any, device: torch.device) -> int:
     return rollout_rows(batch, batch * args.gradient_accumulation_steps, row_bytes, room)
 
 
-def make_rollout(
-    args: GKDConfig,
-    source: str,
-    get_model: Callable[[], nn.Module],
-    accelerator: Accelerator,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    foreign_ids: range = range(0),
-    server: Server | None = None,
-    vocabulary: int | None = None,
-    frozen: Any = None,
-) -> SampledRollout:
+@dataclass(frozen=True)
+class Writer:
+    """Who writes a source's completions, and with which tokens.
+
+    Args:
+        source: "student" or "teacher".
+        get_model: gives the model, wrapped as it is trained.
+        stop_ids: they end a completion. pad_id: both models can read it.
+        foreign_ids: never written; see `sampling_settings`.
+        server: writes in the model's place: the student through its adapter, the teacher as the server's own model.
+        vocabulary: rows of the student's head, beyond which a server's tokens are refused.
+        frozen: the teacher before it is placed; one that is absent is not asked for, only its fingerprint.
+    """
+
+    source: str
+    get_model: Callable[[], nn.Module]
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    foreign_ids: range = range(0)
+    server: Server | None = None
+    vocabulary: int | None = None
+    frozen: Any = None
+
+
+def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> SampledRollout:
     """The backend that writes a source's completions; the teacher's are kept, when any are wanted.
 
-    With a `server`, it writes: the student through its adapter, the teacher as the server's own model. `frozen` is
-    the teacher before it is placed; one that is absent is not asked for, only its fingerprint.
     Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
     """
-    settings = sampling_settings(args, source, stop_ids, pad_id, foreign_ids)
+    source, server = writer.source, writer.server
+    settings = sampling_settings(args, source, writer.stop_ids, writer.pad_id, writer.foreign_ids)
     rollout: SampledRollout
     if server is not None:
-        rollout = make_server_rollout(args, source, server, settings, get_model, accelerator, vocabulary)
+        rollout = make_server_rollout(args, writer, server, settings, accelerator)
     else:
         options: dict[str, Any] = {
             "seed": args.seed,
@@ -114,11 +127,11 @@ def make_rollout(
             "batch_size": args.rollout_batch_size or partial(rows_at_a_time, args),
             "merge_adapter": args.fold_adapter,
         }
-        rollout = ROLLOUTS["hf"](get_model, accelerator, settings, **options)
+        rollout = ROLLOUTS["hf"](writer.get_model, accelerator, settings, **options)
     if source != "teacher" or args.teacher_cache_folder is None or not args.teacher_writes:
         return rollout
-    absent = frozen if isinstance(frozen, AbsentTeacher) else None
-    return keep_completions(rollout, args, server or absent or get_model(), accelerator)
+    absent = writer.frozen if isinstance(writer.frozen, AbsentTeacher) else None
+    return keep_completions(rollout, args, server or absent or writer.get_model(), accelerator)
 
 
 def keep_completions(
@@ -174,13 +187,7 @@ def loss_settings(args: GKDConfig, shared_vocab: int | None) -> LossSettings:
 
 
 def make_server_rollout(
-    args: GKDConfig,
-    source: str,
-    server: Server,
-    settings: SamplingSettings,
-    get_model: Callable[[], nn.Module],
-    accelerator: Accelerator,
-    vocabulary: int | None,
+    args: GKDConfig, writer: Writer, server: Server, settings: SamplingSettings, accelerator: Accelerator
 ) -> VLLMRollout:
     """A rollout on a server; the student's adapter is loaded there at once: a refusal comes before the training.
 
@@ -192,12 +199,12 @@ def make_server_rollout(
         server.served,
         settings,
         seed=args.seed,
-        source=source,
-        get_model=get_model if source == "student" else None,
+        source=writer.source,
+        get_model=writer.get_model if writer.source == "student" else None,
         adapter_dir=args.rollout_adapter_folder,
         accelerator=accelerator,
-        vocabulary=vocabulary,
-        log_probs=source == "student" and args.rollout_logprob_tolerance > 0,
+        vocabulary=writer.vocabulary,
+        log_probs=writer.source == "student" and args.rollout_logprob_tolerance > 0,
     )
     if rollout.upload is not None:
         rollout.upload.current(step=0)

@@ -14,13 +14,14 @@ from gkd.data.sequences import PaddingCollator, prompt_of
 
 
 def prepare_rows(
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | dict[str, Dataset] | None,
-    tokenizer: PreTrainedTokenizerBase,
     args: GKDConfig,
-    formatting_func: Callable[..., Any] | None,
-    data_collator: Any,
+    tokenizer: PreTrainedTokenizerBase,
     encoding: dict[str, Any],
+    *,
+    train: Dataset | None = None,
+    evaluation: Dataset | dict[str, Dataset] | None = None,
+    formatting_func: Callable[..., Any] | None = None,
+    collator: Any = None,
 ) -> tuple[Dataset | None, Any, Any]:
     """Tokenize the data sets and make their collator. With a foreign collator the data sets pass as they are.
 
@@ -29,13 +30,13 @@ def prepare_rows(
     Raises:
         ValueError: rows that cannot be used; see `gkd.data.prepare.prepare_dataset`.
     """
-    if data_collator is not None and not isinstance(data_collator, PaddingCollator):
+    if collator is not None and not isinstance(collator, PaddingCollator):
         if args.teacher_names:
             raise ValueError(
                 "teacher_adapters does not go with a data_collator of your own, which does not say whose a row is: "
                 "leave one of them out"
             )
-        return train_dataset, eval_dataset, data_collator
+        return train, evaluation, collator
     generates = args.student_writes or args.teacher_writes
     common: dict[str, Any] = {
         "max_length": args.max_length,
@@ -49,10 +50,10 @@ def prepare_rows(
         "teachers": args.teacher_names,
         **encoding,
     }
-    if train_dataset is not None:
+    if train is not None:
         with args.main_process_first(desc="preparing the train data set"):  # the others read its cache
-            train_dataset, _ = prepare_dataset(
-                train_dataset,
+            train, _ = prepare_dataset(
+                train,
                 tokenizer,
                 prompt_only_ok=not args.reads_answers,
                 prompts_needed=generates,
@@ -60,7 +61,7 @@ def prepare_rows(
                 **common,
             )
         if args.shuffle_dataset:
-            train_dataset = train_dataset.shuffle(seed=args.seed)
+            train = train.shuffle(seed=args.seed)
 
     def prepare_evaluation(rows: Dataset, name: str) -> Dataset:
         with args.main_process_first(desc=f"preparing the {name} data set"):
@@ -71,8 +72,8 @@ def prepare_rows(
         prompts = [tokenizer.decode(prompt_of(row)) for row in ready]
         return ready.add_column("prompt", prompts)
 
-    if isinstance(eval_dataset, dict):
-        eval_dataset = {name: prepare_evaluation(rows, name) for name, rows in eval_dataset.items()}
-    elif eval_dataset is not None:
-        eval_dataset = prepare_evaluation(eval_dataset, "eval")
-    return train_dataset, eval_dataset, PaddingCollator(int(tokenizer.pad_token_id), args.pad_to_multiple_of)
+    if isinstance(evaluation, dict):
+        evaluation = {name: prepare_evaluation(rows, name) for name, rows in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = prepare_evaluation(evaluation, "eval")
+    return train, evaluation, PaddingCollator(int(tokenizer.pad_token_id), args.pad_to_multiple_of)

@@ -61,6 +61,11 @@ def vocabulary_rows(
     return int(config.get_text_config().vocab_size)
 
 
+def head_rows(model: Any) -> int:
+    """Rows of a model's output head; the config's number, which also holds for a sharded model."""
+    return int(model.config.get_text_config().vocab_size)
+
+
 def positions(config: Any) -> tuple[int | None, bool]:
     """How many positions a model has, and whether that binds.
 

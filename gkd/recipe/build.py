@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
 from gkd.models.loading import load_tokenizer
@@ -30,6 +30,19 @@ def student_name(settings: Settings) -> str:
     if settings.model.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: pass --model_name_or_path, the student")
     return str(settings.model.model_name_or_path)
+
+
+def student_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The student's own, at the revision of its weights; `resolve_tokenizer` applies the fields' options to it.
+
+    Raises:
+        ValueError: the student has no name, or no tokenizer.
+    """
+    return load_tokenizer(
+        student_name(settings),
+        trust_remote_code=settings.training.trust_remote_code,
+        revision=settings.model.model_revision,
+    )
 
 
 def set_loading_arguments(settings: Settings) -> None:
@@ -71,15 +84,12 @@ def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
     """Tokenizer, models and trainer from the settings."""
     args, model = settings.training, settings.model
     set_loading_arguments(settings)
-    tokenizer = load_tokenizer(
-        model.model_name_or_path, trust_remote_code=args.trust_remote_code, revision=model.model_revision
-    )
     trainer = GKDTrainer(
         model=model.model_name_or_path,
         args=args,
         train_dataset=data["train"],
         eval_dataset=data.get("eval") if args.eval_strategy != "no" else None,
-        processing_class=tokenizer,
+        processing_class=student_tokenizer(settings),
         peft_config=get_peft_config(model),
     )
     for callback in (ProgressCallback, PrinterCallback):

@@ -133,5 +133,12 @@ class EvaluationMixin:
             return dataset
         if not isinstance(self.data_collator, PaddingCollator):
             return dataset
-        given = (self.processing_class, self.args, self._formatting_func, self.data_collator, self.encoding)
-        return prepare_rows(None, {name: dataset}, *given)[1][name]
+        _, prepared, _ = prepare_rows(
+            self.args,
+            self.processing_class,
+            self.encoding,
+            evaluation={name: dataset},
+            formatting_func=self._formatting_func,
+            collator=self.data_collator,
+        )
+        return prepared[name]

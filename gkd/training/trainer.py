@@ -22,37 +22,29 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from gkd.assembly import student as student_setup
-from gkd.assembly.checks import check_lengths, check_not_quantized, check_steps, warn_of_differences
-from gkd.assembly.launch_checks import check_launch, check_wiring
-from gkd.assembly.models import (
-    disable_dropout,
-    resolve_config,
-    resolve_teacher,
-    resolve_tokenizer,
-    tokenizer_of_teacher,
-)
-from gkd.assembly.rollouts import encoding_options, hygiene, loss_settings, make_rollout
-from gkd.assembly.rows import prepare_rows
+from gkd.assembly.checks import check_not_quantized, check_steps, warn_of_differences
+from gkd.assembly.launch_checks import check_wiring
+from gkd.assembly.materials import Given, Materials, training_materials
+from gkd.assembly.models import disable_dropout
+from gkd.assembly.parts import LoadedStudent, assemble
 from gkd.assembly.scores import evaluation_sets, load_unless_covered
-from gkd.assembly.servers import connect, rollout_check, score_together
-from gkd.assembly.teacher import frozen_models, make_teacher, shared_base
+from gkd.assembly.servers import rollout_check, score_together
 from gkd.common.ranks import sum_over_ranks
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import PaddingCollator, collate, cut, unpad
 from gkd.data.sources import SOURCES
 from gkd.data.targets import Targets, per_target, select_targets, target_weights, targets_of
 from gkd.data.tokenizer import template_already_taken
-from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.loss.settings import FusedOutput
 from gkd.loss.signals import DenseSignal, TeacherSignal, TopKSignal
+from gkd.models.facts import head_rows
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.hidden import instead_of_logits
 from gkd.models.placement import on_accelerator, place_student
 from gkd.models.precision import mixed_precision
 from gkd.models.quantized import keep_layout
 from gkd.models.zero import gathered, zero_stage
-from gkd.rollouts.routed import routed
 from gkd.teachers.local import LocalTeacher
 from gkd.training.card import CardMixin
 from gkd.training.checkpoints import CheckpointMixin
@@ -116,19 +108,13 @@ class GKDTrainer(
         teacher_processing_class: Any = None,
         quantization_config: Any = None,
     ) -> None:
-        if model is None:
-            raise ValueError("model is missing: pass the student, a model or a name")
-        args = resolve_config(args, model, quantization_config)
-        check_launch(args)
-        config = student_setup.check_named(model, args)
-        use_cache = student_setup.use_cache_of(config)
-        teacher = resolve_teacher(model, teacher_model, args)
-        tokenizer = resolve_tokenizer(processing_class, model, args)
-        self._formatting_func = formatting_func
-        self.encoding = encoding_options(model, tokenizer, args, args.model_init_kwargs)
-        train_dataset, eval_dataset, collator = prepare_rows(
-            train_dataset, eval_dataset, tokenizer, args, formatting_func, data_collator, self.encoding
+        given = Given(
+            model, teacher_model, processing_class, train_dataset, eval_dataset, data_collator, formatting_func
         )
+        ready = training_materials(args, given, quantization_config)
+        args = ready.args
+        use_cache = student_setup.use_cache_of(ready.config)
+        self._formatting_func, self.encoding = formatting_func, ready.encoding
         args.remove_unused_columns = False  # the collator needs prompt_length and row
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         student, peft_config = student_setup.with_own_adapter(model, args, peft_config)
@@ -137,26 +123,26 @@ class GKDTrainer(
             super().__init__(
                 student,
                 args=args,
-                data_collator=collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
+                data_collator=ready.collator,
+                train_dataset=ready.train,
+                eval_dataset=ready.evaluation,
+                processing_class=ready.tokenizer,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                peft_config=student_setup.adapt_text_only(peft_config, student, config),
+                peft_config=student_setup.adapt_text_only(peft_config, student, ready.config),
             )
         check_wiring(self.accelerator)
         student_setup.freeze_beside_text(self.model)
         student_setup.check_student(self.model)
-        check_steps(args, train_dataset, self.accelerator.split_batches)
+        check_steps(args, ready.train, self.accelerator.split_batches)
         student_setup.keep_use_cache(self.model, args, use_cache)
-        for role, quantizable in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):
+        for role, quantizable in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", ready.teacher)):
             check_not_quantized(quantizable, role, self.accelerator)
         self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
         self.model_accepts_loss_kwargs = True
-        self._set_up_models(teacher, teacher_processing_class)
+        self._set_up_models(ready, teacher_processing_class)
         self.ledger = Ledger()
         self.guard = FaultGuard(self.accelerator, self.ledger, args.max_nonfinite_steps)
         self.add_callback(self.guard)
@@ -168,10 +154,10 @@ class GKDTrainer(
 
     # ---------------------------------------------------------------------------------------------- set-up
 
-    def _set_up_models(self, teacher_model: Any, teacher_tokenizer: Any) -> None:
-        args, tokenizer, accelerator = self.args, self.processing_class, self.accelerator
-        student = self.accelerator.unwrap_model(self.model)
-        student_setup.align_pad_token(student, tokenizer)
+    def _set_up_models(self, ready: Materials, teacher_tokenizer: Any) -> None:
+        args, accelerator = self.args, self.accelerator
+        student = accelerator.unwrap_model(self.model)
+        student_setup.align_pad_token(student, ready.tokenizer)
         place_student(keep_layout(student), accelerator)
         self._head = head_of(student)
         self._head_module = output_layer(student)
@@ -181,54 +167,16 @@ class GKDTrainer(
                 check_head(student, self._head)
         if args.disable_dropout:
             disable_dropout(self.model)
-        teacher_model = shared_base(args, teacher_model, student)
-        check_lengths(args, {"student": student, "teacher": teacher_model}, self.train_dataset)
-        if teacher_tokenizer is None:
-            teacher_tokenizer = tokenizer_of_teacher(teacher_model, student, args)
-        servers = connect(args, tokenizer)
-        heads = {"student": _vocabulary_rows(student), "teacher": _vocabulary_rows(teacher_model or student)}
-        shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
-        self._pad_id = readable_pad_id(tokenizer, min(heads.values()))
+        parts = assemble(ready, accelerator, LoadedStudent(student, lambda: self.model_wrapped), teacher_tokenizer)
+        self._pad_id = parts.pad_id
         if isinstance(self.data_collator, PaddingCollator):
             self.data_collator = replace(self.data_collator, pad_id=self._pad_id)
-        self.teacher = make_teacher(args, teacher_model, student, accelerator, servers["teacher"])
-        self.loss_settings = loss_settings(args, shared)
-        self.stop_ids = {
-            "student": stop_token_ids(tokenizer, student.generation_config),
-            "teacher": stop_token_ids(
-                teacher_tokenizer or tokenizer, getattr(teacher_model, "generation_config", None)
-            ),
-        }
-        asked = [self.train_dataset, *evaluation_sets(self.eval_dataset)]
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        sets = {**evaluated, "train": self.train_dataset}
-        check_ids_in_use(sets, self.stop_ids["student"], tokenizer, heads, shared)
-        unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
-        if servers["teacher"] is None:
-            unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
-        models = {"student": [lambda: self.model_wrapped], "teacher": frozen_models(self.teacher)}
-        self.rollouts = {
-            source: routed(
-                make_rollout(
-                    args,
-                    source,
-                    model,
-                    accelerator,
-                    self.stop_ids[source],
-                    self._pad_id,
-                    unread[source],
-                    servers[source],
-                    heads["student"],
-                    teacher_model,
-                )
-                for model in of_source
-            )
-            for source, of_source in models.items()
-        }
+        self.teacher, self.rollouts = parts.teacher, parts.rollouts
+        self.loss_settings, self.stop_ids, self.hygiene = parts.loss_settings, parts.stop_ids, parts.hygiene
         self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)
-        self.hygiene = hygiene(args, self.stop_ids)
+        asked = [ready.train, *evaluation_sets(ready.evaluation)]
         load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
-        warn_of_differences(self.stop_ids, tokenizer, teacher_tokenizer)
+        warn_of_differences(self.stop_ids, ready.tokenizer, parts.teacher_tokenizer)
         logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
         logger.info("loss: %s", self.loss_settings.in_words())
 
@@ -267,7 +215,7 @@ class GKDTrainer(
         if self.completions is not None:
             self.completions.open(micro_batches)
         collated = [collate(rows, self._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
-        compared = self.loss_settings.shared_vocab or _vocabulary_rows(self.accelerator.unwrap_model(self.model))
+        compared = self.loss_settings.shared_vocab or head_rows(self.accelerator.unwrap_model(self.model))
         for batch in collated:
             ids_in_range("target", batch["target_ids"], compared)
         if args.teacher_placement == "cpu_offload" and len(collated) > 1 and not args.trains_on_nll_alone:
@@ -402,8 +350,3 @@ class GKDTrainer(
 def _sources(inputs: dict[str, Tensor]) -> Tensor:
     """[B], indices into SOURCES; in the evaluation all rows are from the data."""
     return inputs["sources"] if "sources" in inputs else torch.zeros_like(inputs["labels"][:, 0])
-
-
-def _vocabulary_rows(model: Any) -> int:
-    """Rows of the output head; the config's number, which also holds for a sharded model."""
-    return int(model.config.get_text_config().vocab_size)

@@ -27,7 +27,7 @@ from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
 from gkd.models.facts import vocabulary_rows
 from gkd.models.loading import load_tokenizer
-from gkd.recipe.build import measuring_trainer, student_name
+from gkd.recipe.build import measuring_trainer, student_name, student_tokenizer
 from gkd.recipe.capture import Recipe
 from gkd.recipe.evaluator import teacher_of
 from gkd.recipe.mistakes import CODE_ERRORS, mistake
@@ -114,8 +114,8 @@ def _machine(out: Diagnosis) -> None:
 
 def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
     """The student's, and the teacher's where it has one of its own."""
-    args, model = settings.training, settings.model
-    student = resolve_tokenizer(None, student_name(settings), args, model.model_revision)
+    args = settings.training
+    student = resolve_tokenizer(student_tokenizer(settings), student_name(settings), args)
     named = args.teacher_model_name_or_path
     if args.teacher_server_url is not None:
         out.add(

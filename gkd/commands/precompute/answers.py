@@ -24,20 +24,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
-from gkd.assembly.models import resolve_teacher, resolve_tokenizer, tokenizer_of_teacher
-from gkd.assembly.rollouts import encoding_options, hygiene, keep_completions, make_rollout, rows_at_a_time
-from gkd.assembly.rows import prepare_rows
+from gkd.assembly.materials import Given, materials
+from gkd.assembly.parts import assemble
+from gkd.assembly.rollouts import keep_completions, rows_at_a_time
 from gkd.assembly.scores import evaluation_sets
-from gkd.assembly.servers import connect
-from gkd.assembly.teacher import make_teacher
 from gkd.common.environment import installed_versions
 from gkd.common.redact import redact_command
 from gkd.data.sequences import prompt_of
 from gkd.data.targets import IGNORE
-from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
-from gkd.models.facts import vocabulary_rows
-from gkd.models.loading import generation_config_of
-from gkd.recipe.build import set_loading_arguments, student_name
+from gkd.recipe.build import set_loading_arguments, student_name, student_tokenizer
 from gkd.recipe.capture import Recipe
 from gkd.recipe.rows import recipe_data
 from gkd.report.dataset_folder import check_folder, push_folder, write_folder
@@ -140,44 +135,32 @@ def prepare(recipe: Recipe) -> Work:
             "it: their sequences and scores are kept during the training"
         )
     set_loading_arguments(settings)
-    source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "revision": settings.model.model_revision}
-    tokenizer = resolve_tokenizer(None, student, args, settings.model.model_revision)
     data = recipe_data(recipe.load_data, settings)
     asked = data.get("eval") if args.eval_strategy != "no" else None
-    encoding = encoding_options(student, tokenizer, args, source)
-    rows, asked, _ = prepare_rows(data["train"], asked, tokenizer, args, None, None, encoding)
-    assert rows is not None
-    teacher = resolve_teacher(student, None, args)
+    given = Given(student, tokenizer=student_tokenizer(settings), train=data["train"], evaluation=asked)
+    ready = materials(args, given)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
     if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
         propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
-    server = connect(args, tokenizer, ("teacher",))["teacher"]
-    teacher_tokenizer = tokenizer_of_teacher(teacher, student, args)
-    own = size = vocabulary_rows(student, **source)
-    if server is None:
-        size = int(teacher.config.get_text_config().vocab_size)
-    shared = shared_vocabulary(tokenizer, teacher_tokenizer, own, size)
-    stop_ids = {
-        "student": stop_token_ids(tokenizer, generation_config_of(student, source)),
-        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
-    }
-    check_ids_in_use({"train": rows}, stop_ids["student"], tokenizer, {"student": own, "teacher": size}, shared)
-    scorer: Any = None if server is not None else make_teacher(args, teacher, None, accelerator, None)
-    rollout: Any = None
-    if args.seq_kd:
-        beyond = range(0) if shared is None else range(shared, size)
-        foreign = unreadable_ids(size, shared, tokenizer, teacher_tokenizer) if server is None else beyond
-        pad_id = readable_pad_id(tokenizer, min(own, size))
-        common = (accelerator, stop_ids["teacher"], pad_id, foreign, server, own, teacher)
-        rollout = make_rollout(args, "teacher", lambda: scorer.model, *common)
-        if not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
-            rollout = keep_completions(rollout, args, server or scorer.model, accelerator)
+    parts = assemble(ready, accelerator)
+    server, rollout = parts.servers["teacher"], parts.rollouts["teacher"] if args.seq_kd else None
+    if rollout is not None and not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
+        rollout = keep_completions(rollout, args, server or parts.teacher.model, accelerator)
     batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
     if server is None:
-        batch_size = rows_at_a_time(args, teacher.config, accelerator.device)
-    sets = evaluation_sets(asked)
-    sound, held_out = hygiene(args, stop_ids), {name: part for name, part in data.items() if name != "train"}
-    return Work(rows, sets, tokenizer, scorer, rollout, sound, accelerator, batch_size, held_out)
+        batch_size = rows_at_a_time(args, parts.teacher_model.config, accelerator.device)
+    assert ready.train is not None
+    return Work(
+        rows=ready.train,
+        evaluation=evaluation_sets(ready.evaluation),
+        tokenizer=ready.tokenizer,
+        teacher=parts.teacher,
+        answers=rollout,
+        hygiene=parts.hygiene,
+        accelerator=accelerator,
+        batch_size=batch_size,
+        held_out={name: part for name, part in data.items() if name != "train"},
+    )
 
 
 def fill(work: Work) -> None:

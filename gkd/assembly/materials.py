@@ -1,0 +1,107 @@
+"""What a distillation is made of before there is a Trainer: checked fields, tokenizer, teacher, rows, collator.
+
+Training and `gkd precompute` both begin here, so that what is written beforehand is what the training asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gkd.assembly.launch_checks import check_launch
+from gkd.assembly.models import resolve_config, resolve_teacher, resolve_tokenizer
+from gkd.assembly.rollouts import encoding_options
+from gkd.assembly.rows import prepare_rows
+from gkd.assembly.student import check_named
+from gkd.config.fields import GKDConfig
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller brings beside the fields; each is as in `gkd.GKDTrainer`.
+
+    `student` and `teacher` are models or names; no `tokenizer` takes the student's own.
+    """
+
+    student: Any
+    teacher: Any = None
+    tokenizer: Any = None
+    train: Dataset | None = None
+    evaluation: Dataset | dict[str, Dataset] | None = None
+    collator: Any = None
+    formatting_func: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Materials:
+    """All of it, ready.
+
+    `student` is as it was given; `config` is its config, None where it was not looked at. `teacher` is not placed yet;
+    None on a server, or over the student's base. `encoding` is what the rows were prepared with beside the fields.
+    """
+
+    args: GKDConfig
+    student: Any
+    config: Any
+    teacher: Any
+    tokenizer: PreTrainedTokenizerBase
+    encoding: dict[str, Any]
+    train: Dataset | None
+    evaluation: Any
+    collator: Any
+
+
+def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
+    """Teacher, tokenizer and rows. The student is not loaded.
+
+    Args:
+        args: the fields.
+        given: the rest.
+        config: the student's, to be handed on.
+
+    Raises:
+        ValueError: what `resolve_teacher`, `resolve_tokenizer` or `prepare_rows` refuse.
+    """
+    student = given.student
+    teacher = resolve_teacher(student, given.teacher, args)
+    tokenizer = resolve_tokenizer(given.tokenizer, student, args)
+    encoding = encoding_options(student, tokenizer, args, loading_options(args))
+    train, evaluation, collator = prepare_rows(
+        args,
+        tokenizer,
+        encoding,
+        train=given.train,
+        evaluation=given.evaluation,
+        formatting_func=given.formatting_func,
+        collator=given.collator,
+    )
+    return Materials(args, student, config, teacher, tokenizer, encoding, train, evaluation, collator)
+
+
+def training_materials(args: Any, given: Given, quantization_config: Any = None) -> Materials:
+    """The same for a training, whose launch and student are checked first.
+
+    Args:
+        args: a `GKDConfig`; None takes the defaults.
+        given: the rest.
+        quantization_config: with which a student that is given by name is loaded.
+
+    Raises:
+        ValueError, TypeError: what `resolve_config`, `check_launch` or `check_named` refuse, too.
+    """
+    if given.student is None:
+        raise ValueError("model is missing: pass the student, a model or a name")
+    args = resolve_config(args, given.student, quantization_config)
+    check_launch(args)
+    return materials(args, given, check_named(given.student, args))
+
+
+def loading_options(args: GKDConfig) -> dict[str, Any]:
+    """What a student that is given by name is looked up with: `revision`, `trust_remote_code` and the rest."""
+    kwargs = args.model_init_kwargs or {}
+    assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
+    return {"trust_remote_code": args.trust_remote_code, **kwargs}

@@ -1,0 +1,140 @@
+"""The parts of a distillation, put together: who scores, who writes, what the loss is, what a sound answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gkd.assembly.checks import check_lengths
+from gkd.assembly.materials import Materials, loading_options
+from gkd.assembly.models import tokenizer_of_teacher
+from gkd.assembly.rollouts import Writer, hygiene, loss_settings, make_rollout
+from gkd.assembly.servers import connect
+from gkd.assembly.teacher import frozen_models, make_teacher, shared_base
+from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
+from gkd.loss.settings import LossSettings
+from gkd.models.facts import head_rows, vocabulary_rows
+from gkd.models.loading import generation_config_of
+from gkd.rollouts.hygiene import Hygiene
+from gkd.rollouts.routed import routed
+from gkd.servers.checks import Server
+from gkd.teachers.base import Teacher
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """The student of a training: the unwrapped model, and what gives the one that writes (the wrapped one)."""
+
+    model: nn.Module
+    writer: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What works in a distillation.
+
+    `teacher` scores (a `Teacher`; None where it is on a server that only writes); `teacher_model` is what it was made
+    from. `rollouts` write, by source ("student" is there when the student is loaded). `servers` are None where a model
+    is in this process. `pad_id` can be read by both models.
+    """
+
+    teacher: Any
+    teacher_model: Any
+    teacher_tokenizer: PreTrainedTokenizerBase | None
+    servers: dict[str, Server | None]
+    rollouts: dict[str, Any]
+    loss_settings: LossSettings
+    stop_ids: dict[str, tuple[int, ...]]
+    hygiene: Hygiene
+    pad_id: int
+
+
+def assemble(
+    ready: Materials,
+    accelerator: Accelerator,
+    student: LoadedStudent | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Parts:
+    """The parts, from the materials. All ranks call this.
+
+    Args:
+        ready: the materials.
+        accelerator: where the models run, and how they are sharded.
+        student: placed already; None where only its name is known and it does not write (`gkd precompute`).
+        teacher_tokenizer: to compare token maps with; None loads it by the teacher's name where it has one.
+
+    Raises:
+        ValueError: models, rows and servers that do not go together.
+    """
+    args, tokenizer, known = ready.args, ready.tokenizer, ready.student if student is None else student.model
+    teacher_model = ready.teacher
+    if student is not None:
+        teacher_model = shared_base(args, teacher_model, student.model)
+        check_lengths(args, {"student": student.model, "teacher": teacher_model}, ready.train)
+    if teacher_tokenizer is None:
+        teacher_tokenizer = tokenizer_of_teacher(teacher_model, known, args)
+    servers = connect(args, tokenizer, ("student", "teacher") if student is not None else ("teacher",))
+    heads = _heads(ready, student, teacher_model)
+    shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
+    pad_id = readable_pad_id(tokenizer, min(heads.values()))
+    teacher: Teacher | None = None
+    if student is not None or servers["teacher"] is None:
+        loaded = None if student is None else student.model
+        teacher = make_teacher(args, teacher_model, loaded, accelerator, servers["teacher"])
+    generation = generation_config_of(known, loading_options(args))
+    stop_ids = {
+        "student": stop_token_ids(tokenizer, generation),
+        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher_model, "generation_config", None)),
+    }
+    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
+    check_ids_in_use({**evaluated, "train": ready.train}, stop_ids["student"], tokenizer, heads, shared)
+    unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
+    if servers["teacher"] is None:
+        unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
+    models: dict[str, list[Callable[[], Any]]] = {} if student is None else {"student": [student.writer]}
+    models["teacher"] = [lambda: None] if teacher is None else frozen_models(teacher)
+
+    def writer(source: str, model: Callable[[], nn.Module]) -> Writer:
+        return Writer(
+            source,
+            model,
+            stop_ids=stop_ids[source],
+            pad_id=pad_id,
+            foreign_ids=unread[source],
+            server=servers[source],
+            vocabulary=heads["student"],
+            frozen=teacher_model,
+        )
+
+    rollouts = {
+        source: routed(make_rollout(args, writer(source, model), accelerator) for model in of_source)
+        for source, of_source in models.items()
+    }
+    return Parts(
+        teacher=teacher,
+        teacher_model=teacher_model,
+        teacher_tokenizer=teacher_tokenizer,
+        servers=servers,
+        rollouts=rollouts,
+        loss_settings=loss_settings(args, shared),
+        stop_ids=stop_ids,
+        hygiene=hygiene(args, stop_ids),
+        pad_id=pad_id,
+    )
+
+
+def _heads(ready: Materials, student: LoadedStudent | None, teacher_model: Any) -> dict[str, int]:
+    """Rows of both output heads; of a teacher that is elsewhere, the student's."""
+    if student is not None:
+        own = head_rows(student.model)
+    else:
+        chosen = loading_options(ready.args)
+        own = vocabulary_rows(
+            ready.student, trust_remote_code=chosen["trust_remote_code"], revision=chosen.get("revision")
+        )
+    return {"student": own, "teacher": own if teacher_model is None else head_rows(teacher_model)}
