@@ -298,7 +298,7 @@ def test_findings_are_printed_as_soon_as_they_are_known(folder, monkeypatch):
     file = io.StringIO()
     known = {}
 
-    def attempt(out, name, action, original=gkd.doctor._attempt):
+    def attempt(out, name, action, original=gkd.commands.doctor.examine._attempt):
         known[name] = file.getvalue()
         return original(out, name, action)
 
@@ -334,7 +334,7 @@ def test_rows_name_a_teacher_that_exists(folder, tmp_path):
 def test_the_share_of_cut_off_rollouts_is_judged_as_in_the_metrics(ended, level):
     values = {"ended": Estimate(ended, None, 8), "length": Estimate(5.0), "repeated_4grams": Estimate(0.0)}
     out = Diagnosis()
-    gkd.doctor._rollouts(out, Measures("student", values), 32, 0.5)
+    gkd.commands.doctor.examine._rollouts(out, Measures("student", values), 32, 0.5)
     assert out.checks[0].level == level
 
 

@@ -215,14 +215,14 @@ def _disturb(rank: int) -> None:
 def _remember_windows() -> list[list[Any]]:
     """From now on every window's sequences after the rollout are kept: row, source, ids, whether trained on."""
     windows: list[list[Any]] = []
-    original = getattr(gkd.trainer.count, "original", gkd.trainer.count)
+    original = getattr(gkd.training.trainer.count, "original", gkd.training.trainer.count)
 
     def count(sequences: list[Any]) -> torch.Tensor:
         windows.append([[s.row, s.source, s.input_ids, s.num_targets] for s in sequences])
         return original(sequences)
 
     count.original = original  # type: ignore[attr-defined]
-    gkd.trainer.count = count  # type: ignore[assignment]
+    gkd.training.trainer.count = count  # type: ignore[assignment]
     return windows
 
 

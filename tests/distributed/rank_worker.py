@@ -226,7 +226,7 @@ def nothing_to_train_on(folder: Path, stage: int = 0) -> list[Any]:
     """In the second step no rank has a target, in the third only the first has."""
 
     def work(say: Say) -> None:
-        original, second = gkd.trainer.write_completions, os.environ["RANK"] == "1"
+        original, second = gkd.training.trainer.write_completions, os.environ["RANK"] == "1"
 
         def write(window: Any, sources: Any, rollouts: Any, step: int, hygiene: Any) -> Any:
             written = original(window, sources, rollouts, step, hygiene)
@@ -234,7 +234,7 @@ def nothing_to_train_on(folder: Path, stage: int = 0) -> list[Any]:
                 sequence.labels[:] = [-100] * len(sequence.labels)
             return written
 
-        gkd.trainer.write_completions = write  # type: ignore[attr-defined]
+        gkd.training.trainer.write_completions = write  # type: ignore[attr-defined]
         trainer = build(folder / "run", max_steps=4, weight_decay=0.1)
         assert zero_stage(trainer.accelerator) == stage
         trainer.train()

@@ -175,7 +175,7 @@ def test_perplexity_with_a_soft_cap_or_a_logit_scale(kind):
 def test_chunks_of_the_perplexity_do_not_matter(monkeypatch):
     hidden, targets = torch.randn(7, 32), torch.randint(0, 259, (7,))
     whole = token_nll(hidden, head_of(TEACHER), targets)
-    monkeypatch.setattr(gkd.evaluate_forward, "CHUNK_LOGITS", 2 * 259)
+    monkeypatch.setattr(gkd.evaluation.subject, "CHUNK_LOGITS", 2 * 259)
     torch.testing.assert_close(token_nll(hidden, head_of(TEACHER), targets), whole)
 
 

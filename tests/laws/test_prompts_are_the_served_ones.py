@@ -191,7 +191,7 @@ class Day(datetime.date):
 
 @pytest.fixture
 def calendar(monkeypatch):
-    monkeypatch.setattr(gkd.template_day, "date", Day)
+    monkeypatch.setattr(gkd.data.template_day, "date", Day)
     monkeypatch.setattr(Day, "now", datetime.date(2026, 3, 1))
     return Day
 

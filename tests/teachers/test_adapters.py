@@ -289,8 +289,8 @@ def test_packed_weights_are_shared_too(bits, tmp_path):
 @pytest.mark.parametrize("shared", [True, False], ids=["student's base", "own base"])
 def test_each_row_is_scored_and_answered_by_its_own_teacher(shared, base, adapters, tmp_path, monkeypatch):
     windows: list[Any] = []
-    count = gkd.trainer.count
-    monkeypatch.setattr(gkd.trainer, "count", lambda sequences: windows.append(sequences) or count(sequences))
+    count = gkd.training.trainer.count
+    monkeypatch.setattr(gkd.training.trainer, "count", lambda sequences: windows.append(sequences) or count(sequences))
     names = list(adapters)
     trainer = trainer_on(
         tmp_path,

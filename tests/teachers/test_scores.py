@@ -14,7 +14,7 @@ from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import Remember, change, config, logged, losses
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import gkd.assembly.checks
+import gkd.assembly.models
 from gkd.cli import main
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import TokenSequence, collate
@@ -50,13 +50,13 @@ def asked(monkeypatch):
 @pytest.fixture
 def loads(monkeypatch):
     """The teachers that were loaded by name."""
-    names, original = [], gkd.setup_checks.load_teacher
+    names, original = [], gkd.assembly.models.load_teacher
 
     def load(name, *args, **kwargs):
         names.append(Path(name).name)
         return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(gkd.setup_checks, "load_teacher", load)
+    monkeypatch.setattr(gkd.assembly.models, "load_teacher", load)
     return names
 
 

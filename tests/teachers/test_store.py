@@ -226,7 +226,7 @@ def test_a_pickle_in_the_folder_is_not_read(tmp_path):
 
 WRITER = """
 import sys, torch
-from gkd import score_store
+from gkd.teachers import store as score_store
 from gkd.teachers.store import open_scores, row_key
 score_store.SHARD_BYTES = 40_000
 store = open_scores(sys.argv[1], {"model": "a"})
