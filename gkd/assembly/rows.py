@@ -13,6 +13,28 @@ from gkd.data.prepare import prepare_dataset
 from gkd.data.sequences import PaddingCollator, prompt_of
 
 
+def row_options(args: GKDConfig) -> dict[str, Any]:
+    """What the fields say of any rows, by the names of `prepare_dataset`."""
+    return {
+        "max_length": args.max_length,
+        "max_prompt_length": args.prompt_limit,
+        "overlong_prompt": args.overlong_prompt,
+        "overlong_row": args.overlong_row,
+        "assistant_turns": args.assistant_turns,
+        "unanswered_rows": args.unanswered_rows,
+        "num_proc": args.dataset_num_proc,
+        "teachers": args.teacher_names,
+    }
+
+
+def train_options(args: GKDConfig) -> dict[str, Any]:
+    """What they say of the train rows beside: whether answers are read, and prompts."""
+    return {
+        "prompt_only_ok": not args.reads_answers,
+        "prompts_needed": args.student_writes or args.teacher_writes,
+    }
+
+
 def prepare_rows(
     args: GKDConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,29 +59,10 @@ def prepare_rows(
                 "leave one of them out"
             )
         return train, evaluation, collator
-    generates = args.student_writes or args.teacher_writes
-    common: dict[str, Any] = {
-        "max_length": args.max_length,
-        "max_prompt_length": args.prompt_limit,
-        "overlong_prompt": args.overlong_prompt,
-        "overlong_row": args.overlong_row,
-        "assistant_turns": args.assistant_turns,
-        "unanswered_rows": args.unanswered_rows,
-        "num_proc": args.dataset_num_proc,
-        "formatting_func": formatting_func,
-        "teachers": args.teacher_names,
-        **encoding,
-    }
+    common = {**row_options(args), "formatting_func": formatting_func, **encoding}
     if train is not None:
         with args.main_process_first(desc="preparing the train data set"):  # the others read its cache
-            train, _ = prepare_dataset(
-                train,
-                tokenizer,
-                prompt_only_ok=not args.reads_answers,
-                prompts_needed=generates,
-                name="train",
-                **common,
-            )
+            train, _ = prepare_dataset(train, tokenizer, name="train", **train_options(args), **common)
         if args.shuffle_dataset:
             train = train.shuffle(seed=args.seed)
 

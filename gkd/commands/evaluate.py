@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from gkd.evaluation.measures import METRICS, Measures
 from gkd.models.adapters import adapter_folder
 from gkd.models.shared_weights import second_model
-from gkd.recipe.build import measuring_trainer
+from gkd.recipe.build import copied, measuring_trainer
 from gkd.recipe.capture import Recipe
 from gkd.recipe.evaluator import evaluator_of
 from gkd.recipe.rows import recipe_data
@@ -45,7 +45,7 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
         )
     if adapter is not None:
         adapter = str(adapter_folder(adapter, "--adapter"))
-    settings = recipe.settings
+    settings = copied(recipe.settings)
     settings.model.use_peft = settings.model.use_peft and settings.training.share_base_model
     # The harness lets every model write in this process; a server for the rollouts would want a student in training.
     settings.training.rollout_backend, settings.training.rollout_server_url = "hf", None

@@ -6,9 +6,11 @@ field. Precedence: command-line flag, then `--config` YAML, then the recipe's de
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
@@ -66,13 +68,19 @@ def set_loading_arguments(settings: Settings) -> None:
     args.teacher_model_init_kwargs = {**shared, "dtype": dtype, **own}
 
 
+def copied(settings: Settings) -> Settings:
+    """The same settings, whose fields can be set without changing the user's."""
+    return replace(settings, training=copy.copy(settings.training), model=copy.copy(settings.model))
+
+
 TRAIN_ROWS = 256  # of the training set, which only the set-up of a trainer needs
 
 
 @contextmanager
 def measuring_trainer(settings: Settings, data: dict[str, Any]) -> Iterator[GKDTrainer]:
-    """The trainer of a run, with its models, tokenizer and sampling, that leaves nothing behind on disk or Hub."""
-    train = data["train"]
+    """The trainer of a run, with its models, tokenizer and sampling, that leaves nothing behind on disk or Hub; nor in
+    `settings`, of which it has a copy."""
+    train, settings = data["train"], copied(settings)
     with tempfile.TemporaryDirectory() as folder:
         args = settings.training
         args.output_dir, args.push_to_hub, args.report_to, args.teacher_cache_dir = folder, False, [], "off"

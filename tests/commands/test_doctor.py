@@ -1,9 +1,11 @@
 """`gkd doctor` and `gkd evaluate` on real tiny models: what is found, the exit code, nothing left behind."""
 
+import copy
 import io
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from vllm_server.fake import FakeServer
 
 import gkd.commands.doctor.examine
 from gkd.cli import main
-from gkd.commands.doctor.cost import duration, shorten
+from gkd.commands.doctor.cost import duration, timed_steps
 from gkd.commands.doctor.examine import examine
 from gkd.commands.doctor.view import Diagnosis, show, view
+from gkd.commands.evaluate import evaluate_recipe
 from gkd.evaluation.measures import Estimate, Measures
 from gkd.recipe.capture import capture
 from gkd.servers import client as vllm_client
@@ -103,6 +106,16 @@ def test_a_sound_recipe_passes_and_leaves_nothing_behind(folder, tmp_path, monke
     assert len(out["rows"]) == 3
     assert len(out["rollouts"]) == 8
     assert not list(tmp_path.iterdir())
+
+
+def test_a_look_leaves_the_users_settings_as_they_are(folder):
+    recipe, *flags = argv(folder, rollout_staleness=0, output_dir="mine", log_completions="true")
+    looked_at = capture(recipe, [*flags, "--push_to_hub"])
+    parts = (looked_at.settings.training, looked_at.settings.model)
+    before = copy.deepcopy([{f.name: getattr(part, f.name) for f in fields(part)} for part in parts])
+    assert examine(looked_at).passed
+    evaluate_recipe(looked_at, None)
+    assert [{f.name: getattr(part, f.name) for f in fields(part)} for part in parts] == before
 
 
 def test_the_view_marks_prompt_target_and_stop(folder):
@@ -348,11 +361,13 @@ def test_the_steps_that_are_counted_are_those_of_a_run(folder, tmp_path, capsys)
     trainer = trainer_of(tmp_path, **values, max_steps=-1)  # 16 rows
     trainer.train()
     args = config(tmp_path, **values, max_steps=-1)
-    schedule = shorten(args, 16)
+    own, schedule = timed_steps(args, 16)
     assert schedule.steps == trainer.state.global_step == trainer.state.max_steps
     assert (schedule.micro_batches, schedule.timed) == (3, 3)
     few = config(tmp_path, **values, max_steps=-1, rollout_batch_size=4)
-    assert shorten(few, 16).timed == 2
+    assert timed_steps(few, 16)[1].timed == 2
+    assert (args.gradient_accumulation_steps, own.gradient_accumulation_steps) == (3, 3)
+    assert (args.max_steps, own.max_steps) == (-1, 2)
     check = the(doctor(folder, **values, max_steps=-1, rollout_batch_size=4), "Time")
     assert ": 8 steps of" in check.message  # 15 rows: 8 micro-batches, 3 steps an epoch
     assert "one timed step of 4 rows, times 1.5" in check.message

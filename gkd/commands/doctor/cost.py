@@ -7,6 +7,7 @@ is timed.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -76,11 +77,11 @@ class Schedule:
         return self.micro_batches / self.timed
 
 
-def shorten(args: GKDConfig, rows: int) -> Schedule:
-    """Change a run's arguments into those of the timed steps; gives the run's own.
+def timed_steps(args: GKDConfig, rows: int) -> tuple[GKDConfig, Schedule]:
+    """A run's arguments as those of the timed steps, and the schedule of the run itself.
 
     Args:
-        args: before a trainer is made from them.
+        args: the run's, before a trainer is made from them; they stay as they are.
         rows: of the training set, after preparation.
     """
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -89,13 +90,14 @@ def shorten(args: GKDConfig, rows: int) -> Schedule:
     # What is generated together has to be there in a timed step, too.
     rollout_batch = args.rollout_batch_size or batch * (4 if args.use_cpu else max(4, accumulation))
     timed = min(accumulation, max(1, math.ceil(rollout_batch / batch)))
+    args = copy.copy(args)
     args.gradient_accumulation_steps, args.max_steps = timed, STEPS
     args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     args.load_best_model_at_end, args.eval_on_start = False, False
     args.logging_strategy, args.logging_steps = IntervalStrategy.STEPS, 1
     args.mixing = "sample"  # the same share of rollouts in every step
     args.resume_from_checkpoint, args.disable_tqdm = None, True
-    return Schedule(steps, accumulation, timed)
+    return args, Schedule(steps, accumulation, timed)
 
 
 def spread(prepared: Dataset, number: int) -> list[int]:
@@ -117,7 +119,7 @@ class _Clock(TrainerCallback):
 
 
 def examine_time(out: Diagnosis, trainer: GKDTrainer, schedule: Schedule) -> None:
-    """Make the timed steps with a trainer whose arguments `shorten` has changed; its weights change.
+    """Make the timed steps with a trainer whose arguments `timed_steps` gave; its weights change.
 
     Raises:
         torch.OutOfMemoryError, FloatingPointError, ServerError: as the run would.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.models import resolve_tokenizer
 from gkd.assembly.rollouts import encoding_options
-from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, shorten, spread
+from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, spread, timed_steps
 from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.view import Diagnosis
 from gkd.common.environment import describe_hardware, installed_versions
@@ -179,11 +180,11 @@ def _chat_templates(out: Diagnosis, student: PreTrainedTokenizerBase, teacher: P
 
 def _models(out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset) -> None:
     """Load both models as a run does, let them answer, and make two steps."""
-    schedule = shorten(settings.training, len(prepared))
-    number = max(ROWS_MEASURED, STEPS * schedule.timed * settings.training.per_device_train_batch_size)
+    args, schedule = timed_steps(settings.training, len(prepared))
+    number = max(ROWS_MEASURED, STEPS * schedule.timed * args.per_device_train_batch_size)
     usable = data["train"].select(spread(prepared, number))
     out.doing("loading both models")
-    with measuring_trainer(settings, {**data, "train": usable}) as trainer:
+    with measuring_trainer(replace(settings, training=args), {**data, "train": usable}) as trainer:
         _sizes(out, trainer)
         out.doing(f"letting both models answer {ROLLOUTS} prompts")
         _attempt(out, "Rollouts", lambda: _measure(out, trainer, data, prepared))

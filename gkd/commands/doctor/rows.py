@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from gkd.assembly.rows import row_options, train_options
 from gkd.commands.doctor.view import Diagnosis, view
 from gkd.config.fields import GKDConfig
 from gkd.data.formats import ChatRow, Row, canonical_row
@@ -38,16 +39,8 @@ def examine_rows(
     prepared, report = prepare_dataset(
         train,
         tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.prompt_limit,
-        overlong_prompt=args.overlong_prompt,
-        overlong_row=args.overlong_row,
-        assistant_turns=args.assistant_turns,
-        unanswered_rows=args.unanswered_rows,
-        prompt_only_ok=not args.reads_answers,
-        prompts_needed=args.student_writes or args.teacher_writes,
-        num_proc=args.dataset_num_proc,
-        teachers=args.teacher_names,
+        **row_options(args),
+        **train_options(args),
         **encoding,
     )
     stops = stop_token_ids(tokenizer, GenerationConfig(eos_token_id=list(encoding["stop_ids"])))
