@@ -1,14 +1,16 @@
 """From the config to the objects that do the work; below it nobody sees a config.
 
-checks: what is checked or switched off before the first step, so that nothing is silently wrong later
+checks: models, rows and settings checked against each other before the first step
 launch_checks: launches and options of a launch that this trainer cannot work under, refused before
     anything is loaded
 materials: what a distillation is made of before there is a Trainer: checked fields, tokenizer, teacher,
     rows, collator
-models: what is checked or switched off before the first step, so that nothing is silently wrong later
+models: names become models and tokenizer: what the fields say of the config, the teacher and the tokenizer,
+    resolved
 parts: the parts of a distillation, put together: who scores, who writes, what the loss is
-rollouts: from the configuration to the objects that do the work; past this point nobody sees a config
-rows: from the configuration to the objects that do the work; past this point nobody sees a config
+rollouts: who writes: the rollouts of student and teacher, their sampling, hygiene and the settings of the
+    loss
+rows: data sets prepared as the fields say: the one caller of `prepare_dataset` that has a config
 scores: putting the store of hidden states between the training and its teacher (`teacher_scores_dir`)
 servers: vLLM servers in the place of models: checked first, then made into a rollout
 student: the student: looked at before its weights are loaded, made ready to be trained, saved as it came

@@ -1,4 +1,4 @@
-"""What is checked or switched off before the first step, so that nothing is silently wrong later."""
+"""Models, rows and settings checked against each other before the first step."""
 
 from __future__ import annotations
 

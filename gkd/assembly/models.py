@@ -1,4 +1,4 @@
-"""What is checked or switched off before the first step, so that nothing is silently wrong later."""
+"""Names become models and tokenizer: what the fields say of the config, the teacher and the tokenizer, resolved."""
 
 from __future__ import annotations
 

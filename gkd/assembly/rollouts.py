@@ -1,4 +1,4 @@
-"""From the configuration to the objects that do the work; past this point nobody sees a config."""
+"""Who writes: the rollouts of student and teacher, their sampling, hygiene and the settings of the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the configuration to the objects that do the work; past this point nobody sees a config."""
+"""Data sets prepared as the fields say: the one caller of `prepare_dataset` that has a config."""
 
 from __future__ import annotations
 

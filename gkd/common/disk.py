@@ -1,4 +1,4 @@
-"""A full disk, said so that it can be mended: what was being written, where, and what to do."""
+"""Files that are whole or not there, and a full disk told so that it can be mended: what, where, what to do."""
 
 from __future__ import annotations
 

@@ -1,13 +1,4 @@
-"""Completions on disk, found again by the hash of their prompt; several processes may write and read at once.
-
-A store is a folder. Each process appends to a file of its own (`*.jsonl`), so no two writers ever meet in one file and
-nobody appends behind a torn record. A record is one line `{"key": ..., "ids": [...], "sum": ...}` with a CRC-32 of key
-and ids; a line that is cut off (a writer that was killed) or does not match its sum is skipped with a warning, and its
-completion is simply made again. Only JSON is read, nothing is unpickled. In memory there is one place in a file per
-completion, not the completion.
-
-`about.json` says for humans what the completions are; the folder's name is a hash of the same (`open_store`).
-"""
+"""A folder that is named by the hash of what its files depend on (`digest`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What depends on how the ranks are wired: gathering ZeRO-3 parameters, preparing a frozen model, summing over ranks.
-
-Formulas never ask `if distributed`; they call these.
-"""
+"""Sums and maxima over ranks, the same on one process. Formulas never ask `if distributed`; they call these."""
 
 from __future__ import annotations
 

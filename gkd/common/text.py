@@ -1,4 +1,4 @@
-"""Text that cannot break out of its place: Markdown cells, code blocks and captions, lines of a terminal."""
+"""Text made short, or harmless for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges, choices, and values that would be ignored or fail much later. Level 1: `gkd.config.fields` calls this."""
+"""Ranges and choices of fields, which fields go together, and values that would be ignored or fail much later."""
 
 from __future__ import annotations
 

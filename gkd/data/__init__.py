@@ -17,11 +17,9 @@ prepare: data sets: rows of any format become ids and labels, with a report of e
 row_report: what became of a data set's rows: kept, dropped, cut, noted, and what in them nothing reads
 row_values: values of a row: where they stand (for messages), what is JSON as text, and the nulls that
     Arrow puts in
-sequences: data sets: rows of any format become ids and labels, with a report of every row that could not
-    be used as it is
+sequences: token sequences: what a row has become, joined with a completion, cut, and padded to a batch
 sources: where each sequence of an optimizer step comes from: the data set, the student, or the teacher
-targets: pure token functions: join prompt and completion, mark targets, sort by length, cut into micro-
-    batches, pad
+targets: target tokens: which positions of a padded batch are trained on, and the weight of each
 template_day: what a chat template takes for today, where it writes a date (`strftime_now`: Llama-3.2,
     gpt-oss and others)
 templates: chat templates: rendering, whatever form a template wants a text in and whatever day it is

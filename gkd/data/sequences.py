@@ -1,7 +1,6 @@
-"""Data sets: rows of any format become ids and labels, with a report of every row that could not be used as it is.
+"""Token sequences: what a row has become, joined with a completion, cut, and padded to a batch.
 
-Masks come from lengths, never from ids, so pad == eos changes nothing. Nothing of a prompt is a target; the stop token
-that ends an answer is. See `gkd.data.formats` for the formats and `gkd.data.encode` for the tokenization.
+Masks come from lengths, never from ids, so pad == eos changes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pure token functions: join prompt and completion, mark targets, sort by length, cut into micro-batches, pad.
+"""Target tokens: which positions of a padded batch are trained on, and the weight of each.
 
 B rows, T tokens, N targets, D hidden size. A target is a position whose next token is trained on:
 `labels[:, 1:] != IGNORE`. Masks come from lengths, never from ids, so pad == eos changes nothing.

@@ -1,4 +1,9 @@
-"""The evaluation's forward passes: batches of (context, text), hidden states of their targets, -log p of tokens.
+"""A model under measurement: batches of (context, text), hidden states of their targets, -log p of tokens; in this
+process or on a server.
+
+What a server tells exactly: its completions, the log-probability of a given token (so its perplexity), and its K most
+likely tokens with the mass of the rest. So a divergence is that of K + 1 outcomes, a lower bound of the one over the
+whole vocabulary (`gkd.teachers.server`), and the table's footnote says so.
 
 B rows, T tokens, N targets, D hidden size.
 """

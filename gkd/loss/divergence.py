@@ -1,7 +1,23 @@
-"""What a divergence is: an integrand over the vocabulary and its derivative. The formulas are in
-`gkd.loss.divergence`.
+r"""Divergences between the student's and the teacher's next-token distribution: an integrand and its derivative.
 
-Shapes: V outcomes, R rows. a = log p_student, b = log p_teacher, p = e^a, q = e^b; nats, fp32 or fp64.
+Shapes: V outcomes (the vocabulary, or K + 1 with a tail bucket). `a` = log p_student, `b` = log p_teacher, both
+[..., V], normalised over the last dimension, in nats, fp32 or fp64. Write p = e^a (student) and q = e^b (teacher).
+
+Every divergence is a sum over the vocabulary, `D = sum_v phi(a_v, b_v)`. With `phi_a = d phi / d a`, its gradient with
+respect to the student's logits z (p = softmax(z / T)) is the same expression for all of them:
+
+    dD/dz_v = (phi_a(v) - p_v * sum_u phi_a(u)) / T
+
+so a divergence is two elementwise expressions, and `gkd.loss.fused` owns everything else (softmax, chunks, projection,
+weights, gradient). `phi` alone is enough: autograd then supplies `phi_a`, one small block of rows at a time.
+
+Two freedoms are used below. A multiple of `p - q` may be added to `phi` (it sums to zero) and a multiple of p to
+`phi_a` (it cancels in the formula above). They are chosen so that every `phi` is >= 0 for each v on its own, and
+`phi_a` is 0 wherever p = q. A sum of non-negative terms cannot come out negative by rounding, and a student equal to
+its teacher gets a loss and a gradient of exactly zero.
+
+Convention: GKD (Agarwal et al., arXiv 2306.13649, Eq. 1) writes P for the teacher and Q for the student and
+M = beta P + (1 - beta) Q; the formulas here say "teacher" and "student" in full.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""Adapters of frozen teachers: loading them, and a second model over weights that are there already.
-
-One copy of a base model can hold several roles, because a model is two things: its weights and the modules that use
-them. `second_model` makes the modules anew over the very same parameters, without the adapters of the first. So a
-teacher that shares the student's base has its own train mode, dropout, hooks and adapter, and nothing that it does can
-reach the student's; what they have in common does not change while the student trains an adapter.
-"""
+"""Adapters of frozen teachers: loaded, checked against their base, and merged into it."""
 
 from __future__ import annotations
 

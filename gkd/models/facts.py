@@ -1,4 +1,4 @@
-"""Everything that is loaded by name: tokenizer and teacher (the student is loaded by SFTTrainer)."""
+"""Facts of a loaded model: its name and revision, the sizes of its vocabulary and head, its longest sequence."""
 
 from __future__ import annotations
 

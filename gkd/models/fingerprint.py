@@ -1,13 +1,4 @@
-"""Each prompt is answered once: completions of a model that does not change, kept on disk.
-
-This is Kim & Rush's sequence-level distillation as it was meant (arXiv 1606.07947, section 3.2): the teacher writes a
-fixed data set. A prompt has one completion, whichever step, epoch, rank or run meets it, so its random numbers go by
-the prompt (and the seed), not by step and row as those of other rollouts do.
-
-A completion is made anew when anything that it depends on changes: the prompt's ids, the model's weights or config,
-how it is sampled, its stop tokens, the seed. What the key leaves out changes rounding at most: the batch it is
-sampled in, the device, the versions of the libraries.
-"""
+"""A model's fingerprint: a hash of its weights and config, under which what it says is kept on disk."""
 
 from __future__ import annotations
 

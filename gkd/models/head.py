@@ -1,7 +1,4 @@
-"""What the teacher says about the N target tokens, and the output head that turns hidden states into logits.
-
-Shapes: N target tokens, V vocabulary, D hidden size (Dt the teacher's), K top-k.
-"""
+"""A model's output head: found by its config, and compared with the model's own logits before it is trusted."""
 
 from __future__ import annotations
 

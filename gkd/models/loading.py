@@ -1,4 +1,4 @@
-"""Everything that is loaded by name: tokenizer and teacher (the student is loaded by SFTTrainer)."""
+"""Loading by name: tokenizer, configuration and teacher, with faults told by name (SFTTrainer loads the student)."""
 
 from __future__ import annotations
 

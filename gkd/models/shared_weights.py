@@ -1,4 +1,4 @@
-"""Adapters of frozen teachers: loading them, and a second model over weights that are there already.
+"""A second model over weights that are there already.
 
 One copy of a base model can hold several roles, because a model is two things: its weights and the modules that use
 them. `second_model` makes the modules anew over the very same parameters, without the adapters of the first. So a

@@ -1,9 +1,4 @@
-"""Where a frozen model's weights stand: whole on every rank's accelerator, in CPU memory while it does nothing, or
-split over the ranks by DeepSpeed ZeRO-3 (Rajbhandari et al., arXiv 1910.02054), whatever the student's stage.
-
-A ZeRO-3 engine without an optimizer holds one rank's share of the weights and gathers a layer's while it runs; with
-`zero3_offload` that share stands in CPU memory. The student's own engine, DDP included, knows nothing of it.
-"""
+"""DeepSpeed ZeRO-3 as a model shows it: is it split up, its weights gathered for a while, its hooks taken off."""
 
 from __future__ import annotations
 

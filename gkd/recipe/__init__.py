@@ -1,19 +1,15 @@
 """A recipe: its settings and rows, made into a trainer; its report; mistakes in one line.
 
-build: everything that a run is told: the command line over YAML over a recipe's defaults, and data sets
-    by name
-capture: recipe files: executing one, or taking from it what it would run, and how a user's mistake ends
+build: settings and data made into a trainer: to train with, or only to measure with
+capture: recipe files: executing one, or taking from it what it would run
 command_line: the parser of a run's flags and of its `--config` YAML: TRL's, with mistakes told by field,
     value and remedy
-evaluator: A teacher on a server, as the evaluation needs it: it writes, it scores, and it tells a text's
-    log-probabilities
-mistakes: recipe files: executing one, or taking from it what it would run, and how a user's mistake ends
-report: what a training log holds beside the Trainer's own loss and learning rate
-rows: everything that a run is told: the command line over YAML over a recipe's defaults, and data sets by
-    name
+evaluator: the evaluation of a run, made from its trainer: its held-out prompts, its scores, its teacher
+mistakes: a user's mistake ends in one line, anybody else's with its traceback
+report: what a run shows of itself: student before and after, in the log, the table, the files and the card
+rows: a run's data: local files, data sets by name, or what a recipe's `load_data` gives; mistakes told by name
 run_end: the end of a run: what was trained is kept even where the output folder cannot take it, and what
     cannot be written is told when everything else has been
 set_aside: A recipe's values that only go with another one of its values go when that one is changed
-settings: everything that a run is told: the command line over YAML over a recipe's defaults, and data
-    sets by name
+settings: everything that a run is told: the command line over YAML over a recipe's defaults
 """

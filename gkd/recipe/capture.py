@@ -1,4 +1,4 @@
-"""Recipe files: executing one, or taking from it what it would run, and how a user's mistake ends.
+"""Recipe files: executing one, or taking from it what it would run.
 
 Light to import: torch is loaded by the recipe, once it is found.
 """

@@ -1,11 +1,4 @@
-"""A teacher on a server, as the evaluation needs it: it writes, it scores, and it tells a text's log-probabilities.
-
-What a server tells exactly: its completions, the log-probability of a given token (so its perplexity), and its K most
-likely tokens with the mass of the rest. So a divergence is that of K + 1 outcomes, a lower bound of the one over the
-whole vocabulary (`gkd.teachers.server`), and the table's footnote says so.
-
-B rows, T tokens, N targets.
-"""
+"""The evaluation of a run, made from its trainer: its held-out prompts, its scores, its teacher."""
 
 from __future__ import annotations
 

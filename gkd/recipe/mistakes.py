@@ -1,4 +1,4 @@
-"""Recipe files: executing one, or taking from it what it would run, and how a user's mistake ends.
+"""A user's mistake ends in one line, anybody else's with its traceback.
 
 Light to import: torch is loaded by the recipe, once it is found.
 """

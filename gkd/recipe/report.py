@@ -1,4 +1,4 @@
-"""What a training log holds beside the Trainer's own loss and learning rate."""
+"""What a run shows of itself: student before and after, in the log, the table, the files and the card."""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@ comparison: the student before and after training, the teacher beside them: a ta
     Markdown, and plain values
 dataset_folder: A data set as a folder that `load_dataset` and the Hub read: Parquet, a README and a
     record of how it was made
-markdown: text that cannot break out of its place: Markdown cells, code blocks and captions, lines of a
-    terminal
+markdown: Markdown whose text cannot break out of its place: cells, captions, code, tables
 plots: pictures of a run, from the trainer's log history and from an evaluation: PNG files for the folder
     and the card
-repo: what a model card can say: the dataclass that trainer and runner fill, and names that may be
-    repositories
+repo: names that may be repositories of the Hub, told from paths of this machine, which are never shown as
+    such
 """

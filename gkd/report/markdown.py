@@ -1,4 +1,4 @@
-"""Text that cannot break out of its place: Markdown cells, code blocks and captions, lines of a terminal."""
+"""Markdown whose text cannot break out of its place: cells, captions, code, tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model card can say: the dataclass that trainer and runner fill, and names that may be repositories."""
+"""Names that may be repositories of the Hub, told from paths of this machine, which are never shown as such."""
 
 from __future__ import annotations
 

@@ -6,11 +6,10 @@ against_the_student: whether a server samples from the weights that are trained,
     looked at in every step
 base: what every rollout backend shares: the sampling settings, the random numbers, and two measures of a
     completion
-batch_size: how much memory a run needs on each GPU, from the models' configs alone
+batch_size: how many rows are decoded at a time, where `rollout_batch_size` says nothing
 folding: fold a LoRA adapter into the weights for the time of a rollout
 hf: rollouts in the training process, with the model that is being trained
-hygiene: what every rollout backend shares: the sampling settings, the random numbers, and two measures of
-    a completion
+hygiene: which completions are sound enough to train on: cut off without a stop token, or repeating themselves
 kept: each prompt is answered once: completions of a model that does not change, kept on disk
 kv_cache: A KV cache for rollouts: room to grow, and rows that leave
 routed: several teachers write: each prompt is answered by the teacher of its row

@@ -1,10 +1,4 @@
-"""How much memory a run needs on each GPU, from the models' configs alone.
-
-Letters: P parameters, A trained parameters, L layers, h hidden size, i MLP size, q and k widths of all query and of
-all key heads, V vocabulary, B rows of a micro-batch, R rows of a rollout, T tokens of a row, w and a bytes of a weight
-and of an activation, N GPUs. The formulas are in the functions; `docs/scaling.md` has them as a table, with what was
-measured beside what they give.
-"""
+"""How many rows are decoded at a time, where `rollout_batch_size` says nothing."""
 
 from __future__ import annotations
 

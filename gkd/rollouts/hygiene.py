@@ -1,8 +1,4 @@
-"""What every rollout backend shares: the sampling settings, the random numbers, and two measures of a completion.
-
-A rollout takes prompts (token ids) and gives completions (token ids): the stop token is part of a completion when it
-was sampled, nothing follows it, and there is never any padding.
-"""
+"""Which completions are sound enough to train on: cut off without a stop token, or repeating themselves."""
 
 from __future__ import annotations
 

@@ -4,10 +4,11 @@ absent: A teacher that is not loaded, because what it has to say is on disk alre
 base: the one method of a teacher
 kept: A teacher that is asked about each sequence once: its last hidden states are kept on disk
 local: A teacher in this process: any causal language model, frozen
-routed: teachers without weights of their own, and several teachers in the place of one
+routed: several teachers in the place of one: each row is scored by its own
 server: A teacher on a vLLM server: it scores token ids and answers with its K most likely tokens at every
     position
-shared: teachers without weights of their own, and several teachers in the place of one
+shared: a teacher over weights that stand there already: the student's base without its adapter, or with
+    another one
 store: the teacher's last hidden states on disk, found again by the hash of a sequence and of its targets
 """
 

@@ -1,7 +1,4 @@
-"""Teachers without weights of their own, and several teachers in the place of one.
-
-A base model in memory once can be the student's base and the teacher (self-distillation: the student without its
-adapter), or several teachers, each with another adapter. See `gkd.models.shared_weights.second_model`.
+"""Several teachers in the place of one: each row is scored by its own.
 
 B rows, T tokens, N targets, D hidden size.
 """

@@ -1,9 +1,6 @@
-"""Teachers without weights of their own, and several teachers in the place of one.
+"""A teacher over weights that stand there already: the student's base without its adapter, or with another one.
 
-A base model in memory once can be the student's base and the teacher (self-distillation: the student without its
-adapter), or several teachers, each with another adapter. See `gkd.models.shared_weights.second_model`.
-
-B rows, T tokens, N targets, D hidden size.
+See `gkd.models.shared_weights.second_model`. B rows, T tokens, N targets, D hidden size.
 """
 
 from __future__ import annotations

@@ -13,22 +13,21 @@ checkpoints: saving and resuming: a killed run loses nothing that was saved, and
 completions: sample completions during training: a table on the console, and the whole step's rows for the
     loggers
 eval_loss: evaluation during training: `eval_loss` is the divergence on the data's own completions
-faults: what ends a training early, or a step: signals, and a loss or gradient that is not finite
+faults: `FaultGuard`: a step that must not be made is left out: no target anywhere, or a loss or gradient not
+    finite
 going_on: going on from a checkpoint: which one, whether it is sound, and whether it belongs to what is
     trained now
 hub: pushing to the Hugging Face Hub: a push that fails loses nothing and says how to do it again
 log: what a training log holds beside the Trainer's own loss and learning rate
-metrics: sums and counts by source, reduced over ranks once per logged step; and the ledger of what was
-    trained on
+metrics: `Meter`: sums and counts by source, reduced over ranks once per logged step
 output_folder: the output folder belongs to one run at a time: it is locked while one works there, and
     what other runs left in it is neither overwritten nor deleted unasked
 position_profile: divergence along the position in the completion: sums by bucket of positions, source and
     third of the training
 progress: one tidy progress bar: step, loss, realised lambda, tokens per second, time left
-record: sums and counts by source, reduced over ranks once per logged step; and the ledger of what was
-    trained on
+record: `Ledger`: what was trained on so far, sequences and target tokens by source
 safe_pickles: DeepSpeed unpickles what a checkpoint's folder holds, and a pickle runs any program
-stop_request: what ends a training early, or a step: signals, and a loss or gradient that is not finite
+stop_request: `StopRequest`: a signal asks for a stop, and the training ends where nothing is lost
 stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that
     is wanted
 trainer: `GKDTrainer`: TRL's `SFTTrainer` with sequences from three sources and a teacher's distribution

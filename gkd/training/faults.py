@@ -1,8 +1,4 @@
-"""What ends a training early, or a step: signals, and a loss or gradient that is not finite.
-
-A signal (SIGTERM, SIGINT) asks for a stop: the optimizer step is finished, or an evaluation left at the next batch; a
-checkpoint is saved, and `train` raises `TrainingStopped`, which ends the program with 128 + the signal's number. A
-second one ends it at once.
+"""`FaultGuard`: a step that must not be made is left out: no target anywhere, or a loss or gradient not finite.
 
 A window without a single target, on any rank, is not stepped on: nothing would be learnt, but the optimizer's momentum
 and weight decay would move the weights. It is told, and left out of the logged mean of the loss.

@@ -1,4 +1,4 @@
-"""Sums and counts by source, reduced over ranks once per logged step; and the ledger of what was trained on.
+"""`Meter`: sums and counts by source, reduced over ranks once per logged step.
 
 Every average is token-weighted (or sequence-weighted) over all ranks: sums travel, means are taken at the end. Ranks
 add to their own sums and meet in one collective that all of them enter, `Meter.flush`.

@@ -1,16 +1,8 @@
-"""What ends a training early, or a step: signals, and a loss or gradient that is not finite.
+"""`StopRequest`: a signal asks for a stop, and the training ends where nothing is lost.
 
-A signal (SIGTERM, SIGINT) asks for a stop: the optimizer step is finished, or an evaluation left at the next batch; a
-checkpoint is saved, and `train` raises `TrainingStopped`, which ends the program with 128 + the signal's number. A
-second one ends it at once.
-
-A window without a single target, on any rank, is not stepped on: nothing would be learnt, but the optimizer's momentum
-and weight decay would move the weights. It is told, and left out of the logged mean of the loss.
-
-A step whose loss or gradient is not finite is skipped: no weight and no optimizer state moves. All ranks decide
-alike without a word, because a loss that is not finite makes its gradients NaN (`nan_unless_finite`) and the ranks'
-gradients are summed. The step still counts as one: its rows are passed over, and the learning rate goes on, so that
-it stays a function of the step's number.
+SIGTERM and SIGINT ask: the optimizer step is finished, or an evaluation left at the next batch; a checkpoint is
+saved, and `train` raises `TrainingStopped`, which ends the program with 128 + the signal's number. A second one ends
+it at once.
 """
 
 from __future__ import annotations

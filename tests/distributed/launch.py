@@ -24,7 +24,7 @@ def environment(**extra: str) -> dict[str, str]:
     """This process's environment without what an outer launcher left, made for two processes on few cores."""
     launcher = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "FSDP_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    folders = [str(HERE), str(HERE.parent), str(ROOT), kept.get("PYTHONPATH", "")]
+    folders = [str(HERE), str(HERE.parent / "support"), str(ROOT), kept.get("PYTHONPATH", "")]
     return {
         **kept,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")]),  # DeepSpeed wants ninja
