@@ -21,13 +21,11 @@ from gkd.loss.settings import LossSettings
 from gkd.models.facts import key_width, model_name, revision_of
 from gkd.models.fingerprint import fingerprint
 from gkd.models.loading import generation_config_of
-from gkd.rollouts import ROLLOUTS
-from gkd.rollouts.base import SamplingSettings
+from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, backend
 from gkd.rollouts.batch_size import rollout_rows
 from gkd.rollouts.hygiene import Hygiene
-from gkd.rollouts.kept import CachedRollout, SampledRollout, key_of
+from gkd.rollouts.kept import CachedRollout, key_of
 from gkd.rollouts.store import open_store
-from gkd.rollouts.vllm import VLLMRollout
 from gkd.servers.checks import Server
 from gkd.teachers.absent import AbsentTeacher
 
@@ -110,24 +108,28 @@ class Writer:
     frozen: Any = None
 
 
-def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> SampledRollout:
+def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> Rollout:
     """The backend that writes a source's completions; the teacher's are kept, when any are wanted.
 
     Under ZeRO-3 all ranks call this: the fingerprint of the teacher gathers its weights.
     """
     source, server = writer.source, writer.server
-    settings = sampling_settings(args, source, writer.stop_ids, writer.pad_id, writer.foreign_ids)
-    rollout: SampledRollout
-    if server is not None:
-        rollout = make_server_rollout(args, writer, server, settings, accelerator)
-    else:
-        options: dict[str, Any] = {
-            "seed": args.seed,
-            "source": source,
-            "batch_size": args.rollout_batch_size or partial(rows_at_a_time, args),
-            "merge_adapter": args.fold_adapter,
-        }
-        rollout = ROLLOUTS["hf"](writer.get_model, accelerator, settings, **options)
+    order = RolloutOrder(
+        settings=sampling_settings(args, source, writer.stop_ids, writer.pad_id, writer.foreign_ids),
+        get_model=writer.get_model,
+        accelerator=accelerator,
+        seed=args.seed,
+        source=source,
+        batch_size=args.rollout_batch_size or partial(rows_at_a_time, args),
+        fold_adapter=args.fold_adapter,
+        server=server,
+        adapter_dir=args.rollout_adapter_folder,
+        vocabulary=writer.vocabulary,
+        log_probs=source == "student" and args.rollout_logprob_tolerance > 0,
+    )
+    # The teacher writes where it is.
+    name = args.rollout_backend if source == "student" else "hf" if server is None else "vllm"
+    rollout = backend(name).of(order)
     if source != "teacher" or args.teacher_cache_folder is None or not args.teacher_writes:
         return rollout
     absent = writer.frozen if isinstance(writer.frozen, AbsentTeacher) else None
@@ -135,7 +137,7 @@ def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> S
 
 
 def keep_completions(
-    rollout: SampledRollout, args: GKDConfig, model: nn.Module | Server | AbsentTeacher, accelerator: Accelerator
+    rollout: Rollout, args: GKDConfig, model: nn.Module | Server | AbsentTeacher, accelerator: Accelerator
 ) -> CachedRollout:
     """A rollout of the frozen `model` (a server's is known by its name only) that samples each prompt once and
     keeps the completion on disk.
@@ -184,28 +186,3 @@ def loss_settings(args: GKDConfig, shared_vocab: int | None) -> LossSettings:
         chunk_size=args.loss_chunk_size,
         compiled=args.loss_compile,
     )
-
-
-def make_server_rollout(
-    args: GKDConfig, writer: Writer, server: Server, settings: SamplingSettings, accelerator: Accelerator
-) -> VLLMRollout:
-    """A rollout on a server; the student's adapter is loaded there at once: a refusal comes before the training.
-
-    Raises:
-        ValueError: the student has no plain LoRA adapter, or the server refuses it.
-    """
-    rollout: VLLMRollout = ROLLOUTS["vllm"](
-        server.client,
-        server.served,
-        settings,
-        seed=args.seed,
-        source=writer.source,
-        get_model=writer.get_model if writer.source == "student" else None,
-        adapter_dir=args.rollout_adapter_folder,
-        accelerator=accelerator,
-        vocabulary=writer.vocabulary,
-        log_probs=writer.source == "student" and args.rollout_logprob_tolerance > 0,
-    )
-    if rollout.upload is not None:
-        rollout.upload.current(step=0)
-    return rollout

@@ -24,8 +24,8 @@ from gkd.models.facts import model_name, revision_of
 from gkd.models.fingerprint import fingerprint
 from gkd.models.placement import SHARDED
 from gkd.models.zero import gathered, zero_stage
+from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
-from gkd.rollouts.kept import CachedRollout
 from gkd.teachers.absent import AbsentTeacher, remember
 from gkd.teachers.kept import CachedTeacher
 from gkd.teachers.store import ScoreStore, open_scores, row_key
@@ -143,9 +143,9 @@ def keys_of(rows: Any) -> Iterator[bytes | None]:
         yield row_key(row["input_ids"], row["labels"]) if trained else None
 
 
-def written_keys(rows: Any, rollout: Any, hygiene: Hygiene) -> Iterator[bytes | None]:
+def written_keys(rows: Any, rollout: Rollout, hygiene: Hygiene) -> Iterator[bytes | None]:
     """The same of the sequences that the teacher has written for the rows' prompts."""
-    if not isinstance(rollout, CachedRollout) or not isinstance(rows, Dataset):
+    if rollout.store is None or not isinstance(rows, Dataset):
         yield b""
         return
     for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]):

@@ -12,7 +12,7 @@ from gkd.config.fields import GKDConfig
 from gkd.loss.signals import TeacherSignal
 from gkd.rollouts.adapter_upload import agree
 from gkd.rollouts.against_the_student import RolloutCheck
-from gkd.rollouts.vllm import VLLMRollout
+from gkd.rollouts.base import Rollout
 from gkd.servers.checks import Server, check_length, check_tokenizer, served_model
 from gkd.servers.client import ServerError, VLLMClient
 from gkd.teachers.server import ServerTeacher
@@ -44,11 +44,11 @@ def connect(
     return found
 
 
-def rollout_check(args: GKDConfig, rollout: Any, accelerator: Accelerator) -> RolloutCheck | None:
+def rollout_check(args: GKDConfig, rollout: Rollout, accelerator: Accelerator) -> RolloutCheck | None:
     """What compares the student's rollouts with the student; None where they are not from a server, or not to be."""
-    if not isinstance(rollout, VLLMRollout) or args.rollout_logprob_tolerance == 0:
+    if rollout.server_field is None or args.rollout_logprob_tolerance == 0:
         return None
-    return RolloutCheck(rollout.settings, args.rollout_logprob_tolerance, accelerator, rollout.client.field)
+    return RolloutCheck(rollout.settings, args.rollout_logprob_tolerance, accelerator, rollout.server_field)
 
 
 def score_together(teacher: Any, batch: dict[str, Tensor], accelerator: Accelerator) -> TeacherSignal:

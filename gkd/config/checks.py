@@ -14,6 +14,7 @@ from transformers.trainer_utils import SchedulerType
 from gkd.common.redact import redact_value
 from gkd.config.field_types import shown
 from gkd.data.sources import MIXINGS
+from gkd.rollouts.base import BACKENDS
 
 _OVERLONG_PROMPT = ("drop", "keep_start", "keep_end")
 _OVERLONG_ROW = ("cut", "drop")
@@ -128,7 +129,7 @@ def _check_choices(config: Any) -> None:
         "loss_reduction": _REDUCTIONS,
         "seq_kd_loss": _SEQ_KD_LOSSES,
         "top_k_tail": _TAILS,
-        "rollout_backend": ROLLOUT_BACKENDS,
+        "rollout_backend": tuple(BACKENDS),
         "overlong_prompt": _OVERLONG_PROMPT,
         "overlong_row": _OVERLONG_ROW,
         "unanswered_rows": _UNANSWERED,
@@ -198,7 +199,6 @@ def _whole(name: str, value: int, low: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")
 
 
-ROLLOUT_BACKENDS = ("hf", "vllm")
 SERVER_TIMEOUT = 600.0  # seconds
 LOGPROB_TOLERANCE = 0.2  # nats per token; reduced precision gives 0.01 to 0.05
 

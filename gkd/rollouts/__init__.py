@@ -4,8 +4,8 @@ adapter_upload: the student's adapter on a vLLM server: written, loaded under a 
     and taken away again
 against_the_student: whether a server samples from the weights that are trained, and as it was asked to:
     looked at in every step
-base: what every rollout backend shares: the sampling settings, the random numbers, and two measures of a
-    completion
+base: what every rollout backend shares: its interface, the sampling settings, the random numbers, and the
+    backends by name
 batch_size: how many rows are decoded at a time, where `rollout_batch_size` says nothing
 folding: fold a LoRA adapter into the weights for the time of a rollout
 hf: rollouts in the training process, with the model that is being trained
@@ -19,22 +19,3 @@ store: completions on disk, found again by the hash of their prompt; several pro
     at once
 vllm: rollouts on a vLLM server: token ids go there, token ids come back, over HTTP
 """
-
-from __future__ import annotations
-
-from gkd.rollouts.base import Rollout, SamplingSettings
-from gkd.rollouts.hf import HFRollout
-from gkd.rollouts.hygiene import is_truncated, repeated_ngram_share
-from gkd.rollouts.vllm import VLLMRollout
-
-ROLLOUTS: dict[str, type] = {"hf": HFRollout, "vllm": VLLMRollout}
-
-__all__ = [
-    "ROLLOUTS",
-    "HFRollout",
-    "Rollout",
-    "SamplingSettings",
-    "VLLMRollout",
-    "is_truncated",
-    "repeated_ngram_share",
-]

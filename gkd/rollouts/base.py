@@ -1,4 +1,4 @@
-"""What every rollout backend shares: the sampling settings, the random numbers, and two measures of a completion.
+"""What every rollout backend shares: its interface, the sampling settings, the random numbers, and the backends by name.
 
 A rollout takes prompts (token ids) and gives completions (token ids): the stop token is part of a completion when it
 was sampled, nothing follows it, and there is never any padding.
@@ -7,11 +7,23 @@ was sampled, nothing follows it, and there is never any padding.
 from __future__ import annotations
 
 import math
+import pkgutil
 import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gkd.common.text import shorten
+
+if TYPE_CHECKING:  # the config reads the names below, and `gkd --help` is quick
+    from gkd.rollouts.store import SequenceStore
+
+# The values of the field `rollout_backend`, and the class that each stands for; loaded when it is asked for.
+BACKENDS = {
+    "hf": "gkd.rollouts.hf:HFRollout",
+    "vllm": "gkd.rollouts.vllm:VLLMRollout",
+}
 
 # What `generation_kwargs` may hold beside the fields of SamplingSettings: rules on the next token that transformers
 # applies row by row, without state between steps. Everything else is refused by name, so that a typo cannot be lost.
@@ -123,28 +135,137 @@ def _require(ok: bool, name: str, value: object, remedy: str) -> None:
         raise ValueError(f"{name}={value!r} is out of range: {remedy}")
 
 
-class Rollout(Protocol):
-    """A backend that samples completions."""
+@dataclass(frozen=True, kw_only=True)
+class RolloutOrder:
+    """All that a run has for a backend, which takes of it what it needs (`Rollout.of`).
 
-    def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
+    Attributes:
+        settings: how to sample.
+        get_model: gives the model as the trainer holds it (bare, DDP, DeepSpeed engine) at the time of the call.
+        accelerator: its autocast, and the other ranks.
+        seed: the run's seed, part of the key of the random numbers.
+        source: `"student"` or `"teacher"`, so that the two draw different numbers for the same row.
+        batch_size: rows decoded at once, or a function that tells them of the model's config and device.
+        fold_adapter: whether a LoRA adapter may be folded into the weights meanwhile.
+        server: a `gkd.servers.checks.Server` that has been looked at; None where the model is in this process.
+        adapter_dir: where the student's adapter is written for a server.
+        vocabulary: ids from here on the other model cannot read; None allows all.
+        log_probs: whether the log-probabilities of the sampled tokens are wanted.
+    """
+
+    settings: SamplingSettings
+    get_model: Callable[[], Any]
+    accelerator: Any
+    seed: int
+    source: str = "student"
+    batch_size: int | Callable[[Any, Any], int] | None = None
+    fold_adapter: bool = True
+    server: Any = None
+    adapter_dir: str = "rollout_adapters"
+    vocabulary: int | None = None
+    log_probs: bool = False
+
+
+class Rollout(ABC):
+    """A backend that samples completions. A new one says how it is made (`of`) and how it writes (`generate`).
+
+    Attributes:
+        settings: how it samples.
+        age: of the weights that sampled the last completions, in optimizer steps; 0 is on-policy.
+        log_probs: what it says of the tokens of each of the last completions; empty where it says nothing.
+        server_field: the field that names its servers; None where it samples in this process.
+        store: where its completions are kept; None where each is sampled anew.
+    """
+
+    age: int = 0
+    server_field: str | None = None
+    store: SequenceStore | None = None
+
+    def __init__(self, settings: SamplingSettings) -> None:
+        self.settings = settings
+        self.log_probs: list[list[float]] = []
+
+    @classmethod
+    def of(cls, order: RolloutOrder) -> Rollout:
+        """Made for a run."""
+        return cls(order.settings)
+
+    @abstractmethod
+    def generate(
+        self, prompts: list[list[int]], step: int, rows: list[int] | None = None, teachers: list[int] | None = None
+    ) -> list[list[int]]:
         """Sample one completion for each prompt.
 
         Args:
             prompts: token ids, one list per row; may be empty, a prompt may not.
             step: number of the optimizer step; part of the key of the random numbers.
             rows: each prompt's number in the window of all ranks (default 0, 1, ...); the rest of that key.
+            teachers: number of each row's teacher, which matters where several write.
 
         Returns:
             Completions in the order of the prompts: the ids after the prompt, with the stop token when it was sampled.
         """
-        ...
+
+    def generate_ahead(self, prompts: list[list[int]], step: int, rows: list[int]) -> None:  # noqa: B027
+        """Begin with the next step's completions, where that can go on beside the training; else nothing happens."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Give up what was asked for ahead."""
+
+    def _numbered(self, prompts: list[list[int]], rows: list[int] | None) -> list[int]:
+        """The row numbers, one for each prompt."""
+        rows = list(range(len(prompts))) if rows is None else rows
+        assert len(rows) == len(prompts), f"{len(prompts)} prompts with {len(rows)} row numbers"
+        return rows
+
+    def _check_prompts(
+        self,
+        prompts: list[list[int]],
+        step: int,
+        rows: list[int],
+        room: int | None = None,
+        *,
+        limit: str = "",
+        remedy: str = "lower max_new_tokens or max_prompt_length",
+    ) -> None:
+        """Refuse a prompt that cannot be completed.
+
+        Args:
+            room: tokens that a sequence may have, as `limit` puts it; None is not bounded.
+            remedy: what to do about a long one.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`; the row is named.
+        """
+        for prompt, row in zip(prompts, rows, strict=True):
+            if not prompt:
+                raise ValueError(f"row {row} of step {step} has an empty prompt: give it at least one token")
+            if room is not None and len(prompt) + self.settings.max_new_tokens > room:
+                raise ValueError(
+                    f"row {row}: a prompt of {len(prompt)} tokens and max_new_tokens={self.settings.max_new_tokens} "
+                    f"exceed {limit}: {remedy}"
+                )
+
+
+def backend(name: str) -> type[Rollout]:
+    """The class of a value of `rollout_backend`."""
+    kind: type[Rollout] = pkgutil.resolve_name(BACKENDS[name])
+    return kind
 
 
 def row_uniforms(seed: int, step: int, row: int, source: str, count: int) -> list[float]:
-    """The random numbers of one completion: `count` draws from U[0, 1), one for each token, float64.
-
-    A function of its arguments only, so a completion depends neither on the rank nor on the rows next to it, and a
-    longer cap keeps the start of the stream. A string seed goes through SHA-512, so neighbouring keys are unrelated.
-    """
-    rng = random.Random(f"gkd rollout {source} {seed} {step} {row}")
+    """The random numbers of one completion: `count` draws from U[0, 1), one for each token, float64; a longer cap
+    keeps the start of the stream."""
+    rng = _random_of(seed, step, row, source)
     return [rng.random() for _ in range(count)]
+
+
+def row_seed(seed: int, step: int, row: int, source: str) -> int:
+    """A server's seed for one completion: 62 bits."""
+    return _random_of(seed, step, row, source).getrandbits(62)
+
+
+def _random_of(seed: int, step: int, row: int, source: str) -> random.Random:
+    """A function of the key only, so a completion depends neither on the rank nor on the rows next to it. A string
+    seed goes through SHA-512, so neighbouring keys are unrelated."""
+    return random.Random(f"gkd rollout {source} {seed} {step} {row}")

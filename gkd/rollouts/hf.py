@@ -22,7 +22,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor
 from gkd.common.devices import sum_dtype
 from gkd.models.facts import positions
 from gkd.models.generation_mode import generation_mode
-from gkd.rollouts.base import SamplingSettings, row_uniforms
+from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, row_uniforms
 from gkd.rollouts.folding import castable, foldable, folded
 from gkd.rollouts.kv_cache import can_drop_rows, keep_rows, places_to_keep, use_growing_layers
 from gkd.rollouts.sampling import NOT_A_TOKEN, most_likely, sample
@@ -31,7 +31,7 @@ from gkd.rollouts.sampling import NOT_A_TOKEN, most_likely, sample
 _READS_IDS = frozenset({"bad_words_ids", "logits_processor", "no_repeat_ngram_size", "sequence_bias"})
 
 
-class HFRollout:
+class HFRollout(Rollout):
     """Sample completions with the model itself.
 
     Args:
@@ -62,15 +62,29 @@ class HFRollout:
     ) -> None:
         if isinstance(batch_size, int) and batch_size < 1:
             raise ValueError(f"rollout_batch_size={batch_size} is out of range: use 1 or more, or None for all rows")
+        super().__init__(settings)
         self.get_model = get_model
         self.accelerator = accelerator
-        self.settings = settings
         self.seed = seed
         self.source = source
         self.batch_size = batch_size
         self.merge_adapter = merge_adapter
 
-    def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
+    @classmethod
+    def of(cls, order: RolloutOrder) -> HFRollout:
+        return cls(
+            order.get_model,
+            order.accelerator,
+            order.settings,
+            seed=order.seed,
+            source=order.source,
+            batch_size=order.batch_size,
+            merge_adapter=order.fold_adapter,
+        )
+
+    def generate(
+        self, prompts: list[list[int]], step: int, rows: list[int] | None = None, teachers: list[int] | None = None
+    ) -> list[list[int]]:
         """Sample one completion for each prompt, see `Rollout.generate`.
 
         Under ZeRO-3 every rank must call this for every step, with no prompts if it has none.
@@ -78,17 +92,15 @@ class HFRollout:
         Raises:
             ValueError: an empty prompt, or a prompt that leaves no room for `max_new_tokens`; the row is named.
         """
-        rows = list(range(len(prompts))) if rows is None else rows
-        assert len(rows) == len(prompts), f"{len(prompts)} prompts with {len(rows)} row numbers"
-        for prompt, row in zip(prompts, rows, strict=True):
-            if not prompt:
-                raise ValueError(f"row {row} of step {step} has an empty prompt: give it at least one token")
+        rows = self._numbered(prompts, rows)
+        self._check_prompts(prompts, step, rows)
         completions: list[list[int]] = [[] for _ in prompts]
         with (
             generation_mode(self.get_model(), self.accelerator) as model,
             self._folded(model, prompts, step),
         ):
-            self._check_lengths(model, prompts, rows)
+            room, binds = positions(model.config)
+            self._check_prompts(prompts, step, rows, room if binds else None, limit=f"the model's {room} positions")
             size = self.batch_size(model.config, model.device) if callable(self.batch_size) else self.batch_size
             for chunk in self._chunks(prompts, size):
                 sampled = self._generate_chunk(model, [prompts[i] for i in chunk], step, [rows[i] for i in chunk])
@@ -104,15 +116,6 @@ class HFRollout:
         # On CPU (135M parameters, 16 rows, r=16) PEFT's merging took as long as the adapter costs in 3 to 4 steps.
         pays = self.settings.max_new_tokens >= 8 and bool(prompts)
         return foldable(model) if self.merge_adapter and pays else []
-
-    def _check_lengths(self, model: PreTrainedModel, prompts: list[list[int]], rows: list[int]) -> None:
-        room, binds = positions(model.config)
-        for prompt, row in zip(prompts, rows, strict=True):
-            if room is not None and binds and len(prompt) + self.settings.max_new_tokens > room:
-                raise ValueError(
-                    f"row {row}: a prompt of {len(prompt)} tokens and max_new_tokens={self.settings.max_new_tokens} "
-                    f"exceed the model's {room} positions: lower max_new_tokens or max_prompt_length"
-                )
 
     def _chunks(self, prompts: list[list[int]], size: int | None) -> Iterator[list[int]]:
         """Indices of the prompts decoded together: longest first, so that memory runs out at once or never."""

@@ -12,7 +12,7 @@ sampled in, the device, the versions of the libraries.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,14 +23,7 @@ from gkd.rollouts.base import Rollout, SamplingSettings
 from gkd.rollouts.store import SequenceStore, prompt_number
 
 
-class SampledRollout(Rollout, Protocol):
-    """A rollout that says how it samples."""
-
-    @property
-    def settings(self) -> SamplingSettings: ...
-
-
-class CachedRollout:
+class CachedRollout(Rollout):
     """Answers from the store, and asks `inner` for what is not there yet.
 
     Args:
@@ -39,16 +32,17 @@ class CachedRollout:
         accelerator: to agree with the other ranks; None is one process.
     """
 
-    def __init__(self, inner: SampledRollout, store: SequenceStore, accelerator: Accelerator | None = None) -> None:
+    store: SequenceStore
+
+    def __init__(self, inner: Rollout, store: SequenceStore, accelerator: Accelerator | None = None) -> None:
+        super().__init__(inner.settings)
         self.inner = inner
         self.store = store
         self.accelerator = accelerator
 
-    @property
-    def settings(self) -> SamplingSettings:
-        return self.inner.settings
-
-    def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], step: int, rows: list[int] | None = None, teachers: list[int] | None = None
+    ) -> list[list[int]]:
         """One completion for each prompt, always the same; `step` and `rows` do not matter. All ranks call this."""
         if any(prompt not in self.store for prompt in prompts):
             self.store.refresh()  # another rank or run may have met them

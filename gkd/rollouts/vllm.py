@@ -10,7 +10,6 @@ Where several rules restrict the next token, vLLM applies min_p before top_k and
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from torch import nn
 
 from gkd.models.generation_mode import generation_mode
 from gkd.rollouts.adapter_upload import AdapterUpload, agree, version_of
-from gkd.rollouts.base import SamplingSettings
+from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, row_seed
 from gkd.servers.answers import Completion, ServedModel, completion_of, is_unfinished
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
 
@@ -31,6 +30,7 @@ from gkd.servers.client import RefusedError, ServerError, VLLMClient
 # which they do not hold the same weights. bf16 against fp32 gives about 0.05.
 WEIGHTS_TOLERANCE = 0.3
 _COMPARED_PROMPTS = 8
+_TOO_LONG = "lower max_new_tokens or max_prompt_length, or start it with a larger --max-model-len"
 _BYTES_PER_TOKEN = 400  # of JSON: an id, its text in an error or log-probability, rounded up generously
 
 
@@ -54,12 +54,8 @@ class _Request:
     stop: threading.Event
 
 
-class VLLMRollout:
+class VLLMRollout(Rollout):
     """Samples from a server: the student through its adapter, or a server's own base model (a teacher).
-
-    Attributes:
-        age: of the weights that sampled the last completions, in optimizer steps; 0 is on-policy.
-        log_probs: what the server says of the tokens of each of the last completions; empty unless asked for.
 
     Args:
         client: the servers.
@@ -97,17 +93,37 @@ class VLLMRollout:
                 f"generation_kwargs {foreign} are transformers' own and do nothing on a vLLM server: leave them out, "
                 "or roll out in process (rollout_backend='hf')"
             )
-        self.client, self.served, self.settings = client, served, settings
+        super().__init__(settings)
+        self.client, self.served, self.server_field = client, served, client.field
         self.seed, self.source, self.accelerator = seed, source, accelerator
         self.get_model, self.vocabulary = get_model, vocabulary
         self.upload = None if get_model is None else AdapterUpload(client, get_model, accelerator, adapter_dir)
         self._weights_compared = get_model is None
         self._ahead: _Request | None = None
         self._asks_log_probs = log_probs
-        self.log_probs: list[list[float]] = []
-        self.age = 0
 
-    def generate(self, prompts: list[list[int]], step: int, rows: list[int] | None = None) -> list[list[int]]:
+    @classmethod
+    def of(cls, order: RolloutOrder) -> VLLMRollout:
+        """The student's adapter is loaded on the server at once: a refusal comes before the training."""
+        made = cls(
+            order.server.client,
+            order.server.served,
+            order.settings,
+            seed=order.seed,
+            source=order.source,
+            get_model=order.get_model if order.source == "student" else None,
+            adapter_dir=order.adapter_dir,
+            accelerator=order.accelerator,
+            vocabulary=order.vocabulary,
+            log_probs=order.log_probs,
+        )
+        if made.upload is not None:
+            made.upload.current(step=0)
+        return made
+
+    def generate(
+        self, prompts: list[list[int]], step: int, rows: list[int] | None = None, teachers: list[int] | None = None
+    ) -> list[list[int]]:
         """Sample one completion for each prompt, see `Rollout.generate`. Every rank must call this for every step.
 
         Raises:
@@ -115,8 +131,7 @@ class VLLMRollout:
                 weights than the student, or refuses its adapter. All ranks raise it.
             ServerError: a server stayed out of reach or answered what cannot be used. All ranks raise it.
         """
-        rows = list(range(len(prompts))) if rows is None else rows
-        assert len(rows) == len(prompts), f"{len(prompts)} prompts with {len(rows)} row numbers"
+        rows = self._numbered(prompts, rows)
         request, self._ahead = self._ahead, None
         if request is None:
             request = self._ask(prompts, step, rows, version=step)
@@ -159,7 +174,9 @@ class VLLMRollout:
         try:
             if not self._weights_compared:
                 self._compare_weights(model, [prompt for prompt in prompts if prompt][:_COMPARED_PROMPTS])
-            self._check_prompts(prompts, rows, step)
+            room = self.served.max_model_len
+            limit = f"the server's max_model_len={room}"
+            self._check_prompts(prompts, step, rows, room, limit=limit, remedy=_TOO_LONG)
             calls = [self._call(model, prompt, step, row) for prompt, row in zip(prompts, rows, strict=True)]
         except (ServerError, ValueError) as error:
             failure = error
@@ -247,18 +264,6 @@ class VLLMRollout:
 
     # ------------------------------------------------------------------------------------------------- checks
 
-    def _check_prompts(self, prompts: list[list[int]], rows: list[int], step: int) -> None:
-        room = self.served.max_model_len
-        for prompt, row in zip(prompts, rows, strict=True):
-            if not prompt:
-                raise ValueError(f"row {row} of step {step} has an empty prompt: give it at least one token")
-            if room is not None and len(prompt) + self.settings.max_new_tokens > room:
-                raise ValueError(
-                    f"row {row}: a prompt of {len(prompt)} tokens and max_new_tokens={self.settings.max_new_tokens} "
-                    f"exceed the server's max_model_len={room}: lower max_new_tokens or max_prompt_length, or start "
-                    "it with a larger --max-model-len"
-                )
-
     def _compare_weights(self, model: str, prompts: list[list[int]]) -> None:
         """Once, before the first rollout: the server's next-token log-probabilities against the trainer's."""
         gaps = []
@@ -281,8 +286,3 @@ class VLLMRollout:
                 f"token differ by {sum(gaps) / len(gaps):.2f} nats on average. It serves {self.served.root!r}: serve "
                 "the base model that the student was loaded from"
             )
-
-
-def row_seed(seed: int, step: int, row: int, source: str) -> int:
-    """The server's seed for one completion: 62 bits of a hash of the key, so neighbouring keys are unrelated."""
-    return random.Random(f"gkd rollout {source} {seed} {step} {row}").getrandbits(62)

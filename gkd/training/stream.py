@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gkd.data.sources import choose_sources
 from gkd.rollouts.against_the_student import RolloutCheck
-from gkd.rollouts.vllm import VLLMRollout
 from gkd.training.window import Window, open_window, prompts_of
 
 Batches = list[dict[str, Tensor]]
@@ -38,8 +37,7 @@ class WindowMixin:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             for rollout in self.rollouts.values():
-                if isinstance(rollout, VLLMRollout):
-                    rollout.forget()
+                rollout.forget()
 
     def _next_window(self, iterator: Iterator[Any], number: int) -> tuple[Window, list[str]] | None:
         """The window that is to be trained now and its rows' sources; None at the end of an epoch."""
@@ -63,7 +61,7 @@ class WindowMixin:
         """Log how old the weights were that a server sampled this window's rollouts from, in optimizer steps; what it
         says of its tokens is compared while they are trained on."""
         rollout = self.rollouts["student"]
-        if isinstance(rollout, VLLMRollout) and "student" in sources:
+        if rollout.server_field is not None and "student" in sources:
             assert rollout.age in (0, self.args.rollout_staleness), rollout.age
             self._metrics["train"]["rollout/staleness"].append(float(rollout.age))
             if self.rollout_check is not None:

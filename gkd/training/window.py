@@ -17,8 +17,6 @@ from gkd.data.sources import SOURCES
 from gkd.data.targets import IGNORE
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
-from gkd.rollouts.routed import RoutedRollout
-from gkd.rollouts.vllm import VLLMRollout
 from gkd.training.metrics import Meter
 
 
@@ -84,7 +82,7 @@ def prompts_of(window: Window, sources: list[str], source: str) -> tuple[list[in
 def write_completions(
     window: Window,
     sources: list[str],
-    rollouts: Mapping[str, Rollout | RoutedRollout],
+    rollouts: Mapping[str, Rollout],
     step: int,
     hygiene: Hygiene,
 ) -> list[TokenSequence]:
@@ -107,16 +105,12 @@ def write_completions(
         mine, prompts, numbers = prompts_of(window, sources, source)
         rows = [window.sequences[i] for i in mine]
         rollout = rollouts[source]
-        if isinstance(rollout, RoutedRollout):
-            completions = rollout.generate_by([row.teacher for row in rows], prompts, step, numbers)
-        else:
-            completions = rollout.generate(prompts, step, numbers)
-        said = rollout.log_probs if isinstance(rollout, VLLMRollout) and source == "student" else []
+        completions = rollout.generate(prompts, step, numbers, [row.teacher for row in rows])
         for i, row, prompt, completion in zip(mine, rows, prompts, completions, strict=True):
             verdict = hygiene.judge(completion, source)
             train = hygiene.trains(verdict)
             written[i] = join(prompt, completion, source, row.row, verdict.truncated, train, row.teacher)
-        for i, log_probs in zip(mine, said, strict=False):  # no list at all where they were not asked for
+        for i, log_probs in zip(mine, rollout.log_probs, strict=False):  # none where nobody asked for them
             written[i].log_probs = log_probs
     return written
 

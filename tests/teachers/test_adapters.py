@@ -343,11 +343,11 @@ def test_the_teachers_answers_are_kept_apart(base, adapters, tmp_path):
     )
     prompts = [row["input_ids"][: row["prompt_length"]] for row in trainer.train_dataset]
     numbers = list(trainer.train_dataset["teacher"])
-    first = trainer.rollouts["teacher"].generate_by(numbers, prompts, 0, list(range(8)))
+    first = trainer.rollouts["teacher"].generate(prompts, 0, list(range(8)), numbers)
     answers = {(tuple(p), n): c for p, n, c in zip(prompts, numbers, first, strict=True)}
     assert all(answers[tuple(p), 0] != answers[tuple(p), 1] for p in prompts)
-    assert trainer.rollouts["teacher"].generate_by(numbers, prompts, 5, list(range(8))) == first
-    stores = {one.store.path for one in trainer.rollouts["teacher"].of}
+    assert trainer.rollouts["teacher"].generate(prompts, 5, list(range(8)), numbers) == first
+    stores = {one.store.path for one in trainer.rollouts["teacher"].by_teacher}
     assert len(stores) == 2
 
 

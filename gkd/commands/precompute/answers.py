@@ -38,7 +38,6 @@ from gkd.recipe.rows import recipe_data
 from gkd.report.dataset_folder import check_folder, push_folder, write_folder
 from gkd.report.repo import Repo
 from gkd.rollouts.hygiene import Hygiene
-from gkd.rollouts.kept import CachedRollout
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ def prepare(recipe: Recipe) -> Work:
         propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
     parts = assemble(ready, accelerator)
     server, rollout = parts.servers["teacher"], parts.rollouts["teacher"] if args.seq_kd else None
-    if rollout is not None and not isinstance(rollout, CachedRollout):  # lmbda=1: training would not ask the teacher
+    if rollout is not None and rollout.store is None:  # lmbda=1: training would not ask the teacher
         rollout = keep_completions(rollout, args, server or parts.teacher.model, accelerator)
     batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
     if server is None:
