@@ -1,4 +1,4 @@
-"""What every rollout backend shares: its interface, the sampling settings, the random numbers, and the backends by name.
+"""What every rollout backend shares: its interface, the sampling settings, the random numbers; the backends by name.
 
 A rollout takes prompts (token ids) and gives completions (token ids): the stop token is part of a completion when it
 was sampled, nothing follows it, and there is never any padding.

@@ -38,6 +38,7 @@ from gkd.recipe.rows import recipe_data
 from gkd.report.dataset_folder import check_folder, push_folder, write_folder
 from gkd.report.repo import Repo
 from gkd.rollouts.hygiene import Hygiene
+from gkd.rollouts.kept import CachedRollout
 
 logger = logging.getLogger(__name__)
 
