@@ -15,7 +15,7 @@ from gkd.assembly.materials import Materials, loading_options
 from gkd.assembly.models import tokenizer_of_teacher
 from gkd.assembly.rollouts import Writer, hygiene, loss_settings, make_rollout
 from gkd.assembly.servers import connect
-from gkd.assembly.teacher import frozen_models, make_teacher, shared_base
+from gkd.assembly.teacher import make_teacher, shared_base
 from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.loss.settings import LossSettings
 from gkd.models.facts import head_rows, vocabulary_rows
@@ -97,7 +97,7 @@ def assemble(
     if servers["teacher"] is None:
         unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
     models: dict[str, list[Callable[[], Any]]] = {} if student is None else {"student": [student.writer]}
-    models["teacher"] = [lambda: None] if teacher is None else frozen_models(teacher)
+    models["teacher"] = [lambda: None] if teacher is None else teacher.models()
 
     def writer(source: str, model: Callable[[], nn.Module]) -> Writer:
         return Writer(

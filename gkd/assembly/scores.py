@@ -106,13 +106,13 @@ def load_unless_covered(
     this, and load it or not together.
 
     Args:
-        teacher: any kind; nothing happens unless it is a `CachedTeacher` that is not loaded.
+        teacher: any kind; nothing happens when it is loaded.
         args: the fields.
         datasets: the training's rows, then those of the evaluation; foreign ones load the teacher.
         rollout: of the teacher's sequences.
         hygiene: which of these are trained on.
     """
-    if not isinstance(teacher, CachedTeacher) or teacher.loaded:
+    if teacher.loaded:
         return
     missing = int(args.student_writes)  # what the student will write nobody knows
     for number, rows in enumerate(datasets if not missing else ()):

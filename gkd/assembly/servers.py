@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +13,7 @@ from gkd.rollouts.against_the_student import RolloutCheck
 from gkd.rollouts.base import Rollout
 from gkd.servers.checks import Server, check_length, check_tokenizer, served_model
 from gkd.servers.client import ServerError, VLLMClient
-from gkd.teachers.server import ServerTeacher
+from gkd.teachers.base import Teacher
 
 
 def connect(
@@ -51,12 +49,11 @@ def rollout_check(args: GKDConfig, rollout: Rollout, accelerator: Accelerator) -
     return RolloutCheck(rollout.settings, args.rollout_logprob_tolerance, accelerator, rollout.server_field)
 
 
-def score_together(teacher: Any, batch: dict[str, Tensor], accelerator: Accelerator) -> TeacherSignal:
+def score_together(teacher: Teacher, batch: dict[str, Tensor], accelerator: Accelerator) -> TeacherSignal:
     """`Teacher.score`; what goes wrong with a server on one rank is raised on all of them, so that no rank is waited
     for and a checkpoint can be saved."""
-    if not isinstance(teacher, ServerTeacher):
-        signal: TeacherSignal = teacher.score(batch)
-        return signal
+    if not teacher.remote:
+        return teacher.score(batch)
     found: TeacherSignal | None = None
     failure: Exception | None = None
     try:

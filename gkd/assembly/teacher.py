@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,12 +16,68 @@ from gkd.config.fields import GKDConfig
 from gkd.models.adapters import load_adapter
 from gkd.models.shared_weights import base_of_student, is_new, second_model
 from gkd.servers.checks import Server
-from gkd.teachers import TEACHERS
 from gkd.teachers.base import Teacher
+from gkd.teachers.local import LocalTeacher
 from gkd.teachers.routed import RoutedTeacher
+from gkd.teachers.server import ServerTeacher
 from gkd.teachers.shared import SharedTeacher
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherOrder:
+    """All that a run has for a teacher.
+
+    Attributes:
+        args: the fields.
+        model: the teacher's, as `shared_base` gave it (of several, their base); None when it is elsewhere.
+        student: the unwrapped student, for a teacher that shares something with it.
+        accelerator: where the student trains, and how it is sharded.
+        server: the teacher's, or None.
+    """
+
+    args: GKDConfig
+    model: Any
+    student: Any
+    accelerator: Accelerator
+    server: Server | None
+
+
+def _on_server(order: TeacherOrder) -> Teacher:
+    assert order.server is not None
+    assert order.args.teacher_top_k is not None
+    vocabulary = int(order.student.config.get_text_config().vocab_size)
+    return ServerTeacher(order.server.client, order.server.served, order.args.teacher_top_k, vocabulary)
+
+
+def _routed(order: TeacherOrder) -> Teacher:
+    return RoutedTeacher(_several(order.args, order.model, order.accelerator))
+
+
+def _shared(order: TeacherOrder) -> Teacher:
+    return _kept(order, lambda model: SharedTeacher(model, order.accelerator))
+
+
+def _local(order: TeacherOrder) -> Teacher:
+    return _kept(order, lambda model: LocalTeacher(model, order.accelerator, order.args.teacher_placement))
+
+
+def _kept(order: TeacherOrder, live: Callable[[Any], Any]) -> Teacher:
+    """With what it says on disk, if there is a place for it."""
+    if order.args.teacher_scores_dir is None:
+        teacher: Teacher = live(order.model)
+        return teacher
+    return with_scores(order.args, order.model, order.accelerator, live)
+
+
+# The field that asks for a kind of teacher, and what makes it: the first one that is set. Without any it is a model
+# of its own in this process.
+TEACHERS: dict[str, Callable[[TeacherOrder], Teacher]] = {
+    "teacher_server_url": _on_server,
+    "teacher_adapters": _routed,
+    "share_base_model": _shared,
+}
 
 
 def make_teacher(
@@ -36,21 +92,8 @@ def make_teacher(
         accelerator: where the student trains, and how it is sharded.
         server: the teacher's, or None.
     """
-    if server is not None:
-        vocabulary = int(student.config.get_text_config().vocab_size)
-        return TEACHERS["server"](server.client, server.served, args.teacher_top_k, vocabulary)
-
-    if args.teacher_names:
-        return RoutedTeacher(_several(args, teacher_model, accelerator))
-
-    def live(model: Any) -> Any:
-        if args.share_base_model:
-            return TEACHERS["shared"](model, accelerator)
-        return TEACHERS["local"](model, accelerator, args.teacher_placement)
-
-    if args.teacher_scores_dir is None:
-        return live(teacher_model)
-    return with_scores(args, teacher_model, accelerator, live)
+    make = next((make for field, make in TEACHERS.items() if getattr(args, field)), _local)
+    return make(TeacherOrder(args, teacher_model, student, accelerator, server))
 
 
 def shared_base(args: GKDConfig, teacher_model: Any, student: nn.Module) -> Any:
@@ -84,10 +127,3 @@ def _several(args: GKDConfig, base: Any, accelerator: Accelerator) -> dict[str, 
         for name, adapter in args.teacher_adapters.items()
     }
     return {name: SharedTeacher(model, accelerator) for name, model in models.items()}
-
-
-def frozen_models(teacher: Teacher) -> list[Callable[[], Any]]:
-    """What gives the model of each teacher: one, or as many as there are."""
-    if isinstance(teacher, RoutedTeacher):
-        return [partial(getattr, one, "model") for one in teacher.teachers]
-    return [lambda: teacher.model]

@@ -1,7 +1,7 @@
 """Who scores: what a teacher says about a batch's targets.
 
 absent: A teacher that is not loaded, because what it has to say is on disk already (`teacher_scores_dir`)
-base: the one method of a teacher
+base: what every teacher owes, and what it may leave to the defaults
 kept: A teacher that is asked about each sequence once: its last hidden states are kept on disk
 local: A teacher in this process: any causal language model, frozen
 routed: several teachers in the place of one: each row is scored by its own
@@ -11,17 +11,3 @@ shared: a teacher over weights that stand there already: the student's base with
     another one
 store: the teacher's last hidden states on disk, found again by the hash of a sequence and of its targets
 """
-
-from __future__ import annotations
-
-from gkd.teachers.base import Teacher
-from gkd.teachers.kept import CachedTeacher
-from gkd.teachers.local import LocalTeacher
-from gkd.teachers.routed import RoutedTeacher
-from gkd.teachers.server import ServerTeacher
-from gkd.teachers.shared import SharedTeacher
-
-TEACHERS: dict[str, type] = {"local": LocalTeacher, "cached": CachedTeacher, "server": ServerTeacher}
-TEACHERS |= {"shared": SharedTeacher, "routed": RoutedTeacher}
-
-__all__ = ["TEACHERS", "CachedTeacher", "LocalTeacher", "RoutedTeacher", "ServerTeacher", "SharedTeacher", "Teacher"]

@@ -1,27 +1,67 @@
-"""The one method of a teacher."""
+"""What every teacher owes, and what it may leave to the defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gkd.loss.signals import TeacherSignal
+from gkd.models.facts import model_name, revision_of
 
 
-class Teacher(Protocol):
-    """Says what the teacher thinks of the N targets of a micro-batch."""
+class Teacher(ABC):
+    """Says what the teacher thinks of the N targets of a micro-batch. A new one says so in `score`.
 
-    @property
-    def model(self) -> Any:
-        """The frozen model in this process; None when it is elsewhere, or there is not one."""
-        ...
+    Attributes:
+        model: the frozen model in this process; None when it is elsewhere, or there is not one.
+        callbacks: of the training, which the trainer adds to its own.
+        loaded: False while a model that can be done without is not in memory (`teacher_scores_dir`).
+        remote: it is asked over a network, where one rank can fail alone.
+    """
 
+    model: Any = None
+    callbacks: Sequence[Any] = ()
+    loaded: bool = True
+    remote: bool = False
+
+    @abstractmethod
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
         """`input_ids`, `attention_mask`, `labels` [B, T] -> a signal for the N targets, in row-major order."""
-        ...
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         """Parameters that the signal refers to and that ZeRO-3 may have sharded."""
-        ...
+        return ()
+
+    def each(self) -> Sequence[Teacher]:
+        """The teachers that this one is made of, in the order of their numbers: itself, or several."""
+        return [self]
+
+    def models(self) -> list[Callable[[], Any]]:
+        """What gives the model of each of them, for those that write."""
+        return [partial(getattr, one, "model") for one in self.each()]
+
+    def repo(self, kwargs: Any = None) -> tuple[str | None, str | None]:
+        """Name and revision of where it comes from, for the model card; None where it has no name.
+
+        Args:
+            kwargs: that it was loaded with.
+        """
+        return (None, None) if self.model is None else (model_name(self.model), revision_of(self.model, kwargs))
+
+    def identity(self) -> str | None:
+        """What tells it from other teachers; None where its weights do."""
+        return type(self).__name__ if self.model is None else None
+
+    def score_window(self, batches: Sequence[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
+        """Last hidden states of a whole window, in CPU memory, where that is cheaper than one micro-batch at a time;
+        none where it is not. `signal_of` makes a signal of them."""
+        return []
+
+    def signal_of(self, hidden: Tensor) -> TeacherSignal:
+        """The signal of hidden states that `score_window` gave."""
+        raise NotImplementedError(f"{type(self).__name__} scores no window ahead")

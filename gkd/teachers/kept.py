@@ -27,12 +27,14 @@ from gkd.common.ranks import sum_over_ranks
 from gkd.data.sources import SOURCES
 from gkd.data.targets import IGNORE
 from gkd.loss.signals import DenseSignal, Head, TeacherSignal
+from gkd.models.facts import model_name, revision_of
+from gkd.teachers.base import Teacher
 from gkd.teachers.store import ScoreStore, row_key
 
 logger = logging.getLogger(__name__)
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Scores from the store, and asks the live teacher about what is not there.
 
     Args:
@@ -66,7 +68,7 @@ class CachedTeacher:
         self._head = self.live.head if head is None else head
 
     @property
-    def loaded(self) -> bool:
+    def loaded(self) -> bool:  # type: ignore[override]
         return self._live is not None
 
     @property
@@ -112,6 +114,18 @@ class CachedTeacher:
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         return (self._head.weight, self._head.bias)
+
+    def repo(self, kwargs: Any = None) -> tuple[str | None, str | None]:
+        """Told without loading it."""
+        if self.absent is None:
+            return super().repo(kwargs)
+        return model_name(self.absent), revision_of(self.absent, kwargs)
+
+    def identity(self) -> str | None:
+        """Told without loading it."""
+        if self.absent is None:
+            return super().identity()
+        return f"{model_name(self.absent) or 'in memory'} (weights {self.absent.fingerprint[:12]})"
 
     def flush(self) -> None:
         """Put onto the disk what is in memory only."""

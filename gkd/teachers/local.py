@@ -6,7 +6,7 @@ leave it; the fused divergence projects them, chunk by chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from gkd.models.hidden import last_hidden
 from gkd.models.placement import on_accelerator, place_teacher
 from gkd.models.precision import mixed_precision
 from gkd.models.zero import is_sharded
+from gkd.teachers.base import Teacher
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """Scores with a model in this process: held by this rank, or sharded over the ranks (`teacher_placement`)."""
 
     def __init__(self, model: Any, accelerator: Accelerator, placement: str = "same") -> None:
@@ -46,3 +47,17 @@ class LocalTeacher:
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         return (self.head.weight, self.head.bias)
+
+    def score_window(self, batches: Sequence[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
+        """While the teacher is on the accelerator: its weights travel once, not once for each micro-batch. What comes
+        of it waits in CPU memory (two bytes for each of N x Dt numbers, or four)."""
+        with on_accelerator(self.model):
+            return [self._hidden(batch, device).cpu() for batch in batches]
+
+    def signal_of(self, hidden: Tensor) -> TeacherSignal:
+        return DenseSignal(hidden, self.head)
+
+    def _hidden(self, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+        signal = self.score({name: value.to(device) for name, value in batch.items()})
+        assert isinstance(signal, DenseSignal)
+        return signal.hidden

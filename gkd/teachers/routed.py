@@ -5,7 +5,7 @@ B rows, T tokens, N targets, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 from gkd.data.targets import target_mask, targets_of
 from gkd.loss.signals import DenseSignal, TeacherSignal
 from gkd.models.zero import gathered
+from gkd.teachers.base import Teacher
 from gkd.teachers.shared import SharedTeacher, _part
 
 
-class RoutedTeacher:
+class RoutedTeacher(Teacher):
     """Several teachers; each row of a batch is scored by its own (`teachers` [B], numbers in the order of `of`).
 
     Args:
@@ -26,8 +27,6 @@ class RoutedTeacher:
     Raises:
         ValueError: an adapter with a head of its own.
     """
-
-    model: Any = None  # there is not one
 
     def __init__(self, of: Mapping[str, SharedTeacher]) -> None:
         self.of = dict(of)
@@ -64,3 +63,10 @@ class RoutedTeacher:
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         return self.teachers[0].head_parameters()
+
+    def each(self) -> Sequence[Teacher]:
+        return self.teachers
+
+    def repo(self, kwargs: Any = None) -> tuple[str | None, str | None]:
+        """Several adapters on one base."""
+        return self.teachers[0].repo(kwargs)

@@ -15,7 +15,7 @@ Shapes: B rows, T tokens, N targets, K top-k.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from gkd.loss.signals import TeacherSignal, TopKSignal
 from gkd.servers.answers import Entry, ServedModel, own_score, prompt_scores_of, top_scores
 from gkd.servers.checks import START_SECONDS
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
+from gkd.teachers.base import Teacher
 
 _TOKENS_ONLY = "/inference/v1/generate"  # about half the cost: no text is made of the K tokens; not always open
 _COMPLETIONS = "/v1/completions"
@@ -36,7 +37,7 @@ Entries = list[Entry]  # vLLM's prompt_logprobs, one for each token
 Scores = tuple[list[list[int]], list[list[float]]]  # one row's targets: ids and log-probabilities, K each
 
 
-class ServerTeacher:
+class ServerTeacher(Teacher):
     """Scores on one or several vLLM servers, one request per row, all rows at a time.
 
     Args:
@@ -49,14 +50,18 @@ class ServerTeacher:
         ValueError: the server does not score, or not that many tokens.
     """
 
-    model: Any = None
+    remote = True
 
     def __init__(self, client: VLLMClient, served: ServedModel, top_k: int, vocabulary: int | None = None) -> None:
         self.client, self.served, self.top_k, self.vocabulary = client, served, top_k, vocabulary
         self._path = self._find_path()
 
-    def head_parameters(self) -> Iterable[Tensor | None]:
-        return ()
+    def repo(self, kwargs: Any = None) -> tuple[str | None, str | None]:
+        """As the server names it."""
+        return self.served.root, None
+
+    def identity(self) -> str | None:
+        return self.served.root
 
     @torch.no_grad()
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:

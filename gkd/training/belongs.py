@@ -23,6 +23,7 @@ from torch import nn
 from gkd.models.facts import model_name
 from gkd.models.fingerprint import fingerprint
 from gkd.models.zero import zero_stage
+from gkd.teachers.base import Teacher
 
 # Settings that change neither weights nor what is trained on. All others, also those that are yet to come, are facts.
 _WITHOUT_EFFECT = """
@@ -142,24 +143,16 @@ def _lora(student: Any) -> dict[str, Any]:
 
 
 def _teachers(trainer: Any) -> Iterable[tuple[str, Any]]:
-    teacher = trainer.teacher
-    several = getattr(teacher, "teachers", None)
-    if several is not None and trainer.args.teacher_names:
-        for name, one in zip(trainer.args.teacher_names, several, strict=True):
-            yield f"teacher {name!r}", _teacher(one)
-    else:
-        yield "teacher", _teacher(teacher)
+    names = [f"teacher {name!r}" for name in trainer.args.teacher_names] or ["teacher"]
+    for name, teacher in zip(names, trainer.teacher.each(), strict=True):
+        yield name, _teacher(teacher)
 
 
-def _teacher(teacher: Any) -> Any:
-    absent = getattr(teacher, "absent", None)
-    if absent is not None:  # its scores are on disk: it need not be loaded for this
-        name, weights = model_name(absent), absent.fingerprint[:12]
-    elif (served := getattr(teacher, "served", None)) is not None:
-        return served.root
-    else:
-        name, weights = model_name(teacher.model), weights_of(teacher.model)
-    return f"{name or 'in memory'} (weights {weights})"
+def _teacher(teacher: Teacher) -> str:
+    known = teacher.identity()
+    if known is not None:
+        return known
+    return f"{model_name(teacher.model) or 'in memory'} (weights {weights_of(teacher.model)})"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

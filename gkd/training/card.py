@@ -12,7 +12,7 @@ from gkd.models.facts import model_name as name_of
 from gkd.models.facts import revision_of
 from gkd.report.card import CardInfo, write_card
 from gkd.report.repo import Repo
-from gkd.teachers.routed import RoutedTeacher
+from gkd.teachers.base import Teacher
 from gkd.training.card_settings import shown_settings
 
 
@@ -90,12 +90,6 @@ def _about_teacher(args: Any) -> list[str]:
     return about
 
 
-def _teacher(teacher: Any, kwargs: Any) -> Repo:
-    absent = getattr(teacher, "absent", None)  # its scores are on disk, so it need not have been loaded
-    if absent is not None:
-        return Repo(name_of(absent) or "in memory", revision_of(absent, kwargs))
-    if isinstance(teacher, RoutedTeacher):  # several adapters on one base
-        teacher = teacher.teachers[0]
-    if teacher.model is None:  # on a server, which tells its name
-        return Repo(teacher.served.root)
-    return Repo(name_of(teacher.model) or "in memory", revision_of(teacher.model, kwargs))
+def _teacher(teacher: Teacher, kwargs: Any) -> Repo:
+    name, revision = teacher.repo(kwargs)
+    return Repo(name or "in memory", revision)

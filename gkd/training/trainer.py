@@ -37,15 +37,14 @@ from gkd.data.targets import Targets, per_target, select_targets, target_weights
 from gkd.data.tokenizer import template_already_taken
 from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.loss.settings import FusedOutput
-from gkd.loss.signals import DenseSignal, TeacherSignal, TopKSignal
+from gkd.loss.signals import TeacherSignal, TopKSignal
 from gkd.models.facts import head_rows
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.hidden import instead_of_logits
-from gkd.models.placement import on_accelerator, place_student
+from gkd.models.placement import place_student
 from gkd.models.precision import mixed_precision
 from gkd.models.quantized import keep_layout
 from gkd.models.zero import gathered, zero_stage
-from gkd.teachers.local import LocalTeacher
 from gkd.training.card import CardMixin
 from gkd.training.checkpoints import CheckpointMixin
 from gkd.training.eval_loss import EvaluationMixin
@@ -146,7 +145,7 @@ class GKDTrainer(
         self.ledger = Ledger()
         self.guard = FaultGuard(self.accelerator, self.ledger, args.max_nonfinite_steps)
         self.add_callback(self.guard)
-        for callback in getattr(self.teacher, "callbacks", ()):
+        for callback in self.teacher.callbacks:
             self.add_callback(callback)  # behind the guard, which may ask for a checkpoint
         self._meters = {mode: Meter(self.accelerator.device, args.teacher_names) for mode in ("train", "eval")}
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
@@ -223,15 +222,10 @@ class GKDTrainer(
         return collated, trained.clamp(min=1).to(device)
 
     def _score_ahead(self, batches: list[dict[str, Tensor]], device: torch.device) -> None:
-        """Score a whole window while the teacher is on the accelerator: its weights travel once, not once for each
-        micro-batch. What comes of it waits in CPU memory (two bytes for each of N x Dt numbers, or four)."""
-        if not isinstance(self.teacher, LocalTeacher):
-            return
-        with self._meters["train"].phase("teacher"), on_accelerator(self.teacher.model):
-            for batch in batches:
-                signal = self.teacher.score({name: value.to(device) for name, value in batch.items()})
-                assert isinstance(signal, DenseSignal)
-                batch["teacher_hidden"] = signal.hidden.cpu()
+        """Score a whole window at once, where the teacher can."""
+        with self._meters["train"].phase("teacher"):
+            for batch, hidden in zip(batches, self.teacher.score_window(batches, device), strict=False):
+                batch["teacher_hidden"] = hidden
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; warns of weights whose updates would be rounded away."""
@@ -267,8 +261,7 @@ class GKDTrainer(
         with self._meters[mode].phase("teacher"):
             signal: TeacherSignal | None = None
             if "teacher_hidden" in inputs:
-                assert isinstance(self.teacher, LocalTeacher)
-                signal = DenseSignal(inputs["teacher_hidden"], self.teacher.head)
+                signal = self.teacher.signal_of(inputs["teacher_hidden"])
             elif mode == "eval" or not self.args.trains_on_nll_alone:
                 signal = score_together(self.teacher, inputs, self.accelerator)
         model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}

@@ -34,10 +34,10 @@ def asked(monkeypatch):
     """How many prompts each real call of the teacher's `generate` was given."""
     calls, original = [], HFRollout.generate
 
-    def generate(self, prompts, step, rows=None):
+    def generate(self, prompts, step, *rows):
         if self.source == "teacher":
             calls.append(len(prompts))
-        return original(self, prompts, step, rows)
+        return original(self, prompts, step, *rows)
 
     monkeypatch.setattr(HFRollout, "generate", generate)
     return calls

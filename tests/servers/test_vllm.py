@@ -222,7 +222,7 @@ def test_training_with_the_server_as_student_and_teacher(tmp_path, url, folder):
     generate = rollout.generate
     reference = HFRollout(lambda: trainer.model_wrapped, None, rollout.settings, seed=4)
 
-    def compared(prompts, step, rows=None):
+    def compared(prompts, step, rows=None, teachers=None):
         completions = generate(prompts, step, rows)
         seen.append((completions == reference.generate(prompts, step, rows), rollout.upload.name, len(prompts)))
         return completions
@@ -256,7 +256,7 @@ def test_training_one_step_ahead(tmp_path, url, folder):
     reference = HFRollout(lambda: trainer.model_wrapped, None, rollout.settings, seed=4)
     expected, fresh = {}, {}
 
-    def compared(prompts, step, rows=None):
+    def compared(prompts, step, rows=None, teachers=None):
         completions = generate(prompts, step, rows)
         fresh[step] = reference.generate(prompts, step, rows)
         assert completions == expected.get(step, fresh[step])

@@ -243,7 +243,7 @@ def test_the_bounds_mean_something(name, place, teacher_of):
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.needs])
 def test_frozen(name, teacher_of):
     teacher = teacher_of(name)
-    models = [one.model for one in getattr(teacher, "teachers", [teacher])]
+    models = [one.model for one in teacher.each()]
     for model in (model for model in models if model is not None):
         assert not model.training
         assert not any(parameter.grad is not None for parameter in model.parameters())

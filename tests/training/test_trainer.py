@@ -125,7 +125,7 @@ def test_one_generate_call_per_source_and_step(tmp_path, monkeypatch):
     for source, rollout in trainer.rollouts.items():
         original = rollout.generate
         monkeypatch.setattr(
-            rollout, "generate", lambda p, s, r, o=original, n=source: (calls.append((n, s, len(p))), o(p, s, r))[1]
+            rollout, "generate", lambda p, s, *r, o=original, n=source: (calls.append((n, s, len(p))), o(p, s, *r))[1]
         )
     trainer.train()
     assert calls == [("student", 0, 4), ("teacher", 0, 4), ("student", 1, 4), ("teacher", 1, 4)]

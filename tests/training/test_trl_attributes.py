@@ -31,8 +31,8 @@ def trained(folder, action, **values):
     rollout = trainer.rollouts["student"]
     generate = rollout.generate
 
-    def watched(prompts, step, rows):
-        seen.append((rollout.settings, written := generate(prompts, step, rows)))
+    def watched(prompts, step, rows, teachers):
+        seen.append((rollout.settings, written := generate(prompts, step, rows, teachers)))
         return written
 
     rollout.generate = watched

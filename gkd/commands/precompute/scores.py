@@ -112,7 +112,6 @@ def fill_scores(work: Work, batch_size: int) -> int:
         The number of rows with a target, all of which are scored now.
     """
     teacher, accelerator = work.teacher, work.accelerator
-    assert isinstance(teacher, CachedTeacher)
     store, rows = teacher.store, Rows(work)
     if not store.writable:
         raise ValueError(f"teacher_scores_dir: {store.path} cannot be written to: name another folder")
