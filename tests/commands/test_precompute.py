@@ -59,10 +59,10 @@ def asked(monkeypatch):
     """The prompts of each real call of the teacher's `generate`."""
     calls, original = [], HFRollout.generate
 
-    def generate(self, prompts, step, rows=None):
+    def generate(self, prompts, step, *rows):
         if self.source == "teacher":
             calls.append([tuple(prompt) for prompt in prompts])
-        return original(self, prompts, step, rows)
+        return original(self, prompts, step, *rows)
 
     monkeypatch.setattr(HFRollout, "generate", generate)
     return calls
@@ -347,10 +347,10 @@ def test_no_id_of_the_heads_padding_is_written(folder, tmp_path):
 def test_a_stopped_run_goes_on_where_it_was(folder, tmp_path, asked, monkeypatch):
     original = HFRollout.generate
 
-    def stop_at_the_second(self, prompts, step, rows=None):
+    def stop_at_the_second(self, prompts, step, *rows):
         if len(asked) == 1:
             raise KeyboardInterrupt
-        return original(self, prompts, step, rows)
+        return original(self, prompts, step, *rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(HFRollout, "generate", stop_at_the_second)
