@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -31,6 +33,50 @@ def teacher_of(trainer: GKDTrainer) -> Any:
     return teacher.model
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What models are measured on, in token ids.
+
+    Args:
+        prompts: each is answered.
+        held_out: texts for the perplexity; may be empty.
+        starts: where the targets of each text start; None is behind its first token.
+    """
+
+    prompts: list[list[int]]
+    held_out: list[list[int]]
+    starts: list[int] | None
+
+
+def make_evaluator(
+    trainer: GKDTrainer,
+    questions: Questions,
+    *,
+    score: TaskScore | None = None,
+    public_tasks: PublicTasks | None = None,
+    num_samples: int = 3,
+) -> Evaluator:
+    """The harness with a trainer's teacher, sampling and loss; what is asked beside is as in `Evaluator`."""
+    args: GKDConfig = trainer.args
+    return Evaluator(
+        teacher_of(trainer),
+        trainer.processing_class,
+        questions.prompts,
+        questions.held_out,
+        trainer.rollouts["student"].settings,
+        trainer.loss_settings,
+        teacher_sampling=trainer.rollouts["teacher"].settings,
+        seed=args.seed,
+        score=score,
+        public_tasks=public_tasks,
+        held_out_starts=questions.starts,
+        batch_size=args.per_device_eval_batch_size,
+        num_samples=num_samples,
+        accelerator=trainer.accelerator,
+        fold_adapter=args.fold_adapter,
+    )
+
+
 HELD_OUT_ROWS = 256  # answers of the eval rows that the perplexity is measured on, when no texts are given
 
 
@@ -57,9 +103,8 @@ def evaluator_of(trainer: GKDTrainer, data: dict[str, Any], recipe: Recipe) -> E
         logger.info(
             "num_eval_prompts=%d: there are %d, all of them are measured", about.num_eval_prompts, len(prompts)
         )
-    held_out, starts = _held_out(data, trainer)
-    teacher = teacher_of(trainer)
-    if teacher is None:
+    questions = Questions(prompts, *_held_out(data, trainer))
+    if teacher_of(trainer) is None:
         logger.warning("there is no single teacher in this process: only the student is measured, by itself")
     score = None
     if recipe.score is not None or recipe.corpus_score is not None:
@@ -67,22 +112,7 @@ def evaluator_of(trainer: GKDTrainer, data: dict[str, Any], recipe: Recipe) -> E
     public = None
     if about.lm_eval_tasks is not None:
         public = PublicTasks(about.lm_eval_tasks, about.lm_eval_limit, args.per_device_eval_batch_size, args.seed)
-    return Evaluator(
-        teacher,
-        trainer.processing_class,
-        prompts,
-        held_out,
-        trainer.rollouts["student"].settings,
-        trainer.loss_settings,
-        teacher_sampling=trainer.rollouts["teacher"].settings,
-        seed=args.seed,
-        score=score,
-        public_tasks=public,
-        held_out_starts=starts,
-        batch_size=args.per_device_eval_batch_size,
-        accelerator=trainer.accelerator,
-        fold_adapter=args.fold_adapter,
-    )
+    return make_evaluator(trainer, questions, score=score, public_tasks=public)
 
 
 def _prompts(rows: Dataset, trainer: GKDTrainer) -> tuple[list[list[int]], list[int]]:
@@ -110,19 +140,23 @@ def _prepared(rows: Dataset, trainer: GKDTrainer, name: str, max_length: int | N
     return prepared
 
 
+def texts_in_ids(texts: Iterable[str], trainer: GKDTrainer) -> list[list[int]]:
+    """Token ids of texts, up to `max_length`; those without a target are left out."""
+    ids = [trainer.processing_class(text)["input_ids"][: trainer.args.max_length] for text in texts]
+    return [row for row in ids if len(row) > 1]
+
+
 def _held_out(data: dict[str, Any], trainer: GKDTrainer) -> tuple[list[list[int]], list[int] | None]:
     """Token ids for the perplexity, and where each one's targets start."""
     texts = data.get("held_out_text")
-    limit = trainer.args.max_length
     if texts is not None:
-        ids = [trainer.processing_class(text)["input_ids"][:limit] for text in texts]
-        return [row for row in ids if len(row) > 1], None
+        return texts_in_ids(texts, trainer), None
     if data.get("eval") is None:
         return [], None
     prepared = trainer.eval_dataset
     if prepared is None:  # eval_strategy="no": not evaluated while it trains, but measured before and after
         first = data["eval"].select(range(min(len(data["eval"]), HELD_OUT_ROWS)))
-        prepared = _prepared(first, trainer, "held-out answers", max_length=limit)
+        prepared = _prepared(first, trainer, "held-out answers", max_length=trainer.args.max_length)
     rows = [row for row in prepared if 0 < row["prompt_length"] < len(row["input_ids"])]
     rows = rows[:HELD_OUT_ROWS]
     return [row["input_ids"] for row in rows], [row["prompt_length"] for row in rows]

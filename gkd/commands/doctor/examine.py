@@ -30,7 +30,7 @@ from gkd.models.facts import vocabulary_rows
 from gkd.models.loading import load_tokenizer
 from gkd.recipe.build import measuring_trainer, student_name, student_tokenizer
 from gkd.recipe.capture import Recipe
-from gkd.recipe.evaluator import teacher_of
+from gkd.recipe.evaluator import Questions, make_evaluator, texts_in_ids
 from gkd.recipe.mistakes import CODE_ERRORS, mistake
 from gkd.recipe.rows import recipe_data
 from gkd.recipe.settings import Settings
@@ -232,24 +232,10 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
     held_out = [row["input_ids"] for row in answered]
     starts: list[int] | None = [max(1, row["prompt_length"]) for row in answered]
     if not held_out and data.get("held_out_text") is not None:
-        texts = [trainer.processing_class(text)["input_ids"] for text in data["held_out_text"][:ROWS_MEASURED]]
-        held_out, starts = [ids[: trainer.args.max_length] for ids in texts if len(ids) > 1], None
-    return Evaluator(
-        teacher_of(trainer),
-        trainer.processing_class,
-        # running text has no prompt: its first half is continued
-        [prompt_of(row) or row["input_ids"][: -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]],
-        held_out,
-        trainer.rollouts["student"].settings,
-        trainer.loss_settings,
-        teacher_sampling=trainer.rollouts["teacher"].settings,
-        seed=trainer.args.seed,
-        held_out_starts=starts,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        num_samples=ROLLOUTS,
-        accelerator=trainer.accelerator,
-        fold_adapter=trainer.args.fold_adapter,
-    )
+        held_out, starts = texts_in_ids(data["held_out_text"][:ROWS_MEASURED], trainer), None
+    # running text has no prompt: its first half is continued
+    prompts = [prompt_of(row) or row["input_ids"][: -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]]
+    return make_evaluator(trainer, Questions(prompts, held_out, starts), num_samples=ROLLOUTS)
 
 
 def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: int) -> None:
