@@ -10,7 +10,7 @@ import math
 import pkgutil
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -178,12 +178,12 @@ class Rollout(ABC):
     """
 
     age: int = 0
+    log_probs: Sequence[list[float]] = ()
     server_field: str | None = None
     store: SequenceStore | None = None
 
     def __init__(self, settings: SamplingSettings) -> None:
         self.settings = settings
-        self.log_probs: list[list[float]] = []
 
     @classmethod
     def of(cls, order: RolloutOrder) -> Rollout:
