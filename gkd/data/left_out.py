@@ -1,6 +1,6 @@
 """What a row holds and its chat template does not write: told, since it would be lost without a word.
 
-Each finding is a key of `gkd.data.prepare.NOTES`. That earlier turns lose their thoughts is how thinking models are
+Each finding is a key of `gkd.data.row_report.NOTES`. That earlier turns lose their thoughts is how thinking models are
 served: that is no finding.
 """
 

@@ -85,7 +85,7 @@ class ServedTeacher:
         return rollout.generate(prompts, step=0)
 
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
-        """As `gkd.teachers.Teacher.score`."""
+        """As `gkd.teachers.base.Teacher.score`."""
         return self.teacher.score(batch)
 
     def nll(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
