@@ -25,7 +25,8 @@ output_folder: the output folder belongs to one run at a time: it is locked whil
 position_profile: divergence along the position in the completion: sums by bucket of positions, source and
     third of the training
 progress: one tidy progress bar: step, loss, realised lambda, tokens per second, time left
-record: `Ledger`: what was trained on so far, sequences and target tokens by source
+record: `Record`: what a checkpoint keeps of a training beside the Trainer's own files; `Ledger`: what was
+    trained on
 safe_pickles: DeepSpeed unpickles what a checkpoint's folder holds, and a pickle runs any program
 stop_request: `StopRequest`: a signal asks for a stop, and the training ends where nothing is lost
 stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that

@@ -53,7 +53,7 @@ class CardMixin:
             "teacher": _teacher(self.teacher, args.teacher_model_init_kwargs),  # type: ignore[attr-defined]
             "settings": shown_settings(args),
             "lora": lora,
-            "ledger": self.ledger.as_dict(),  # type: ignore[attr-defined]
+            "ledger": self.record.ledger.as_dict(),  # type: ignore[attr-defined]
             "hardware": describe_hardware(),
             "versions": installed_versions(),
             "command": list(sys.argv),

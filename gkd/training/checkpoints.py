@@ -1,8 +1,8 @@
 """Saving and resuming: a killed run loses nothing that was saved, and goes on as if it had not been killed.
 
 Sources and rollouts need no state: they are functions of (seed, step, row). Beside the Trainer's own files only the
-ledger, the token count and the number of skipped steps are kept, in the file that also says that the checkpoint is
-complete (`gkd.training.checkpoint_files`).
+record (`gkd.training.record`) is kept, in the file that also says that the checkpoint is complete
+(`gkd.training.checkpoint_files`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from gkd.training import checkpoint_files as files
 from gkd.training import output_folder
 from gkd.training.faults import FaultGuard
 from gkd.training.going_on import GoingOnMixin
-from gkd.training.position_profile import PositionProfile
-from gkd.training.record import Ledger
+from gkd.training.record import Record
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +36,9 @@ class CheckpointMixin(GoingOnMixin):
     args: Any
     state: Any
     accelerator: Any
-    ledger: Ledger
-    positions: PositionProfile
+    record: Record
     guard: FaultGuard
     _get_output_dir: Any
-    _total_train_tokens: int
     _at_window: dict[str, Any]
     model: Any
     _is_saving = False
@@ -86,17 +83,9 @@ class CheckpointMixin(GoingOnMixin):
     def _load_state(self, checkpoint: str) -> None:
         state = files.read_state(checkpoint)
         if state is not None and "ledger" in state:
-            self._set_own_state(state)
+            self.record.load(state)
             self._seconds_before = float(state.get("seconds", 0.0))
             self.commands = list(state.get("commands", ()))
-
-    def _set_own_state(self, state: dict[str, Any]) -> None:
-        self.ledger.load(state["ledger"])
-        if "positions" in state:
-            self.positions.load(state["positions"])
-        self._total_train_tokens = state["num_tokens"]
-        self.guard.nonfinite_steps = state.get("nonfinite_steps", 0)
-        self.guard.empty_steps = state.get("empty_steps", 0)
 
     @property
     def training_seconds(self) -> float:
@@ -122,7 +111,7 @@ class CheckpointMixin(GoingOnMixin):
                 self.accelerator.wait_for_everyone()  # every rank has written its files
                 if writes:
                     about = {"belongs": self._facts, "seconds": self.training_seconds, "commands": self.commands}
-                    files.finish(folder, {**self._own_state(), **about}, self.run_id, self._number_before)
+                    files.finish(folder, {**self.record.as_dict(), **about}, self.run_id, self._number_before)
         except OSError:
             if writes:
                 files.discard(folder)  # what there is of it only takes room
@@ -134,18 +123,9 @@ class CheckpointMixin(GoingOnMixin):
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
 
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "ledger": self.ledger.as_dict(),
-            "num_tokens": self._total_train_tokens,
-            "positions": self.positions.as_dict(),
-            "nonfinite_steps": self.guard.nonfinite_steps,
-            "empty_steps": self.guard.empty_steps,
-        }
-
     def _begin_window(self) -> None:
         """A step begins: what a checkpoint says if this step is never finished."""
-        self._at_window = self._own_state()
+        self._at_window = self.record.as_dict()
 
     @contextmanager
     def _saved_when_a_server_fails(self, trial: Any) -> Iterator[None]:
@@ -155,7 +135,7 @@ class CheckpointMixin(GoingOnMixin):
         except ServerError as error:
             together = error.on_all_ranks or self.accelerator.num_processes == 1  # saving takes all ranks
             if together and self.state.global_step > 0:
-                self._set_own_state(self._at_window)
+                self.record.load(self._at_window)
                 self._ends_early = True
                 self._save_checkpoint(self.model, trial)
                 logger.warning("a server failed; go on from %s with resume_from_checkpoint=true", self._folder(trial))

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from gkd.common.errors import NotFiniteError, TrainingStopped
 from gkd.common.ranks import sum_over_ranks
-from gkd.training.record import Ledger
+from gkd.training.record import Record
 from gkd.training.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -44,16 +44,15 @@ class FaultGuard(TrainerCallback):
 
     Args:
         accelerator: to agree with the other ranks.
-        ledger: of the steps that were made; a skipped one is none.
+        record: its ledger is of the steps that were made, a skipped one is none; and skipped steps are counted.
         max_nonfinite_steps: so many skipped steps in a row end the training; 0 skips on for ever.
     """
 
-    def __init__(self, accelerator: Accelerator, ledger: Ledger, max_nonfinite_steps: int) -> None:
+    def __init__(self, accelerator: Accelerator, record: Record, max_nonfinite_steps: int) -> None:
         self.accelerator = accelerator
-        self.ledger = ledger
+        self.record = record
         self.max_nonfinite_steps = max_nonfinite_steps
         self.request = StopRequest()
-        self.nonfinite_steps = 0  # so far, over resumes
         self.stopped_by: int | None = None  # a signal that all ranks have agreed on
         self.is_training = False
         self._in_a_row = 0
@@ -61,7 +60,6 @@ class FaultGuard(TrainerCallback):
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._skipped = False
         self.is_empty = False  # the present window: no rank has a target in it
-        self.empty_steps = 0  # so far, over resumes
         self._since_log = self._in_training = (0, 0)  # steps, and those of them without a target
 
     # ------------------------------------------------------------------------------ what the trainer tells it
@@ -125,7 +123,7 @@ class FaultGuard(TrainerCallback):
         )
         assert self._counts is not None
         if not skipped and not self.accelerator.optimizer_step_was_skipped:
-            self.ledger.add(self._counts)
+            self.record.ledger.add(self._counts)
         if self.is_empty:
             self._count_empty(state.global_step)
         elif skipped:
@@ -197,14 +195,14 @@ class FaultGuard(TrainerCallback):
         return accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.scaler is not None
 
     def _count_empty(self, step: int) -> None:
-        if self.empty_steps == 0:
+        if self.record.empty_steps == 0:
             logger.warning(
                 "step %d has nothing to train on and is left out, as are others like it (empty_steps): no row of it "
                 "has a target. mask_truncated_completions and drop_repetitive_completions leave out rollouts; raise "
                 "max_new_tokens, or warm the student up on data (lmbda=0)",
                 step,
             )
-        self.empty_steps += 1
+        self.record.empty_steps += 1
 
     def _bad_rows(self) -> list[int] | None:
         """Rows of the micro-batches on this rank whose loss was not finite; None when all were."""
@@ -222,7 +220,7 @@ class FaultGuard(TrainerCallback):
         return [n > 0 for n in sum_over_ranks(self.accelerator, torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def _count(self, step: int, bad_rows: list[int] | None, lost: bool) -> None:
-        self.nonfinite_steps += 1
+        self.record.nonfinite_steps += 1
         self._in_a_row += 1
         if bad_rows is None and lost:
             return  # the rank whose loss it was tells

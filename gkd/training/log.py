@@ -14,8 +14,7 @@ from gkd.common.redact import redact_process_arguments
 from gkd.training.completions import CompletionLog
 from gkd.training.faults import FaultGuard
 from gkd.training.metrics import Meter
-from gkd.training.position_profile import PositionProfile
-from gkd.training.record import Ledger
+from gkd.training.record import Record
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class LoggingMixin:
     state: Any
     accelerator: Any
     model: Any
-    ledger: Ledger
+    record: Record
     guard: FaultGuard
     _meters: dict[str, Meter]
     hygiene: Any
@@ -54,7 +53,6 @@ class LoggingMixin:
         if self.args.report_to:
             redact_process_arguments()
         self.add_callback(LogTheLast())
-        self.positions = PositionProfile(self.accelerator.device)
         if self.args.log_completions:
             self.completions = CompletionLog(
                 self.processing_class,
@@ -70,7 +68,7 @@ class LoggingMixin:
         if self.completions is not None:
             self.completions.add(output.divergence)
         done = (self.state.global_step, self.state.max_steps)
-        self.positions.add(output.divergence, sources, places, *done)
+        self.record.positions.add(output.divergence, sources, places, *done)
 
     def _flush(self, mode: str) -> dict[str, float]:
         return self._meters[mode].flush(
@@ -81,16 +79,16 @@ class LoggingMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics to a training log. The Trainer calls this on every rank, so the reduction meets."""
         if "loss" in logs or "train_runtime" in logs:
-            self.positions.flush(lambda values: sum_over_ranks(self.accelerator, values))
+            self.record.positions.flush(lambda values: sum_over_ranks(self.accelerator, values))
         if "loss" in logs and self.model.training:
             logs.update(self._flush("train"))
             self._warn_of_truncation(logs)
             self._warn_of_little_mass(logs)
-            if self.guard.nonfinite_steps:
-                logs["nonfinite_steps"] = float(self.guard.nonfinite_steps)
-            logs.update({f"ledger/targets/{s}": float(n) for s, n in self.ledger.targets.items() if n})
-            if self.guard.empty_steps:
-                logs["empty_steps"] = float(self.guard.empty_steps)
+            if self.record.nonfinite_steps:
+                logs["nonfinite_steps"] = float(self.record.nonfinite_steps)
+            logs.update({f"ledger/targets/{s}": float(n) for s, n in self.record.ledger.targets.items() if n})
+            if self.record.empty_steps:
+                logs["empty_steps"] = float(self.record.empty_steps)
             loss = self.guard.logged_loss(logs["loss"])
             if loss is None:  # nothing was trained on since the last log
                 del logs["loss"]
@@ -100,7 +98,7 @@ class LoggingMixin:
             logs["train_loss"] = self.guard.mean_loss(logs["train_loss"])
         super().log(logs, start_time)  # type: ignore[misc]
         if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
-            self.state.log_history[-1]["divergence_by_position"] = self.positions.as_dict()
+            self.state.log_history[-1]["divergence_by_position"] = self.record.positions.as_dict()
 
     def _warn_of_little_mass(self, logs: dict[str, float]) -> None:
         mass = logs.get("teacher/top_k_mass", 1.0)

@@ -1,12 +1,14 @@
-"""`Ledger`: what was trained on so far, sequences and target tokens by source."""
+"""`Record`: what a checkpoint keeps of a training beside the Trainer's own files; `Ledger`: what was trained on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from gkd.data.sources import SOURCES
+from gkd.training.position_profile import PositionProfile
 
 
 @dataclass
@@ -28,3 +30,41 @@ class Ledger:
     def load(self, state: dict[str, dict[str, int]]) -> None:
         self.sequences.update(state["sequences"])
         self.targets.update(state["targets"])
+
+
+@dataclass
+class Record:
+    """What the run has done so far, over resumes and all ranks.
+
+    Attributes:
+        positions: the divergence along the position.
+        ledger: what was trained on.
+        tokens: of all sequences of all windows, prompts included.
+        nonfinite_steps: skipped, for a loss or gradient that was not finite.
+        empty_steps: left out, for want of a target.
+    """
+
+    positions: PositionProfile
+    ledger: Ledger = field(default_factory=Ledger)
+    tokens: int = 0
+    nonfinite_steps: int = 0
+    empty_steps: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "ledger": self.ledger.as_dict(),
+            "num_tokens": self.tokens,
+            "positions": self.positions.as_dict(),
+            "nonfinite_steps": self.nonfinite_steps,
+            "empty_steps": self.empty_steps,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `as_dict` gave, after a resume."""
+        self.ledger.load(state["ledger"])
+        if "positions" in state:
+            self.positions.load(state["positions"])
+        self.tokens = state["num_tokens"]
+        self.nonfinite_steps = state.get("nonfinite_steps", 0)
+        self.empty_steps = state.get("empty_steps", 0)

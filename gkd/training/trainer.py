@@ -52,7 +52,8 @@ from gkd.training.faults import FaultGuard, nan_unless_finite
 from gkd.training.hub import HubMixin
 from gkd.training.log import LoggingMixin
 from gkd.training.metrics import Meter
-from gkd.training.record import Ledger
+from gkd.training.position_profile import PositionProfile
+from gkd.training.record import Ledger, Record
 from gkd.training.stream import WindowMixin
 from gkd.training.trl_attributes import TRLAttributes
 from gkd.training.window import count, measure, write_completions
@@ -142,8 +143,8 @@ class GKDTrainer(
         self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
         self.model_accepts_loss_kwargs = True
         self._set_up_models(ready, teacher_processing_class)
-        self.ledger = Ledger()
-        self.guard = FaultGuard(self.accelerator, self.ledger, args.max_nonfinite_steps)
+        self.record = Record(PositionProfile(self.accelerator.device))
+        self.guard = FaultGuard(self.accelerator, self.record, args.max_nonfinite_steps)
         self.add_callback(self.guard)
         for callback in self.teacher.callbacks:
             self.add_callback(callback)  # behind the guard, which may ask for a checkpoint
@@ -185,6 +186,11 @@ class GKDTrainer(
         scores are on disk (`teacher_scores_dir`) is loaded now."""
         return self.teacher.model
 
+    @property
+    def ledger(self) -> Ledger:
+        """What the model has been trained on so far."""
+        return self.record.ledger
+
     # ---------------------------------------------------------------------------------------- one optimizer step
 
     def get_batch_samples(
@@ -207,8 +213,8 @@ class GKDTrainer(
         tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
         totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
         self.guard.open_window(totals[:6].view(2, len(SOURCES)).cpu())
-        self._total_train_tokens += int(totals[6])
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self.record.tokens += int(totals[6])
+        self._metrics["train"]["num_tokens"] = [self.record.tokens]
         trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
         micro_batches = cut(sequences + window.fillers, window.sizes)
         if self.completions is not None:

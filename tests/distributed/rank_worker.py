@@ -69,8 +69,8 @@ def report(trainer: Any, say: Say) -> None:
         "weights": [float(trained.sum()), float(trained.abs().sum())],
         "finite": bool(torch.isfinite(trained).all()),
         "ledger": trainer.ledger.as_dict(),
-        "nonfinite": trainer.guard.nonfinite_steps,
-        "empty": trainer.guard.empty_steps,
+        "nonfinite": trainer.record.nonfinite_steps,
+        "empty": trainer.record.empty_steps,
         "step": trainer.state.global_step,
         "learning_rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
     }

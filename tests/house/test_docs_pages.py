@@ -227,7 +227,7 @@ def test_every_logged_metric_is_documented_and_the_other_way_round(tmp_path):
     logged = set()
     for values in ({"lmbda": 0.5}, {"lmbda": 0.5, "seq_kd": True}):
         trainer = trainer_of(tmp_path, rows, **common, **values)
-        trainer.guard.nonfinite_steps = 1
+        trainer.record.nonfinite_steps = 1
         trainer.train()
         logged |= {name for entry in trainer.state.log_history for name in entry}
     named = documented()

@@ -52,7 +52,7 @@ def test_nothing_moves_and_nothing_is_counted(tmp_path, monkeypatch, optim, capl
     assert all(torch.equal(a, b) for a, b in zip(states[0][1], states[1][1], strict=True))
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 3]
     assert logged(trainer, "empty_steps") == [1.0, 1.0, 2.0]
-    assert trainer.guard.nonfinite_steps == 0
+    assert trainer.record.nonfinite_steps == 0
     assert sum(trainer.ledger.sequences.values()) == 8  # two steps of four rows
     assert "step 2 has nothing to train on" in caplog.text
     assert [
@@ -78,7 +78,7 @@ def test_masked_rollouts_make_such_steps(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, **values)
     before = weights(trainer).clone()
     trainer.train()
-    assert trainer.guard.empty_steps == 4
+    assert trainer.record.empty_steps == 4
     assert torch.equal(weights(trainer), before)
     assert losses(trainer) == []
 
@@ -90,7 +90,7 @@ def test_the_count_survives_a_resume(tmp_path, monkeypatch):
     first.train()
     second = trainer_of(tmp_path, **values)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert second.guard.empty_steps == 1
+    assert second.record.empty_steps == 1
 
 
 def test_an_interrupted_step_is_not_in_the_ledger(tmp_path, monkeypatch):

@@ -283,14 +283,14 @@ def test_training_gives_up_after_too_many_in_a_row(tmp_path, monkeypatch):
     resumed = trainer_of(tmp_path, max_steps=12, max_nonfinite_steps=2, lmbda=0.0, **SAVING)
     resumed.train(resume_from_checkpoint=True)  # the next rows are tried
     assert resumed.state.global_step == 12
-    assert resumed.guard.nonfinite_steps == 4
+    assert resumed.record.nonfinite_steps == 4
 
 
 def test_it_may_never_give_up(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, max_steps=5, max_nonfinite_steps=0, lmbda=0.0)
     spoil(trainer, set(range(5)), "nan", monkeypatch)
     trainer.train()
-    assert trainer.guard.nonfinite_steps == 5
+    assert trainer.record.nonfinite_steps == 5
     with pytest.raises(ValueError, match="max_nonfinite_steps=-1"):
         trainer_of(tmp_path, max_nonfinite_steps=-1)
 
