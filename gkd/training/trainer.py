@@ -45,7 +45,8 @@ from gkd.models.placement import place_student
 from gkd.models.precision import mixed_precision
 from gkd.models.quantized import keep_layout
 from gkd.models.zero import gathered, zero_stage
-from gkd.training.card import CardMixin
+from gkd.report.card import write_card
+from gkd.training.card import card_info
 from gkd.training.checkpoints import CheckpointMixin
 from gkd.training.eval_loss import EvaluationMixin
 from gkd.training.faults import FaultGuard, nan_unless_finite
@@ -61,9 +62,7 @@ from gkd.training.window import count, measure, write_completions
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(
-    TRLAttributes, CardMixin, CheckpointMixin, HubMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer
-):
+class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -151,6 +150,7 @@ class GKDTrainer(
         self._meters = {mode: Meter(self.accelerator.device, args.teacher_names) for mode in ("train", "eval")}
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._set_up_logging()
+        self.card_extras: dict[str, Any] = {}  # what only a run knows of itself: fields of `CardInfo` by name
 
     # ---------------------------------------------------------------------------------------------- set-up
 
@@ -344,6 +344,15 @@ class GKDTrainer(
         if isinstance(signal, TopKSignal):
             output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
         return output
+
+    # ------------------------------------------------------------------------------------------------- the end
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` into the output folder (main process only)."""
+        if self.is_world_process_zero():
+            write_card(card_info(self, model_name, dataset_name, tags), self.args.output_dir)
 
 
 def _sources(inputs: dict[str, Tensor]) -> Tensor:
