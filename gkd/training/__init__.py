@@ -18,6 +18,8 @@ faults: `FaultGuard`: a step that must not be made is left out: no target anywhe
 going_on: going on from a checkpoint: which one, whether it is sound, and whether it belongs to what is
     trained now
 hub: pushing to the Hugging Face Hub: a push that fails loses nothing and says how to do it again
+late_rows: rows that come to a trainer after its constructor: prepared where they are evaluated on,
+    refused for training
 log: what a training log holds beside the Trainer's own loss and learning rate
 metrics: `Meter`: sums and counts by source, reduced over ranks once per logged step
 output_folder: the output folder belongs to one run at a time: it is locked while one works there, and

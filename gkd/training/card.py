@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
 
@@ -15,12 +15,9 @@ from gkd.report.repo import Repo
 from gkd.teachers.base import Teacher
 from gkd.training.card_settings import shown_settings
 
-if TYPE_CHECKING:
-    from gkd.training.trainer import GKDTrainer
-
 
 def card_info(
-    trainer: GKDTrainer, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
+    trainer: Any, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
 ) -> CardInfo:
     """What stands on the card of a training, finished or at a checkpoint; the arguments of `create_model_card`, and
     what only a run knows (`trainer.card_extras`), go before what the trainer knows of itself."""

@@ -48,9 +48,10 @@ from gkd.models.zero import gathered, zero_stage
 from gkd.report.card import write_card
 from gkd.training.card import card_info
 from gkd.training.checkpoints import CheckpointMixin
-from gkd.training.eval_loss import EvaluationMixin
-from gkd.training.faults import FaultGuard, nan_unless_finite
+from gkd.training.eval_loss import EvalLoss
+from gkd.training.faults import EvaluationLeft, FaultGuard, nan_unless_finite
 from gkd.training.hub import HubMixin
+from gkd.training.late_rows import LateRows
 from gkd.training.log import LoggingMixin
 from gkd.training.metrics import Meter
 from gkd.training.position_profile import PositionProfile
@@ -62,7 +63,7 @@ from gkd.training.window import count, measure, write_completions
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, LoggingMixin, WindowMixin, SFTTrainer):
+class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, LoggingMixin, WindowMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -88,6 +89,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, Logg
 
     _tag_names = ["trl", "gkd"]  # noqa: RUF012 - as the base class declares it
     _name = "GKD"
+    data_collator: Any  # the base class has no types, and this one sets it anew
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, Logg
         ready = training_materials(args, given, quantization_config)
         args = ready.args
         use_cache = student_setup.use_cache_of(ready.config)
-        self._formatting_func, self.encoding = formatting_func, ready.encoding
+        self.encoding = ready.encoding
         args.remove_unused_columns = False  # the collator needs prompt_length and row
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         student, peft_config = student_setup.with_own_adapter(model, args, peft_config)
@@ -148,7 +150,8 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, Logg
         for callback in self.teacher.callbacks:
             self.add_callback(callback)  # behind the guard, which may ask for a checkpoint
         self._meters = {mode: Meter(self.accelerator.device, args.teacher_names) for mode in ("train", "eval")}
-        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        self.late_rows = LateRows(self, formatting_func)
+        self.eval_loss = EvalLoss(args, self.accelerator, lambda: self._flush("eval"))
         self._set_up_logging()
         self.card_extras: dict[str, Any] = {}  # what only a run knows of itself: fields of `CardInfo` by name
 
@@ -190,6 +193,25 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, Logg
     def ledger(self) -> Ledger:
         """What the model has been trained on so far."""
         return self.record.ledger
+
+    # ---------------------------------------------------------------------------------------------- rows
+
+    def get_train_dataloader(self) -> Any:
+        """As in `transformers.Trainer`.
+
+        Raises:
+            ValueError: `train_dataset` was set after the constructor, to rows that nobody has prepared.
+        """
+        self.late_rows.check_train()
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `transformers.Trainer`, for rows of every form that the constructor takes; so `evaluate` is, too."""
+        return super().get_eval_dataloader(self.late_rows.for_evaluation(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in `transformers.Trainer`, for rows of every form; so `predict` is, too."""
+        return super().get_test_dataloader(self.late_rows.ready(test_dataset, "test"))
 
     # ---------------------------------------------------------------------------------------- one optimizer step
 
@@ -289,7 +311,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, Logg
         if mode == "train":
             self._compare_rollouts()
         if mode == "eval":
-            self._count_evaluation(output, inputs["labels"], targets)
+            self.eval_loss.add(output, inputs["labels"], targets)
         elif signal is not None:
             self._observe(output, sources, targets.places)
         if mode == "train" and num_items_in_batch is not None:
@@ -344,6 +366,33 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, EvaluationMixin, Logg
         if isinstance(signal, TopKSignal):
             output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
         return output
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Data source only, nothing generated, the same normalisation as in training, no random stream moved."""
+        with self.eval_loss.measured():
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self.eval_loss.metrics(metric_key_prefix))
+        return output
+
+    def _evaluate(self, trial: Any, ignore_keys: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        try:
+            found: dict[str, float] = super()._evaluate(trial, ignore_keys, skip_scheduler)
+            return found
+        except EvaluationLeft:
+            if not skip_scheduler:
+                raise
+            return {}  # before the first step: nothing has been trained that could be saved
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers.Trainer`; where a signal comes during the evaluation, it is left, and the step saved."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationLeft:
+            self.control.should_log = self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- the end
 
