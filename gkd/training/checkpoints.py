@@ -39,6 +39,7 @@ class CheckpointMixin(GoingOnMixin):
     record: Record
     guard: FaultGuard
     _get_output_dir: Any
+    _push_from_checkpoint: Any
     _at_window: dict[str, Any]
     model: Any
     _is_saving = False
@@ -152,7 +153,3 @@ class CheckpointMixin(GoingOnMixin):
             yield
         finally:
             self.args.save_total_limit, self.args.save_only_model, self._is_saving = limit, alone, False
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_saving:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]

@@ -46,11 +46,11 @@ from gkd.models.precision import mixed_precision
 from gkd.models.quantized import keep_layout
 from gkd.models.zero import gathered, zero_stage
 from gkd.report.card import write_card
+from gkd.training import hub
 from gkd.training.card import card_info
 from gkd.training.checkpoints import CheckpointMixin
 from gkd.training.eval_loss import EvalLoss
 from gkd.training.faults import EvaluationLeft, FaultGuard, nan_unless_finite
-from gkd.training.hub import HubMixin
 from gkd.training.late_rows import LateRows
 from gkd.training.log import LoggingMixin
 from gkd.training.metrics import Meter
@@ -63,7 +63,7 @@ from gkd.training.window import count, measure, write_completions
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, LoggingMixin, WindowMixin, SFTTrainer):
+class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -393,6 +393,37 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, HubMixin, LoggingMixin, WindowM
             self.control.should_log = self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # -------------------------------------------------------------------------------------------- to the Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, or find it there.
+
+        Raises:
+            PushError: no connection, no permission, or not a repository's name.
+        """
+        with hub.repository_made(self.args):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`: the model is saved into `output_dir` first, then all of it is pushed.
+
+        Raises:
+            PushError: the push failed; what was saved is where it was.
+        """
+        with hub.pushed(self.args, lambda: self.hub_model_id):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._is_saving:
+            return  # the Trainer pushes at the end of its own save: here it is pushed once it is complete
+        hub.tell_failed_pushes(getattr(self, "push_in_progress", None))  # before the base class forgets them
+        with hub.pushed_if_possible():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        hub.tell_failed_pushes(getattr(self, "push_in_progress", None))
 
     # ------------------------------------------------------------------------------------------------- the end
 

@@ -13,10 +13,10 @@ from hub_server import ACCESS_TOKEN, USER, faults_of_card, running_hub
 from huggingface_hub import ModelCard
 from tiny import save_tiny, tiny_rows
 from training import trainer_of
+from transformers import Trainer
 from transformers.utils.hub import PushInProgress
 
 from gkd.common.errors import PushError
-from gkd.training.hub import HubMixin
 
 TESTS = Path(__file__).resolve().parents[1] / "support"
 
@@ -192,18 +192,14 @@ def test_a_failing_push_of_a_checkpoint_does_not_end_the_training(worker, hub):
     assert "adapter_model.safetensors" in hub.files
 
 
-def test_a_push_that_failed_is_told_before_the_next_one_takes_its_place(caplog):
-    class Base:
-        def _push_from_checkpoint(self, folder):
-            self.push_in_progress = None
-
-    class Pushing(HubMixin, Base):
-        pass
-
-    failed, trainer = Future(), Pushing()
+def test_a_push_that_failed_is_told_before_the_next_one_takes_its_place(tmp_path, monkeypatch, caplog):
+    trainer, failed = trainer_of(tmp_path), Future()
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: setattr(self, "push_in_progress", None))
     failed.set_exception(OSError(f"no way with {ACCESS_TOKEN}"))
     trainer.push_in_progress = PushInProgress([failed])
+    caplog.clear()
     trainer._push_from_checkpoint("checkpoint-2")
+    assert trainer.push_in_progress is None
     (record,) = caplog.records
     assert "no way with REDACTED" in record.getMessage()
 
