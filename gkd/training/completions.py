@@ -141,6 +141,15 @@ class CompletionLog(TrainerCallback):
         return redact_value(self._tokenizer.decode(ids))
 
 
+def completion_log(
+    args: Any, tokenizer: Any, hygiene: Hygiene, callbacks: Callable[[], Sequence[Any]]
+) -> CompletionLog | None:
+    """As the settings want it; None where nothing is to be shown."""
+    if not args.log_completions:
+        return None
+    return CompletionLog(tokenizer, hygiene, callbacks, args.log_completions_steps, args.num_completions_to_print)
+
+
 # --------------------------------------------------------------------------------------------------- the console
 
 

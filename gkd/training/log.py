@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from gkd.common.ranks import max_over_ranks, sum_over_ranks
-from gkd.common.redact import redact_process_arguments
 from gkd.training.completions import CompletionLog
 from gkd.training.faults import FaultGuard
 from gkd.training.metrics import Meter
@@ -31,74 +31,63 @@ class LogTheLast(TrainerCallback):
             control.should_log = True
 
 
-class LoggingMixin:
-    """Our metrics in every training log, reduced over ranks; sample completions; divergence along the position."""
+class TrainingLog:
+    """Our metrics in every training log, reduced over ranks; sample completions; divergence along the position.
 
-    args: Any
-    state: Any
-    accelerator: Any
-    model: Any
-    record: Record
-    guard: FaultGuard
-    _meters: dict[str, Meter]
-    hygiene: Any
-    processing_class: Any
-    callback_handler: Any
-    add_callback: Any
-    completions: CompletionLog | None = None
-    _warned_of_truncation = False
-    _warned_of_little_mass = False
+    Args:
+        args: of the trainer.
+        accelerator: to reduce over ranks.
+        record: what the run has done so far.
+        guard: knows of steps that were left out.
+        completions: shows samples; None shows none.
+    """
 
-    def _set_up_logging(self) -> None:
-        if self.args.report_to:
-            redact_process_arguments()
-        self.add_callback(LogTheLast())
-        if self.args.log_completions:
-            self.completions = CompletionLog(
-                self.processing_class,
-                self.hygiene,
-                lambda: self.callback_handler.callbacks,
-                self.args.log_completions_steps,
-                self.args.num_completions_to_print,
-            )
-            self.add_callback(self.completions)
+    def __init__(
+        self, args: Any, accelerator: Accelerator, record: Record, guard: FaultGuard, completions: CompletionLog | None
+    ) -> None:
+        self._args, self._accelerator, self._record, self._guard = args, accelerator, record, guard
+        self.completions = completions
+        self.meters = {mode: Meter(accelerator.device, args.teacher_names) for mode in ("train", "eval")}
+        self._warned_of_truncation = self._warned_of_little_mass = False
 
-    def _observe(self, output: Any, sources: Tensor, places: Tensor) -> None:
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the trainer is to call for the log's sake."""
+        return [LogTheLast(), *([] if self.completions is None else [self.completions])]
+
+    def observe(self, output: Any, sources: Tensor, places: Tensor, state: Any) -> None:
         """Keep what a training micro-batch shows: `output` of the fused divergence, `sources` and `places` [N]."""
         if self.completions is not None:
             self.completions.add(output.divergence)
-        done = (self.state.global_step, self.state.max_steps)
-        self.record.positions.add(output.divergence, sources, places, *done)
+        self._record.positions.add(output.divergence, sources, places, state.global_step, state.max_steps)
 
-    def _flush(self, mode: str) -> dict[str, float]:
-        return self._meters[mode].flush(
-            lambda values: sum_over_ranks(self.accelerator, values),
-            lambda values: max_over_ranks(self.accelerator, values),
-        )
+    def flush(self, mode: str) -> dict[str, float]:
+        """The means since the last time, "train" or "eval". A collective."""
+        return self.meters[mode].flush(self._sum, lambda values: max_over_ranks(self._accelerator, values))
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics to a training log. The Trainer calls this on every rank, so the reduction meets."""
+    def add_to(self, logs: dict[str, float], is_training: bool) -> None:
+        """Add our metrics to what the Trainer is about to log. It does so on every rank, so the reduction meets."""
         if "loss" in logs or "train_runtime" in logs:
-            self.record.positions.flush(lambda values: sum_over_ranks(self.accelerator, values))
-        if "loss" in logs and self.model.training:
-            logs.update(self._flush("train"))
+            self._record.positions.flush(self._sum)
+        if "loss" in logs and is_training:
+            logs.update(self.flush("train"))
             self._warn_of_truncation(logs)
             self._warn_of_little_mass(logs)
-            if self.record.nonfinite_steps:
-                logs["nonfinite_steps"] = float(self.record.nonfinite_steps)
-            logs.update({f"ledger/targets/{s}": float(n) for s, n in self.record.ledger.targets.items() if n})
-            if self.record.empty_steps:
-                logs["empty_steps"] = float(self.record.empty_steps)
-            loss = self.guard.logged_loss(logs["loss"])
+            if self._record.nonfinite_steps:
+                logs["nonfinite_steps"] = float(self._record.nonfinite_steps)
+            logs.update({f"ledger/targets/{s}": float(n) for s, n in self._record.ledger.targets.items() if n})
+            if self._record.empty_steps:
+                logs["empty_steps"] = float(self._record.empty_steps)
+            loss = self._guard.logged_loss(logs["loss"])
             if loss is None:  # nothing was trained on since the last log
                 del logs["loss"]
             else:
                 logs["loss"] = loss
         if "train_loss" in logs:
-            logs["train_loss"] = self.guard.mean_loss(logs["train_loss"])
-        super().log(logs, start_time)  # type: ignore[misc]
-        if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
-            self.state.log_history[-1]["divergence_by_position"] = self.record.positions.as_dict()
+            logs["train_loss"] = self._guard.mean_loss(logs["train_loss"])
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return sum_over_ranks(self._accelerator, values)
 
     def _warn_of_little_mass(self, logs: dict[str, float]) -> None:
         mass = logs.get("teacher/top_k_mass", 1.0)
@@ -109,7 +98,7 @@ class LoggingMixin:
                 "language model hold nearly all: does the server give log-probabilities of the whole vocabulary, at "
                 "temperature 1? "
                 "If it does, raise teacher_top_k",
-                self.args.teacher_top_k,
+                self._args.teacher_top_k,
                 mass,
             )
 
@@ -122,5 +111,5 @@ class LoggingMixin:
                 "rollouts out of the loss (mask_truncated_completions=True), or warm the student up on data (lmbda=0) "
                 "or on the teacher's text (seq_kd=True) until it has learnt to stop",
                 100 * share,
-                self.args.max_new_tokens,
+                self._args.max_new_tokens,
             )

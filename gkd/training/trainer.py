@@ -30,6 +30,7 @@ from gkd.assembly.parts import LoadedStudent, assemble
 from gkd.assembly.scores import evaluation_sets, load_unless_covered
 from gkd.assembly.servers import rollout_check, score_together
 from gkd.common.ranks import sum_over_ranks
+from gkd.common.redact import redact_process_arguments
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import PaddingCollator, collate, cut, unpad
 from gkd.data.sources import SOURCES
@@ -49,11 +50,11 @@ from gkd.report.card import write_card
 from gkd.training import hub
 from gkd.training.card import card_info
 from gkd.training.checkpoints import CheckpointMixin
+from gkd.training.completions import completion_log
 from gkd.training.eval_loss import EvalLoss
 from gkd.training.faults import EvaluationLeft, FaultGuard, nan_unless_finite
 from gkd.training.late_rows import LateRows
-from gkd.training.log import LoggingMixin
-from gkd.training.metrics import Meter
+from gkd.training.log import TrainingLog
 from gkd.training.position_profile import PositionProfile
 from gkd.training.record import Ledger, Record
 from gkd.training.stream import WindowMixin
@@ -63,7 +64,7 @@ from gkd.training.window import count, measure, write_completions
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTTrainer):
+class GKDTrainer(TRLAttributes, CheckpointMixin, WindowMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -149,10 +150,16 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
         self.add_callback(self.guard)
         for callback in self.teacher.callbacks:
             self.add_callback(callback)  # behind the guard, which may ask for a checkpoint
-        self._meters = {mode: Meter(self.accelerator.device, args.teacher_names) for mode in ("train", "eval")}
+        completions = completion_log(
+            args, self.processing_class, self.hygiene, lambda: self.callback_handler.callbacks
+        )
+        self.training_log = TrainingLog(args, self.accelerator, self.record, self.guard, completions)
         self.late_rows = LateRows(self, formatting_func)
-        self.eval_loss = EvalLoss(args, self.accelerator, lambda: self._flush("eval"))
-        self._set_up_logging()
+        self.eval_loss = EvalLoss(args, self.accelerator, lambda: self.training_log.flush("eval"))
+        if args.report_to:
+            redact_process_arguments()
+        for callback in self.training_log.callbacks:
+            self.add_callback(callback)
         self.card_extras: dict[str, Any] = {}  # what only a run knows of itself: fields of `CardInfo` by name
 
     # ---------------------------------------------------------------------------------------------- set-up
@@ -226,11 +233,11 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
         self._begin_window()
         self._take_generation_config()
         window, sources = opened
-        with self._meters["train"].phase("rollout"):
+        with self.training_log.meters["train"].phase("rollout"):
             sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)
             self._count_age(sources, len(window.sizes))
             self._ask_ahead(epoch_iterator)
-        measure(sequences, self.hygiene, self._meters["train"])
+        measure(sequences, self.hygiene, self.training_log.meters["train"])
         counts = count(sequences)
         tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
         totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
@@ -239,8 +246,8 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
         self._metrics["train"]["num_tokens"] = [self.record.tokens]
         trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
         micro_batches = cut(sequences + window.fillers, window.sizes)
-        if self.completions is not None:
-            self.completions.open(micro_batches)
+        if self.training_log.completions is not None:
+            self.training_log.completions.open(micro_batches)
         collated = [collate(rows, self._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
         compared = self.loss_settings.shared_vocab or head_rows(self.accelerator.unwrap_model(self.model))
         for batch in collated:
@@ -251,7 +258,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
 
     def _score_ahead(self, batches: list[dict[str, Tensor]], device: torch.device) -> None:
         """Score a whole window at once, where the teacher can."""
-        with self._meters["train"].phase("teacher"):
+        with self.training_log.meters["train"].phase("teacher"):
             for batch, hidden in zip(batches, self.teacher.score_window(batches, device), strict=False):
                 batch["teacher_hidden"] = hidden
 
@@ -262,7 +269,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
-        with self._meters["train"].phase("student"):
+        with self.training_log.meters["train"].phase("student"):
             loss = super().training_step(*args, **kwargs)
         if self.guard.is_empty:
             loss = torch.zeros_like(loss)  # of nothing: also where a router's loss, or a NaN for the engine, was added
@@ -286,7 +293,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
             # a foreign collator may pad on the left; our forward pass wants the padding on the right
             batch = collate(unpad(inputs), self._pad_id)
             inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
-        with self._meters[mode].phase("teacher"):
+        with self.training_log.meters[mode].phase("teacher"):
             signal: TeacherSignal | None = None
             if "teacher_hidden" in inputs:
                 signal = self.teacher.signal_of(inputs["teacher_hidden"])
@@ -307,13 +314,13 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
         loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head, check)
         output, sources = details[0], per_target(_sources(inputs), targets)
         teachers = per_target(inputs["teachers"], targets) if self.args.teacher_names else None
-        self._meters[mode].add_targets(output, sources, teachers)
+        self.training_log.meters[mode].add_targets(output, sources, teachers)
         if mode == "train":
             self._compare_rollouts()
         if mode == "eval":
             self.eval_loss.add(output, inputs["labels"], targets)
         elif signal is not None:
-            self._observe(output, sources, targets.places)
+            self.training_log.observe(output, sources, targets.places, self.state)
         if mode == "train" and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
@@ -366,6 +373,15 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, LoggingMixin, WindowMixin, SFTT
         if isinstance(signal, TopKSignal):
             output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
         return output
+
+    # ------------------------------------------------------------------------------------------------- the log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `transformers.Trainer`, with our metrics."""
+        self.training_log.add_to(logs, self.model.training)
+        super().log(logs, start_time)
+        if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
+            self.state.log_history[-1]["divergence_by_position"] = self.record.positions.as_dict()
 
     # ------------------------------------------------------------------------------------------------- evaluation
 

@@ -36,7 +36,7 @@ class Kept(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        log = self.trainer.completions
+        log = self.trainer.training_log.completions
         self.steps.append((state.global_step + 1, list(log._sequences), log.samples(state.global_step + 1)))
 
 

@@ -62,8 +62,8 @@ def test_a_training_leaves_the_profile_in_its_history(tmp_path):
     student, teacher = tiny_model(seed=1), tiny_model(hidden=48, layers=3, seed=2)
     kept = []
     trainer = trainer_of(tmp_path, student=student, teacher=teacher, learning_rate=0.0, max_steps=4, logging_steps=3)
-    collect = trainer._observe
-    trainer._observe = lambda *args: (kept.append(args), collect(*args))
+    collect = trainer.training_log.observe
+    trainer.training_log.observe = lambda *args: (kept.append(args), collect(*args))
     trainer.train()
     last = trainer.state.log_history[-1]
     assert "train_loss" in last
@@ -73,11 +73,11 @@ def test_a_training_leaves_the_profile_in_its_history(tmp_path):
     assert counts["student"] > 0
     assert counts["data"] > 0
     total = sum(sum(map(sum, profile["sums"][source])) for source in SOURCES)
-    expected = sum(float(output.divergence.double().sum()) for output, _, _ in kept)
+    expected = sum(float(output.divergence.double().sum()) for output, _, _, _ in kept)
     assert abs(total - expected) < 1e-6 * expected
     firsts = [  # the first target of each row, from the micro-batches as they were trained on
         value
-        for output, _, places in kept
+        for output, _, places, _ in kept
         for value, place in zip(output.divergence.tolist(), places.tolist(), strict=True)
         if place == 1
     ]
