@@ -40,6 +40,7 @@ class CheckpointMixin(GoingOnMixin):
     guard: FaultGuard
     _get_output_dir: Any
     _push_from_checkpoint: Any
+    stream: Any
     _at_window: dict[str, Any]
     model: Any
     _is_saving = False
@@ -73,7 +74,7 @@ class CheckpointMixin(GoingOnMixin):
             self._saved, self._started, self._ends_early = checkpoint, time.monotonic(), False
             self.guard.start()
             try:
-                with self.guard.request, self._saved_when_a_server_fails(trial):
+                with self.guard.request, self._saved_when_a_server_fails(trial), self.stream.around():
                     output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
             finally:
                 self.guard.is_training = False

@@ -3,76 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from gkd.data.sources import choose_sources
-from gkd.rollouts.against_the_student import RolloutCheck
 from gkd.training.window import Window, open_window, prompts_of
 
 Batches = list[dict[str, Tensor]]
 
 
-class WindowMixin:
+class WindowStream:
     """Windows in their order. With `rollout_staleness=1` the server writes the next one while this one is trained.
 
     The rows that are looked at ahead are kept for the step that trains on them; nothing of it is in a checkpoint. A
     resumed run asks anew, and so does every epoch's first window: both are sampled from the present weights.
+
+    Args:
+        trainer: its state tells the step, its rollouts write ahead, its log gets how old their weights were.
     """
 
-    args: Any
-    state: Any
-    accelerator: Any
-    train_dataset: Any
-    rollouts: dict[str, Any]
-    rollout_check: RolloutCheck | None
-    _metrics: dict[str, dict[str, list[float]]]
-    _looked_at: tuple[Iterator[Any], Batches, bool] | None = None
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._args, self._accelerator = trainer, trainer.args, trainer.accelerator
+        self._looked_at: tuple[Iterator[Any], Batches, bool] | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; a request that was made ahead ends with it."""
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """A training happens inside; a request that was made ahead ends with it."""
         self._looked_at = None
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            yield
         finally:
-            for rollout in self.rollouts.values():
+            for rollout in self._trainer.rollouts.values():
                 rollout.forget()
 
-    def _next_window(self, iterator: Iterator[Any], number: int) -> tuple[Window, list[str]] | None:
+    def next_window(self, iterator: Iterator[Any], number: int) -> tuple[Window, list[str]] | None:
         """The window that is to be trained now and its rows' sources; None at the end of an epoch."""
         held, self._looked_at = self._looked_at, None
         if held is not None and held[0] is iterator:
-            return self._open(*held[1:], step=self.state.global_step)
-        return self._open(*self._fetch(iterator, number), step=self.state.global_step)
+            return self._open(*held[1:], step=self._trainer.state.global_step)
+        return self._open(*self._fetch(iterator, number), step=self._trainer.state.global_step)
 
-    def _ask_ahead(self, iterator: Iterator[Any]) -> None:
+    def ask_ahead(self, iterator: Iterator[Any]) -> None:
         """Ask the server for the student's completions of the next window; they are sampled while this one trains."""
-        step, rollout = self.state.global_step + 1, self.rollouts["student"]
-        if self.args.rollout_staleness == 0 or step >= self.state.max_steps:
+        step, rollout = self._trainer.state.global_step + 1, self._trainer.rollouts["student"]
+        if self._args.rollout_staleness == 0 or step >= self._trainer.state.max_steps:
             return
-        self._looked_at = (iterator, *self._fetch(iterator, self.args.gradient_accumulation_steps))
+        self._looked_at = (iterator, *self._fetch(iterator, self._args.gradient_accumulation_steps))
         opened = self._open(*self._looked_at[1:], step=step)
         if opened is not None and "student" in opened[1]:
             _, prompts, numbers = prompts_of(*opened, "student")
             rollout.generate_ahead(prompts, step, numbers)
 
-    def _count_age(self, sources: list[str], micro_batches: int) -> None:
+    def count_age(self, sources: list[str], micro_batches: int) -> None:
         """Log how old the weights were that a server sampled this window's rollouts from, in optimizer steps; what it
         says of its tokens is compared while they are trained on."""
-        rollout = self.rollouts["student"]
+        rollout = self._trainer.rollouts["student"]
         if rollout.server_field is not None and "student" in sources:
-            assert rollout.age in (0, self.args.rollout_staleness), rollout.age
-            self._metrics["train"]["rollout/staleness"].append(float(rollout.age))
-            if self.rollout_check is not None:
-                self.rollout_check.open(micro_batches, rollout.age)
+            assert rollout.age in (0, self._args.rollout_staleness), rollout.age
+            self._trainer._metrics["train"]["rollout/staleness"].append(float(rollout.age))
+            if self._trainer.rollout_check is not None:
+                self._trainer.rollout_check.open(micro_batches, rollout.age)
 
-    def _compare_rollouts(self) -> None:
+    def compare_rollouts(self) -> None:
         """Behind each micro-batch, before its backward pass: after the step's last one the ranks compare."""
-        compared = None if self.rollout_check is None else self.rollout_check.close()
+        compared = None if self._trainer.rollout_check is None else self._trainer.rollout_check.close()
         if compared is not None:
-            self._metrics["train"]["rollout/logprob_gap"].append(compared.gap)
-            self._metrics["train"]["rollout/surprise"].append(compared.surprise)
+            self._trainer._metrics["train"]["rollout/logprob_gap"].append(compared.gap)
+            self._trainer._metrics["train"]["rollout/surprise"].append(compared.surprise)
 
     def _fetch(self, iterator: Iterator[Any], number: int) -> tuple[Batches, bool]:
         """The next batches, and whether the epoch ends with them."""
@@ -83,13 +82,13 @@ class WindowMixin:
             if batch is None:
                 break
             batches.append(batch)
-            ended = self.accelerator.gradient_state.end_of_dataloader
+            ended = self._accelerator.gradient_state.end_of_dataloader
         return batches, ended
 
     def _open(self, batches: Batches, ended: bool, step: int) -> tuple[Window, list[str]] | None:
         if not batches:
             return None
-        args, accelerator = self.args, self.accelerator
+        args, accelerator = self._args, self._accelerator
         last = self._rows_of_last_round(len(batches[-1]["input_ids"])) if ended else None
         window = open_window(batches, accelerator.process_index, accelerator.num_processes, last)
         sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
@@ -98,8 +97,8 @@ class WindowMixin:
     def _rows_of_last_round(self, size: int) -> int | None:
         """Rows that the ranks' last batches of an epoch hold together, without those that accelerate repeats to make
         them as large as the others (`size` rows); None when there are none of those."""
-        ranks, config = self.accelerator.num_processes, self.args.accelerator_config
-        if ranks == 1 or self.args.dataloader_drop_last or not config.even_batches:
+        ranks, config = self._accelerator.num_processes, self._args.accelerator_config
+        if ranks == 1 or self._args.dataloader_drop_last or not config.even_batches:
             return None
-        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+        rows = len(self._trainer.train_dataset) if hasattr(self._trainer.train_dataset, "__len__") else 0
         return rows % (ranks * size) or None

@@ -57,14 +57,14 @@ from gkd.training.late_rows import LateRows
 from gkd.training.log import TrainingLog
 from gkd.training.position_profile import PositionProfile
 from gkd.training.record import Ledger, Record
-from gkd.training.stream import WindowMixin
+from gkd.training.stream import WindowStream
 from gkd.training.trl_attributes import TRLAttributes
 from gkd.training.window import count, measure, write_completions
 
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(TRLAttributes, CheckpointMixin, WindowMixin, SFTTrainer):
+class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -154,6 +154,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, WindowMixin, SFTTrainer):
             args, self.processing_class, self.hygiene, lambda: self.callback_handler.callbacks
         )
         self.training_log = TrainingLog(args, self.accelerator, self.record, self.guard, completions)
+        self.stream = WindowStream(self)
         self.late_rows = LateRows(self, formatting_func)
         self.eval_loss = EvalLoss(args, self.accelerator, lambda: self.training_log.flush("eval"))
         if args.report_to:
@@ -227,7 +228,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, WindowMixin, SFTTrainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """One window: choose sources, write completions, sort, cut into micro-batches, count what is trained on."""
         args, step = self.args, self.state.global_step
-        opened = self._next_window(epoch_iterator, num_batches)
+        opened = self.stream.next_window(epoch_iterator, num_batches)
         if opened is None or step >= self.state.max_steps:  # resumed at the very end: no step is left
             return [], None
         self._begin_window()
@@ -235,8 +236,8 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, WindowMixin, SFTTrainer):
         window, sources = opened
         with self.training_log.meters["train"].phase("rollout"):
             sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)
-            self._count_age(sources, len(window.sizes))
-            self._ask_ahead(epoch_iterator)
+            self.stream.count_age(sources, len(window.sizes))
+            self.stream.ask_ahead(epoch_iterator)
         measure(sequences, self.hygiene, self.training_log.meters["train"])
         counts = count(sequences)
         tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
@@ -316,7 +317,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, WindowMixin, SFTTrainer):
         teachers = per_target(inputs["teachers"], targets) if self.args.teacher_names else None
         self.training_log.meters[mode].add_targets(output, sources, teachers)
         if mode == "train":
-            self._compare_rollouts()
+            self.stream.compare_rollouts()
         if mode == "eval":
             self.eval_loss.add(output, inputs["labels"], targets)
         elif signal is not None:
