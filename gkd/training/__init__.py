@@ -22,6 +22,8 @@ late_rows: rows that come to a trainer after its constructor: prepared where the
     refused for training
 log: what a training log holds beside the Trainer's own loss and learning rate
 metrics: `Meter`: sums and counts by source, reduced over ranks once per logged step
+optimizer_settings: the optimizer's settings: after a checkpoint was loaded, those asked for hold, not those
+    it was saved with
 output_folder: the output folder belongs to one run at a time: it is locked while one works there, and
     what other runs left in it is neither overwritten nor deleted unasked
 position_profile: divergence along the position in the completion: sums by bucket of positions, source and

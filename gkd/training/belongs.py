@@ -73,7 +73,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     facts["engine"] = engine_of(accelerator)
     facts["precision"] = accelerator.mixed_precision
     facts["ranks"] = accelerator.num_processes
-    facts["optimizer"] = trainer.kind_of_optimizer
+    facts["optimizer"] = trainer.optimizer_settings.kind
     return plain(facts)
 
 

@@ -38,14 +38,14 @@ def card_info(
         "hardware": describe_hardware(),
         "versions": installed_versions(),
         "command": list(sys.argv),
-        "commands": [(part["step"], part["command"]) for part in getattr(trainer, "commands", ())],
+        "commands": [(part["step"], part["command"]) for part in trainer.checkpoints.going_on.commands],
         "chat": bool(trainer.processing_class.chat_template),
         "steps": trainer.state.global_step,
         "num_processes": trainer.accelerator.num_processes,
         "hub_model_id": getattr(trainer, "hub_model_id", None) or args.hub_model_id,  # the first with its owner
         "notes": [*_about_teacher(args), *extras.pop("notes", ())],
     }
-    if trainer._is_saving:
+    if trainer.checkpoints.is_saving:
         values |= _at_a_checkpoint(args.output_dir, trainer.state, values["notes"])
     return CardInfo(**{**values, **extras})
 

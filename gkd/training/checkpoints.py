@@ -18,9 +18,7 @@ from gkd.common.disk import full_disk_explained
 from gkd.servers.client import ServerError
 from gkd.training import checkpoint_files as files
 from gkd.training import output_folder
-from gkd.training.faults import FaultGuard
-from gkd.training.going_on import GoingOnMixin
-from gkd.training.record import Record
+from gkd.training.going_on import GoingOn, first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -30,127 +28,138 @@ _REMEDY = (
 )
 
 
-class CheckpointMixin(GoingOnMixin):
-    """Checkpoints that are complete or not there, under every DeepSpeed stage alike; stops by a signal."""
+class Checkpoints:
+    """Checkpoints that are complete or not there, under every DeepSpeed stage alike; stops by a signal.
 
-    args: Any
-    state: Any
-    accelerator: Any
-    record: Record
-    guard: FaultGuard
-    _get_output_dir: Any
-    _push_from_checkpoint: Any
-    stream: Any
-    _at_window: dict[str, Any]
-    model: Any
-    _is_saving = False
-    _saved: str | None = None  # the checkpoint of the present step, once there is one
-    _started: float | None = None  # when the present training was
-    _seconds_before = 0.0  # of the run, before it
-    _ends_early = False  # by a server
+    Args:
+        trainer: what is saved, and gone on with.
 
-    # ----------------------------------------------------------------------------------------------- resuming
+    Attributes:
+        going_on: from a checkpoint, or anew.
+        is_saving: the Trainer is writing a checkpoint, which is not complete yet.
+    """
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kw: Any) -> Any:
-        """As in `transformers.Trainer`; True resumes from the complete checkpoint in `output_dir` saved last.
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._args, self._accelerator = trainer, trainer.args, trainer.accelerator
+        self.going_on = GoingOn(trainer)
+        self.is_saving = False
+        self._saved: str | None = None  # the checkpoint of the present step, once there is one
+        self._started: float | None = None  # when the present training was
+        self._seconds_before = 0.0  # of the run, before it
+        self._ends_early = False  # by a server
+        self._at_window: dict[str, Any] = {}
+
+    # ----------------------------------------------------------------------------------------------- a training
+
+    @contextmanager
+    def around(self, wanted: str | bool | None, trial: Any) -> Iterator[str | None]:
+        """A training happens inside, and goes on from the checkpoint that this gives; None: it starts anew.
+
+        Args:
+            wanted: as `train` was asked; True is the complete checkpoint in `output_dir` saved last.
+            trial: of a search.
 
         Raises:
-            ValueError: there is no such checkpoint, it is not complete, or ranks see different ones.
-            TrainingStopped: SIGTERM or SIGINT; a checkpoint was saved.
-            NotFiniteError: `max_nonfinite_steps` steps in a row were skipped; a checkpoint was saved.
-            DiskFullError: a checkpoint could not be saved.
-            ServerError: a server failed for too long; a checkpoint was saved.
+            ValueError, TrainingStopped, NotFiniteError, ServerError: as `GKDTrainer.train`.
         """
+        guard = self._trainer.guard
         with ExitStack() as held:
-            lock = output_folder.locked(self.args.output_dir)
-            self._first_rank(lambda: held.enter_context(lock))
-            self._check_folder_is_shared()
-            checkpoint = self._resolve(resume_from_checkpoint)
-            self._check_belongs(checkpoint)
-            self._seconds_before, self.commands = 0.0, []
+            lock = output_folder.locked(self._args.output_dir)
+            first_rank(self._accelerator, lambda: held.enter_context(lock))
+            self.going_on.check_folder_is_shared()
+            checkpoint = self.going_on.find(wanted)
+            self.going_on.check_belongs(checkpoint)
+            self._seconds_before, self.going_on.commands = 0.0, []
             if checkpoint is not None:
-                self._load_state(checkpoint)
-            self._choose_run(checkpoint)
+                self._load(checkpoint)
+            self.going_on.choose_run(checkpoint)
             self._saved, self._started, self._ends_early = checkpoint, time.monotonic(), False
-            self.guard.start()
+            guard.start()
             try:
-                with self.guard.request, self._saved_when_a_server_fails(trial), self.stream.around():
-                    output = super().train(checkpoint, trial, *args, **kw)  # type: ignore[misc]
+                with guard.request, self._saved_when_a_server_fails(trial):
+                    yield checkpoint
             finally:
-                self.guard.is_training = False
-            self._seconds_before, self._started = self.training_seconds, None
-            self.guard.raise_if_stopped(self.state, self._folder(trial))
-            return output._replace(training_loss=output.metrics["train_loss"])
+                guard.is_training = False
+            self._seconds_before, self._started = self.seconds, None
+            guard.raise_if_stopped(self._trainer.state, self.folder(trial))
 
-    def _load_state(self, checkpoint: str) -> None:
+    def _load(self, checkpoint: str) -> None:
         state = files.read_state(checkpoint)
         if state is not None and "ledger" in state:
-            self.record.load(state)
+            self._trainer.record.load(state)
             self._seconds_before = float(state.get("seconds", 0.0))
-            self.commands = list(state.get("commands", ()))
+            self.going_on.commands = list(state.get("commands", ()))
 
     @property
-    def training_seconds(self) -> float:
+    def seconds(self) -> float:
         """Of the whole run, over resumes, up to now."""
         return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
+    def begin_window(self) -> None:
+        """A step begins: what a checkpoint says if this step is never finished."""
+        self._at_window = self._trainer.record.as_dict()
+
+    @contextmanager
+    def _saved_when_a_server_fails(self, trial: Any) -> Iterator[None]:
+        """The weights are those of the last finished step, so what was learnt since the last checkpoint is kept."""
+        trainer = self._trainer
+        try:
+            yield
+        except ServerError as error:
+            together = error.on_all_ranks or self._accelerator.num_processes == 1  # saving takes all ranks
+            if together and trainer.state.global_step > 0:
+                trainer.record.load(self._at_window)
+                self._ends_early = True
+                trainer._save_checkpoint(trainer.model, trial)
+                logger.warning("a server failed; go on from %s with resume_from_checkpoint=true", self.folder(trial))
+            raise
+
     # ------------------------------------------------------------------------------------------------- saving
 
-    def _folder(self, trial: Any) -> str:
-        return os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+    def folder(self, trial: Any) -> str:
+        """Of the present step's checkpoint."""
+        return os.path.join(self._trainer._get_output_dir(trial), f"checkpoint-{self._trainer.state.global_step}")
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder, writes = self._folder(trial), self.args.should_save
-        if self._saved is not None and os.path.realpath(self._saved) == os.path.realpath(folder):
-            return  # resumed at its end, or saved at the end of a step and again at the end of its epoch
+    def is_saved(self, trial: Any) -> bool:
+        """Whether the present step's is there: resumed at its end, or saved at the end of a step and again at the end
+        of its epoch."""
+        return self._saved is not None and os.path.realpath(self._saved) == os.path.realpath(self.folder(trial))
+
+    @contextmanager
+    def saved(self, trial: Any) -> Iterator[None]:
+        """Inside, the Trainer writes a checkpoint. Behind it, it is complete, and older ones may have gone; or what
+        there is of it is deleted."""
+        folder, writes, going_on = self.folder(trial), self._args.should_save, self.going_on
+        state = self._trainer.state
         try:
-            with full_disk_explained(f"checkpoint-{self.state.global_step}", folder, _REMEDY):
+            with full_disk_explained(f"checkpoint-{state.global_step}", folder, _REMEDY):
                 if writes:
-                    files.begin(folder, self.run_id)
-                self.accelerator.wait_for_everyone()
+                    files.begin(folder, going_on.run_id)
+                self._accelerator.wait_for_everyone()
                 with self._until_complete():
-                    super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                self.accelerator.wait_for_everyone()  # every rank has written its files
+                    yield
+                self._accelerator.wait_for_everyone()  # every rank has written its files
                 if writes:
-                    about = {"belongs": self._facts, "seconds": self.training_seconds, "commands": self.commands}
-                    files.finish(folder, {**self.record.as_dict(), **about}, self.run_id, self._number_before)
+                    about = {"belongs": going_on.facts, "seconds": self.seconds, "commands": going_on.commands}
+                    kept = {**self._trainer.record.as_dict(), **about}
+                    files.finish(folder, kept, going_on.run_id, going_on.number_before)
         except OSError:
             if writes:
                 files.discard(folder)  # what there is of it only takes room
             raise
         self._saved = folder
         if writes:
-            best = self.state.best_model_checkpoint
-            files.rotate(self._get_output_dir(trial), self.args.save_total_limit, keep=[folder, best], run=self.run_id)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(folder)
-
-    def _begin_window(self) -> None:
-        """A step begins: what a checkpoint says if this step is never finished."""
-        self._at_window = self.record.as_dict()
-
-    @contextmanager
-    def _saved_when_a_server_fails(self, trial: Any) -> Iterator[None]:
-        """The weights are those of the last finished step, so what was learnt since the last checkpoint is kept."""
-        try:
-            yield
-        except ServerError as error:
-            together = error.on_all_ranks or self.accelerator.num_processes == 1  # saving takes all ranks
-            if together and self.state.global_step > 0:
-                self.record.load(self._at_window)
-                self._ends_early = True
-                self._save_checkpoint(self.model, trial)
-                logger.warning("a server failed; go on from %s with resume_from_checkpoint=true", self._folder(trial))
-            raise
+            keep, limit = [folder, state.best_model_checkpoint], self._args.save_total_limit
+            files.rotate(self._trainer._get_output_dir(trial), limit, keep=keep, run=going_on.run_id)
 
     @contextmanager
     def _until_complete(self) -> Iterator[None]:
         """The Trainer deletes older checkpoints and pushes at the end of its own save: here, before it is complete."""
-        limit, self.args.save_total_limit, self._is_saving = self.args.save_total_limit, None, True
-        alone = self.args.save_only_model
-        if self._ends_early or self.guard.is_stopping:  # what is saved now is to be gone on from
-            self.args.save_only_model = False
+        limit, self._args.save_total_limit, self.is_saving = self._args.save_total_limit, None, True
+        alone = self._args.save_only_model
+        if self._ends_early or self._trainer.guard.is_stopping:  # what is saved now is to be gone on from
+            self._args.save_only_model = False
         try:
             yield
         finally:
-            self.args.save_total_limit, self.args.save_only_model, self._is_saving = limit, alone, False
+            self._args.save_total_limit, self._args.save_only_model, self.is_saving = limit, alone, False

@@ -49,12 +49,13 @@ from gkd.models.zero import gathered, zero_stage
 from gkd.report.card import write_card
 from gkd.training import hub
 from gkd.training.card import card_info
-from gkd.training.checkpoints import CheckpointMixin
+from gkd.training.checkpoints import Checkpoints
 from gkd.training.completions import completion_log
 from gkd.training.eval_loss import EvalLoss
 from gkd.training.faults import EvaluationLeft, FaultGuard, nan_unless_finite
 from gkd.training.late_rows import LateRows
 from gkd.training.log import TrainingLog
+from gkd.training.optimizer_settings import OptimizerSettings
 from gkd.training.position_profile import PositionProfile
 from gkd.training.record import Ledger, Record
 from gkd.training.stream import WindowStream
@@ -64,7 +65,7 @@ from gkd.training.window import count, measure, write_completions
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
+class GKDTrainer(TRLAttributes, SFTTrainer):
     """Generalized knowledge distillation; a drop-in for `trl.experimental.gkd.GKDTrainer`.
 
     Args:
@@ -145,23 +146,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
         self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
         self.model_accepts_loss_kwargs = True
         self._set_up_models(ready, teacher_processing_class)
-        self.record = Record(PositionProfile(self.accelerator.device))
-        self.guard = FaultGuard(self.accelerator, self.record, args.max_nonfinite_steps)
-        self.add_callback(self.guard)
-        for callback in self.teacher.callbacks:
-            self.add_callback(callback)  # behind the guard, which may ask for a checkpoint
-        completions = completion_log(
-            args, self.processing_class, self.hygiene, lambda: self.callback_handler.callbacks
-        )
-        self.training_log = TrainingLog(args, self.accelerator, self.record, self.guard, completions)
-        self.stream = WindowStream(self)
-        self.late_rows = LateRows(self, formatting_func)
-        self.eval_loss = EvalLoss(args, self.accelerator, lambda: self.training_log.flush("eval"))
-        if args.report_to:
-            redact_process_arguments()
-        for callback in self.training_log.callbacks:
-            self.add_callback(callback)
-        self.card_extras: dict[str, Any] = {}  # what only a run knows of itself: fields of `CardInfo` by name
+        self._set_up_helpers(formatting_func)
 
     # ---------------------------------------------------------------------------------------------- set-up
 
@@ -190,6 +175,25 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
         warn_of_differences(self.stop_ids, ready.tokenizer, parts.teacher_tokenizer)
         logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
         logger.info("loss: %s", self.loss_settings.in_words())
+
+    def _set_up_helpers(self, formatting_func: Callable[..., Any] | None) -> None:
+        """What the trainer holds and calls on its way through a training."""
+        args, accelerator = self.args, self.accelerator
+        self.record = Record(PositionProfile(accelerator.device))
+        self.guard = FaultGuard(accelerator, self.record, args.max_nonfinite_steps)
+        self.late_rows = LateRows(self, formatting_func)
+        self.stream = WindowStream(self)
+        shown = completion_log(args, self.processing_class, self.hygiene, lambda: self.callback_handler.callbacks)
+        self.training_log = TrainingLog(args, accelerator, self.record, self.guard, shown)
+        self.eval_loss = EvalLoss(args, accelerator, lambda: self.training_log.flush("eval"))
+        self.optimizer_settings = OptimizerSettings(self)
+        self.checkpoints = Checkpoints(self)
+        self.card_extras: dict[str, Any] = {}  # what only a run knows of itself: fields of `CardInfo` by name
+        if args.report_to:
+            redact_process_arguments()
+        # The teacher's stand behind the guard, which may ask for a checkpoint.
+        for callback in (self.guard, *self.teacher.callbacks, *self.training_log.callbacks):
+            self.add_callback(callback)
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -221,6 +225,51 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
         """As in `transformers.Trainer`, for rows of every form; so `predict` is, too."""
         return super().get_test_dataloader(self.late_rows.ready(test_dataset, "test"))
 
+    # ------------------------------------------------------------------------------------------------ a training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kw: Any) -> Any:
+        """As in `transformers.Trainer`; True resumes from the complete checkpoint in `output_dir` saved last.
+
+        Raises:
+            ValueError: there is no such checkpoint, it is not complete, or ranks see different ones.
+            TrainingStopped: SIGTERM or SIGINT; a checkpoint was saved.
+            NotFiniteError: `max_nonfinite_steps` steps in a row were skipped; a checkpoint was saved.
+            DiskFullError: a checkpoint could not be saved.
+            ServerError: a server failed for too long; a checkpoint was saved.
+        """
+        with self.checkpoints.around(resume_from_checkpoint, trial) as checkpoint, self.stream.around():
+            output = super().train(checkpoint, trial, *args, **kw)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def asked_checkpoint(self) -> str | bool | None:
+        """What the field `resume_from_checkpoint` asks `train` for: a folder, or True for the one in output_dir that
+        was saved last; None where there is none yet, so that the same command starts a run and goes on with it.
+
+        Raises:
+            ValueError: nothing that is there can be gone on from, though a model was saved.
+        """
+        return self.checkpoints.going_on.asked()
+
+    @property
+    def training_seconds(self) -> float:
+        """Of the whole run, over resumes, up to now."""
+        return self.checkpoints.seconds
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; warns of weights whose updates would be rounded away, and remembers what the
+        settings ask for, before a checkpoint is loaded."""
+        student_setup.warn_of_half_precision(self.model, zero_stage(self.accelerator))
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.optimizer_settings.remember(optimizer)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in `transformers.Trainer`, whose optimizer then has the checkpoint's settings: those asked for hold
+        instead, which are the same unless they were changed."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.optimizer_settings.restore()
+
     # ---------------------------------------------------------------------------------------- one optimizer step
 
     def get_batch_samples(
@@ -231,7 +280,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
         opened = self.stream.next_window(epoch_iterator, num_batches)
         if opened is None or step >= self.state.max_steps:  # resumed at the very end: no step is left
             return [], None
-        self._begin_window()
+        self.checkpoints.begin_window()
         self._take_generation_config()
         window, sources = opened
         with self.training_log.meters["train"].phase("rollout"):
@@ -262,11 +311,6 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
         with self.training_log.meters["train"].phase("teacher"):
             for batch, hidden in zip(batches, self.teacher.score_window(batches, device), strict=False):
                 batch["teacher_hidden"] = hidden
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; warns of weights whose updates would be rounded away."""
-        student_setup.warn_of_half_precision(self.model, zero_stage(self.accelerator))
-        return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
@@ -411,6 +455,21 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
             self.control.should_save = self.control.should_training_stop = True
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.checkpoints.is_saved(trial):
+            return
+        with self.checkpoints.saved(trial):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(self.checkpoints.folder(trial))
+
+    def _load_best_model(self) -> None:
+        """As in `transformers.Trainer`, once what is loaded has been looked at."""
+        self.checkpoints.going_on.check_best_model()
+        super()._load_best_model()
+
     # -------------------------------------------------------------------------------------------- to the Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -432,7 +491,7 @@ class GKDTrainer(TRLAttributes, CheckpointMixin, SFTTrainer):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._is_saving:
+        if self.checkpoints.is_saving:
             return  # the Trainer pushes at the end of its own save: here it is pushed once it is complete
         hub.tell_failed_pushes(getattr(self, "push_in_progress", None))  # before the base class forgets them
         with hub.pushed_if_possible():
