@@ -580,6 +580,7 @@ def test_scores_that_were_stopped_go_on_where_they_were(user, tmp_path, asked, m
 
 def test_scores_that_do_not_fit_are_refused_before_they_are_made(user, tmp_path, asked, monkeypatch, capsys):
     monkeypatch.setattr(score_store, "ROOM", 1 << 60)
+    monkeypatch.setattr("gkd.commands.precompute.scores.ROOM", 1 << 60)  # imported by name
     with pytest.raises(SystemExit) as stopped:
         precompute(user, tmp_path)
     assert stopped.value.code == 2
