@@ -9,10 +9,10 @@ from tiny import tiny_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import logged, losses, trainer_of
 
+from gkd.common import devices
 from gkd.common.devices import sum_dtype
 from gkd.common.ranks import max_over_ranks, sum_over_ranks
 from gkd.rollouts import hf
-from gkd.training import metrics
 from gkd.training.metrics import TEACHER_METRICS, TOKEN_METRICS, Meter
 from gkd.training.position_profile import PositionProfile
 
@@ -30,7 +30,7 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.fixture
 def refused(monkeypatch):
-    monkeypatch.setattr(metrics, "NO_FLOAT64", {"meta", "mps"})
+    monkeypatch.setattr(devices, "NO_FLOAT64", {"meta", "mps"})
     with NoFloat64():
         yield
 
@@ -72,7 +72,7 @@ def test_a_training_in_float32_sums_logs_the_same_numbers(tmp_path, monkeypatch)
     common = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "lmbda": 0.5}
     runs = []
     for missing in (set(), {"cpu"}):
-        monkeypatch.setattr(metrics, "NO_FLOAT64", missing)
+        monkeypatch.setattr(devices, "NO_FLOAT64", missing)
         trainer = trainer_of(tmp_path, rows, **common)
         gather, seen = trainer.accelerator.gather_for_metrics, []
         trainer.accelerator.gather_for_metrics = lambda values, *a, g=gather, s=seen: s.append(values) or g(values, *a)
