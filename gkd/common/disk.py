@@ -50,23 +50,20 @@ def _is_full(error: Exception, path: Path) -> bool:
     return shutil.disk_usage(existing).free < _ROOM
 
 
-_SCORES_REMEDY = "What was kept before is untouched: make room, or name another place with teacher_scores_dir"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file that is whole or not there."""
-    with _replacing(path) as temporary:
+def write_whole(path: Path, content: bytes, what: str, remedy: str) -> None:
+    """Write a small file that is whole or not there; `what` and `remedy` as in `full_disk_explained`."""
+    with replacing(path, what, remedy) as temporary:
         temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, what: str, remedy: str) -> Iterator[Path]:
     """A temporary path to write to, which becomes `path` at the end, or vanishes."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder, where a file should be: remove it")
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with full_disk_explained("what the teacher said", path, _SCORES_REMEDY):
+        with full_disk_explained(what, path, remedy):
             yield temporary
             os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that nobody else may read
             with open(temporary, "rb") as file:

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.common.disk import full_disk_explained
-from gkd.common.errors import DiskFullError
-from gkd.common.keyed_folder import digest
+from gkd.common.keyed_folder import digest, open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +35,6 @@ _REMEDY = "What was kept before is untouched: make room, or name another place w
 def prompt_number(prompt: Sequence[int]) -> int:
     """A 63-bit number of a prompt's ids, the same everywhere: what a cached completion's random numbers go by."""
     return int(digest(list(prompt))[:16], 16) >> 1
-
-
-def readable_folder(path: Path) -> bool:
-    """Whether its files can be found: somebody else's folder may be closed, and then looks empty."""
-    return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
 
 
 def open_store(folder: str | Path, key: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> SequenceStore:
@@ -57,22 +51,11 @@ def open_store(folder: str | Path, key: Mapping[str, Any], notes: Mapping[str, A
     """
     name = digest({"format": FORMAT, **key})
     path = Path(folder).expanduser() / name[:16]
-    about = path / "about.json"
-    try:
-        with full_disk_explained("the teacher's sequences", path, _REMEDY):
-            path.mkdir(parents=True, exist_ok=True)
-            if not about.exists():
-                temporary = path / f".{uuid.uuid4().hex}.tmp"
-                temporary.write_text(json.dumps({"key": key, "notes": notes or {}}, indent=2) + "\n", encoding="utf-8")
-                os.replace(temporary, about)
-    except DiskFullError:
-        raise
-    except OSError as error:
-        if not readable_folder(path):
-            raise ValueError(
-                f"teacher_cache_dir={str(folder)!r} cannot be made or read ({error.strerror}): name a folder that can "
-                "be written to, or off"
-            ) from error
+    unusable = (
+        f"teacher_cache_dir={str(folder)!r} cannot be made or read ({{reason}}): name a folder that can be written "
+        "to, or off"
+    )
+    open_folder(path, {"key": key, "notes": notes or {}}, "the teacher's sequences", _REMEDY, unusable)
     return SequenceStore(path, name)
 
 

@@ -30,7 +30,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from gkd.common.disk import write_whole
 from gkd.common.keyed_folder import digest
-from gkd.teachers.store import ScoreStore, open_scores
+from gkd.teachers.store import REMEDY, WHAT, ScoreStore, open_scores
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def remember(how: Loading, name: str, store: ScoreStore, model: Any, fingerprint
     generation = model.generation_config.to_dict()
     content = json.dumps({"fingerprint": fingerprint, "generation_config": _plain(generation)}, indent=2).encode()
     for mark in {*marks(how, name), *marks(how, name, without_weights=True)}:
-        write_whole(store.path / f"known-{mark}.json", content + b"\n")
+        write_whole(store.path / f"known-{mark}.json", content + b"\n", WHAT, REMEDY)
 
 
 def marks(how: Loading, name: str, without_weights: bool = False) -> list[str]:

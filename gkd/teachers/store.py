@@ -36,15 +36,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gkd.common.disk import _SCORES_REMEDY, _replacing, write_whole
+from gkd.common.disk import replacing
 from gkd.common.errors import DiskFullError
-from gkd.common.keyed_folder import digest
+from gkd.common.keyed_folder import digest, open_folder
 from gkd.loss.signals import Head
-from gkd.rollouts.store import readable_folder
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+WHAT = "what the teacher said"  # in errors of a full disk
+REMEDY = "What was kept before is untouched: make room, or name another place with teacher_scores_dir"
 SHARD_BYTES = 64 << 20  # collected in memory before they are written
 SHARD_SECONDS = 300.0  # so much work is lost at most when a process is killed
 ROOM = 256 << 20  # left free on the disk: a checkpoint that finds no room costs more than scores that are not kept
@@ -74,19 +75,10 @@ def open_scores(folder: str | Path, key: Mapping[str, Any], notes: Mapping[str, 
     """
     name = digest({"format": FORMAT, **key})
     path = Path(folder).expanduser() / name[:16]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / "about.json").exists():
-            about = {"key": dict(key), "notes": dict(notes or {})}
-            write_whole(path / "about.json", json.dumps(about, indent=2).encode() + b"\n")
-    except DiskFullError:
-        raise
-    except OSError as error:
-        if not readable_folder(path):
-            raise ValueError(
-                f"teacher_scores_dir={str(folder)!r} cannot be made or read ({error.strerror}): name a folder that "
-                "can be written to"
-            ) from error
+    unusable = (
+        f"teacher_scores_dir={str(folder)!r} cannot be made or read ({{reason}}): name a folder that can be written to"
+    )
+    open_folder(path, {"key": dict(key), "notes": dict(notes or {})}, WHAT, REMEDY, unusable)
     return ScoreStore(path, name)
 
 
@@ -170,12 +162,12 @@ class ScoreStore:
         if free < size + ROOM:
             raise DiskFullError(
                 errno.ENOSPC,
-                f"{free / 1e9:.2f} GB are free, and {ROOM / 1e9:.2f} GB of them stay so. {_SCORES_REMEDY}",
+                f"{free / 1e9:.2f} GB are free, and {ROOM / 1e9:.2f} GB of them stay so. {REMEDY}",
                 str(self.path),
             )
         places, tensors, total = _shard_of(name, pending)
         form = str([str(tensors["hidden"].dtype), list(tensors["hidden"].shape)])
-        with _replacing(self.path / name) as temporary:
+        with replacing(self.path / name, WHAT, REMEDY) as temporary:
             save_file(tensors, temporary, metadata={"store": self.key, "sum": str(total), "form": form})
         self._seen.add(name)
         self._places.update(places)
@@ -253,7 +245,7 @@ class ScoreStore:
         numbers = json.dumps({"logit_scale": head.logit_scale, "softcap": head.softcap})
         about = {"store": self.key, "numbers": numbers, "sum": str(_sum_of(*kept.values()))}
         about["form"] = _form_of_head(kept, numbers)
-        with _replacing(self.path / _HEAD) as temporary:
+        with replacing(self.path / _HEAD, WHAT, REMEDY) as temporary:
             save_file(kept, temporary, metadata=about)
 
     def read_head(self, device: torch.device | str = "cpu") -> Head | None:
