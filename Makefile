@@ -52,15 +52,13 @@ demo: fetch  ## distil a real 135M model into a smaller one: about ten minutes o
 test: lint types  ## everything CI runs: lint, format check, types, all tests
 	$(TEST_ENV) $(PY) -m pytest $(PYTEST_ARGS)
 
-# The pure modules, and the laws that a few steps in one process show.
-FAST := tests/loss tests/data tests/config tests/common \
-  tests/training/test_metrics.py tests/training/test_window.py tests/training/test_position_profile.py \
-  tests/recipe/test_settings.py tests/rollouts/test_hygiene.py
-FAST_LAWS := tests/laws/test_an_empty_step_is_no_step.py tests/laws/test_no_float64_on_devices.py \
-  tests/laws/test_host_synchronisations.py
+# The laws, then the modules that are functions of their arguments.
+FAST := tests/laws tests/loss tests/data tests/config tests/common \
+  tests/training/test_metrics.py tests/training/test_record.py tests/training/test_window.py \
+  tests/training/test_position_profile.py tests/recipe/test_settings.py tests/rollouts/test_hygiene.py
 
-test-fast: $(STAMP)  ## some laws and the pure modules, no second process of ours (part of test)
-	$(TEST_ENV) $(PY) -m pytest $(FAST_LAWS) $(FAST) $(PYTEST_ARGS)
+test-fast: $(STAMP)  ## the laws and the pure modules, without what is slow or starts processes (part of test)
+	$(TEST_ENV) $(PY) -m pytest -m "not distributed and not slow" $(FAST) $(PYTEST_ARGS)
 
 test-distributed: $(STAMP)  ## the tests that start two processes: DDP, DeepSpeed ZeRO, accelerate launch (part of test)
 	$(TEST_ENV) $(PY) -m pytest -m distributed $(PYTEST_ARGS)

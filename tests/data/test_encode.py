@@ -18,7 +18,7 @@ from prepared import (
     tokenizer_with_bos,
     with_template,
 )
-from tiny import CHATML, tiny_rows, tiny_tokenizer
+from tiny import CHATML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -203,26 +203,6 @@ def test_an_earlier_turn_that_cannot_be_found_is_noted():
 
 
 # ---------------------------------------------------------------------------------- ids: padding, stop tokens, BOS
-
-
-@pytest.mark.parametrize("options", [{"pad_is_eos": True}, {"padding_side": "left"}])
-def test_pad_token_and_padding_side_change_nothing(options):
-    rows = tiny_rows(8)
-    assert list(prepare(rows)[0]) == list(prepare(rows, tiny_tokenizer(**options))[0])
-
-
-def test_padding_and_truncation_set_on_the_tokenizer_change_nothing():
-    tokenizer = tiny_tokenizer()
-    tokenizer(["a", "bcd"], padding="max_length", max_length=5, truncation=True)
-    assert list(prepare(tiny_rows(4), tokenizer)[0]) == list(prepare(tiny_rows(4))[0])
-
-
-def test_stop_and_pad_tokens_inside_prompt_and_answer_stay():
-    text = "a<|im_end|>b<|endoftext|>c"
-    row = {"messages": [{**USER, "content": text}, {**ANSWER, "content": text}]}
-    prompt, targets = parts(one(row, tiny_tokenizer(pad_is_eos=True)))
-    assert prompt == PROMPT_TEXT.replace("How many?", text)
-    assert targets == [text + "<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
-"""Lengths, what is dropped or cut and how it is reported, and the collator."""
+"""Lengths, what is dropped or cut and how it is reported."""
 
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from prepared import (
     ANSWER,
     ANSWER_TEXT,
@@ -20,7 +18,7 @@ from prepared import (
 )
 from tiny import CHATML, tiny_rows, tiny_tokenizer
 
-from gkd.data.sequences import PaddingCollator, prompt_of, unpad
+from gkd.data.sequences import PaddingCollator, prompt_of
 
 # ---------------------------------------------------------------------------------------------------------- lengths
 
@@ -125,23 +123,6 @@ def test_no_row_left_says_why():
         prepare(LONG, max_prompt_length=3)
 
 
-def test_empty_answers_are_dropped_and_named():
-    rows, report = prepare([{"prompt": "a", "completion": " "}, {"prompt": "a", "completion": "b"}])
-    assert (rows["row"], report.rows_with) == ([1], {"empty_answer": [0]})
-    chats = [{"messages": [USER, {**ANSWER, "content": text}]} for text in ("", "b")]
-    assert prepare(chats)[1].rows_with == {"empty_answer": [0]}
-
-
-def test_prompt_only_rows_are_counted_and_need_rollouts():
-    rows = [{"messages": [USER]}, GOOD, {"messages": [USER]}]
-    prepared, report = prepare(rows, prompt_only_ok=True)
-    assert (report.kept, report.prompt_only) == (3, 2)
-    assert prepared[0]["labels"] == [-100] * prepared[0]["prompt_length"]
-    assert "2 of them prompts only" in str(report)
-    with pytest.raises(ValueError, match=r"2 of the 3 rows of the train data set .*rows 0, 2.*lmbda=1 or seq_kd=True"):
-        prepare(rows)
-
-
 def test_report_counts_tokens():
     _, report = prepare([GOOD, {"messages": THREE_TURNS}])
     prompts = [one(row)["prompt_length"] for row in (GOOD, {"messages": THREE_TURNS})]
@@ -151,50 +132,12 @@ def test_report_counts_tokens():
     assert report.longest_row == len(one({"messages": THREE_TURNS})["input_ids"])
 
 
-text = st.text(
-    alphabet=st.characters(codec="utf-8", exclude_characters="<|>", exclude_categories=("Cs",)), max_size=12
-)
-answers = text.filter(lambda t: t.strip())
-
-
-@settings(max_examples=60, deadline=None)
-@given(pairs=st.lists(st.tuples(text, answers), min_size=1, max_size=4), pad_is_eos=st.booleans(), every=st.booleans())
-def test_targets_are_exactly_the_answers_with_their_stop_tokens(pairs, pad_is_eos, every):
-    messages = [m for u, a in pairs for m in ({**USER, "content": u}, {**ANSWER, "content": a})]
-    tokenizer = tiny_tokenizer(pad_is_eos=pad_is_eos)
-    rows, report = prepare([{"messages": messages}], tokenizer, assistant_turns="all" if every else "last")
-    trained = [a for _, a in pairs] if every else [pairs[-1][1]]
-    assert report.target_tokens == sum(len(a.encode()) + 1 for a in trained)
-    assert [label for label in rows[0]["labels"] if label != -100] == [i for a in trained for i in [*ids(a), 258]]
-    padded = PaddingCollator(tokenizer.pad_token_id)([rows[0], {**rows[0], "input_ids": [1], "labels": [-100]}])
-    assert int((padded["labels"] != -100).sum()) == report.target_tokens
-
-
 def test_several_processes_number_rows_as_one_does():
     rows = tiny_rows(11)
     assert list(prepare(rows, num_proc=2)[0]) == list(prepare(rows)[0])
 
 
 # --------------------------------------------------------------------------------------------------------- collator
-
-
-def test_collator_pads_on_the_right_and_masks_by_length():
-    features = [
-        {"input_ids": [1, 258, 3], "labels": [-100, 258, 3], "prompt_length": 1, "row": 7},
-        {"input_ids": [258], "labels": [-100], "prompt_length": 1, "row": 2, "teacher": 1, "prompt_ids": [5, 258]},
-    ]
-    batch = PaddingCollator(pad_id=258, pad_to_multiple_of=4)(features)
-    assert {key: value.tolist() for key, value in batch.items()} == {
-        "input_ids": [[1, 258, 3, 258], [258, 258, 258, 258]],
-        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
-        "labels": [[-100, 258, 3, -100], [-100, -100, -100, -100]],
-        "prompt_lengths": [1, 1],
-        "prompt_ids": [[-100, -100], [5, 258]],
-        "rows": [7, 2],
-        "teachers": [0, 1],
-    }
-    assert all(str(value.dtype) == "torch.int64" for value in batch.values())
-    assert [sequence.prompt for sequence in unpad(batch)] == [[1], [5, 258]]
 
 
 def test_collator_pads_to_the_longest_only():

@@ -1,56 +1,18 @@
-"""Token functions: nothing of a prompt is a target, every completion token is one, padding is invisible."""
+"""Sequences cut into micro-batches and padded, and the targets and weights of a batch, by hand."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkd.data.sequences import TokenSequence, collate, cut, join, unpad
-from gkd.data.sources import SOURCES
+from gkd.data.sequences import TokenSequence, collate, cut, join
 from gkd.data.targets import (
     IGNORE,
     find_targets,
     per_target,
     select_targets,
     sequence_weights,
-    target_mask,
     targets_of,
 )
-
-token_lists = st.lists(st.integers(0, 9), min_size=1, max_size=12)
-rows = st.lists(st.tuples(token_lists, token_lists, st.sampled_from(SOURCES)), min_size=1, max_size=7)
-
-
-def sequences_of(drawn):
-    return [join(p, c, source, row, False, True) for row, (p, c, source) in enumerate(drawn)]
-
-
-@given(rows)
-@settings(deadline=None)
-def test_every_completion_token_is_one_target_and_no_prompt_token_is(drawn):
-    batch = collate(sequences_of(drawn), pad_id=0)  # pad_id is also an ordinary token of the rows
-    mask = target_mask(batch["labels"])
-    assert mask.sum() == sum(len(completion) for _, completion, _ in drawn)
-    for i, (prompt, completion, _) in enumerate(drawn):
-        expected = [False] * (len(prompt) - 1) + [True] * len(completion)
-        expected += [False] * (mask.shape[1] - len(expected))
-        assert mask[i].tolist() == expected
-
-
-@given(rows, st.booleans())
-@settings(deadline=None)
-def test_unpad_is_the_inverse_of_collate_on_either_side(drawn, left):
-    sequences = sequences_of(drawn)
-    batch = collate(sequences, pad_id=3)
-    if left:
-        lengths = batch["attention_mask"].sum(dim=1).tolist()
-        for name in ("input_ids", "attention_mask", "labels"):
-            width = batch[name].shape[1]
-            batch[name] = torch.stack(
-                [torch.roll(row, width - n) for row, n in zip(batch[name], lengths, strict=True)]
-            )
-    for before, after in zip(sequences, unpad(batch), strict=True):
-        assert (after.input_ids, after.labels, after.row) == (before.input_ids, before.labels, before.row)
-        assert after.prompt_length == before.prompt_length  # found from the labels: the collator is a foreign one
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 4))

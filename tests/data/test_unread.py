@@ -4,15 +4,8 @@ that cannot be used as data is a prompt where that is enough."""
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from prepared import ANSWER, ANSWER_TEXT, GOOD, PROMPT_TEXT, TOKENIZER, USER, one, parts, prepare, with_template
+from prepared import ANSWER, ANSWER_TEXT, GOOD, PROMPT_TEXT, USER, one, parts, prepare, with_template
 from tiny import CHATML
-
-from gkd.data.encode import Limits, RowEncoder
-from gkd.data.prepare import Preparation, prepared_row
-from gkd.data.row_report import UNREAD
-from gkd.data.row_values import Place
 
 # --------------------------------------------------------------------------------------------------- columns and keys
 
@@ -180,66 +173,3 @@ def test_rows_of_ids_that_cannot_be_honoured_are_refused(columns, problem):
         one({"x": json.dumps(row)}, formatting_func=lambda raw: json.loads(raw["x"]))
     padded = {"attention_mask": [0, 1, 1, 1], "position_ids": [1, 0, 1, 2], "seq_lengths": [3]}
     assert one({**row, **columns, "labels": [-100, -100, 3, 4], **padded})["labels"] == [-100, 3, 4]
-
-
-# ------------------------------------------------------------------------------------------------- any row at all
-
-texts = st.text(st.characters(codec="utf-8", exclude_characters="<|>"), max_size=8)
-odd = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.floats(allow_nan=True) | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
-    max_leaves=4,
-)
-roles = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call", "narrator"])
-turn = st.fixed_dictionaries(
-    {},
-    optional={
-        "role": roles,
-        "content": texts | odd,
-        "from": roles,
-        "value": texts,
-        "weight": st.sampled_from([0, 1, 0.5]),
-        "tool_calls": odd,
-        "mood": texts,
-    },
-)
-chat = st.lists(turn, max_size=3) | st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": texts}), max_size=3
-)
-value = odd | texts | chat
-names = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "text")
-names += ("system", "tools", "functions", "input_ids", "labels", "assistant_masks", "images", "chat_template_kwargs")
-any_row = st.dictionaries(st.sampled_from(names), value, min_size=1, max_size=4)
-
-
-def leaves(value):
-    """The texts in a value, roles and calls aside."""
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() if key not in NO_TEXT for leaf in leaves(item)]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value.strip()] if isinstance(value, str) else []
-
-
-NO_TEXT = ("role", "from", "type", "tool_calls", "tools", "functions", "chat_template_kwargs")
-
-
-ENCODER = RowEncoder(TOKENIZER)
-ANY = Preparation("train", Limits(), prompt_only_ok=True, prompts_needed=False, formatting_func=lambda row: row)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(row=any_row)
-def test_any_row_is_prepared_with_all_of_its_text_or_named(row):
-    try:
-        prepared, problem = prepared_row(row, Place("train", 0), ENCODER, ANY), ""
-    except ValueError as error:
-        prepared, problem = None, str(error)
-    if prepared is None:
-        assert problem.startswith("train data set, row 0")
-        return
-    said = TOKENIZER.decode(prepared.input_ids)
-    lost = {column for column, item in row.items() if any(leaf not in said for leaf in leaves({column: item}))}
-    notes = {note.removeprefix(UNREAD) for note in prepared.notes}
-    # what is lost of turns is told by their keys, or by the notes on answers that are left out
-    assert not lost - notes - ({"messages", "conversations", "prompt", "completion"} if notes else set())

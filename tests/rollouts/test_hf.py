@@ -1,25 +1,14 @@
-"""Completions of the in-process rollout: the tokens of plain `generate`, and each row on its own random numbers."""
-
-import random
+"""Completions of the in-process rollout: the tokens of plain `generate`, and samples that follow the distribution."""
 
 import numpy as np
 import pytest
 import torch
+from hf_rollouts import PROMPTS, rollout_of
 from tiny import VOCABULARY, tiny_model
 from transformers import GenerationConfig
 
 from gkd.rollouts.base import EXTRA_OPTIONS, SamplingSettings, row_uniforms
-from gkd.rollouts.hf import HFRollout
 from gkd.rollouts.hygiene import is_truncated, repeated_ngram_share
-
-PROMPTS = [[5], [9] * 11, [3, 4, 258, 6, 7], [60, 61], list(range(100, 117)), [1, 2, 3], [258, 258]]
-
-
-def rollout_of(model, batch_size=None, seed=0, source="student", **settings):
-    settings = {"max_new_tokens": 12} | settings
-    return HFRollout(
-        lambda: model, None, SamplingSettings(**settings), seed=seed, source=source, batch_size=batch_size
-    )
 
 
 def plain_greedy(model, prompt, max_new_tokens, stop_ids=(), **options):
@@ -147,55 +136,12 @@ def test_no_prompts_and_one_prompt():
 # ------------------------------------------------------------------------------------------------ random numbers
 
 
-def test_a_row_depends_on_nothing_but_its_key():
-    model = tiny_model(seed=6)
-    stop_ids = tuple(range(0, 200, 11))
-    rows = [17, 3, 99, 0, 41, 8, 5]
-    expected = rollout_of(model, stop_ids=stop_ids).generate(PROMPTS, 7, rows)
-    for batch_size in (1, 2, 5):
-        assert rollout_of(model, batch_size, stop_ids=stop_ids).generate(PROMPTS, 7, rows) == expected
-        asked = rollout_of(model, lambda config, device, size=batch_size: size, stop_ids=stop_ids)
-        assert asked.generate(PROMPTS, 7, rows) == expected
-    order = [4, 1, 6, 0, 5, 3, 2]
-    shuffled = rollout_of(model, stop_ids=stop_ids).generate([PROMPTS[i] for i in order], 7, [rows[i] for i in order])
-    assert shuffled == [expected[i] for i in order]
-    alone = rollout_of(model, stop_ids=stop_ids).generate(PROMPTS[2:3], 7, rows[2:3])
-    assert alone == expected[2:3]
-
-
 def test_each_token_has_its_own_number():
     model = tiny_model()
     torch.nn.init.zeros_(model.lm_head.weight)  # all tokens equally likely: token = floor(V u)
     completions = rollout_of(model, seed=9, source="teacher").generate(PROMPTS, 4, rows=[*range(20, 27)])
     for row, completion in zip(range(20, 27), completions, strict=True):
         assert completion == [int(VOCABULARY * u) for u in row_uniforms(9, 4, row, "teacher", 12)]
-
-
-def test_another_row_step_seed_or_source_is_another_draw():
-    model = tiny_model(seed=6)
-    prompts = [[5, 6, 7]] * 3
-    draws = [
-        rollout_of(model).generate(prompts, 0),
-        rollout_of(model).generate(prompts, 1),
-        rollout_of(model).generate(prompts, 0, [10, 20, 30]),
-        rollout_of(model, seed=1).generate(prompts, 0),
-        rollout_of(model, source="teacher").generate(prompts, 0),
-    ]
-    assert len({tuple(completion) for draw in draws for completion in draw}) == 15
-    assert row_uniforms(0, 1, 11, "student", 4) != row_uniforms(0, 11, 1, "student", 4)
-
-
-def test_global_random_state_is_neither_read_nor_moved():
-    model = tiny_model()
-    states = []
-    for seed in (0, 1):
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        before = (random.getstate(), str(np.random.get_state()), torch.get_rng_state())
-        states.append(rollout_of(model).generate(PROMPTS, 0))
-        assert random.getstate() == before[0]
-        assert str(np.random.get_state()) == before[1]
-        assert torch.equal(torch.get_rng_state(), before[2])
-    assert states[0] == states[1]
 
 
 # -------------------------------------------------------------------------------------------------- distribution

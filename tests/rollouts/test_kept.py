@@ -309,21 +309,6 @@ def test_a_kept_completion_gives_the_gradient_that_a_new_one_gave(tmp_path, aske
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("cache", ["", "off", None])
-def test_the_cut_does_not_matter_with_the_cache_and_without(tmp_path, cache):
-    results = []
-    for i, (batch, accumulation) in enumerate(((8, 1), (2, 4), (1, 8))):
-        trainer = trainer_of(
-            tmp_path / str(i), seq_kd=True, lmbda=0.5, teacher_cache_dir=cache,
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        )  # fmt: skip
-        results.append((change(trainer), losses(trainer)[0]))
-        assert (tmp_path / str(i) / "_teacher_sequences").exists() == (cache is None)
-    for gradient, loss in results[1:]:
-        torch.testing.assert_close(gradient, results[0][0], rtol=1e-5, atol=1e-5 * results[0][0].abs().max().item())
-        assert loss == pytest.approx(results[0][1], rel=1e-5)
-
-
 def test_without_the_cache_every_step_samples_anew(tmp_path, asked, monkeypatch):
     memory = Remember(monkeypatch)
     rows = Dataset.from_list(tiny_rows(4))

@@ -85,16 +85,6 @@ def test_every_so_many_steps_or_with_every_log(tmp_path, monkeypatch, values, ex
     assert [rows[0].step for rows in shown] == expected
 
 
-def test_it_changes_nothing_in_the_training(tmp_path, monkeypatch):
-    def weights(**values):
-        monkeypatch.setattr(completions, "print_samples", lambda samples: None)
-        trainer = trainer_of(tmp_path, max_steps=2, temperature=1.0, lmbda=1.0, **values)
-        trainer.train()
-        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-    assert torch.equal(weights(), weights(log_completions=True, log_completions_steps=1))
-
-
 def test_trls_own_callback_works_with_this_trainer(tmp_path):
     """As in the article: eight prompts of the evaluation set, continued at every evaluation."""
     rows = Dataset.from_list(tiny_rows(10, seed=3))

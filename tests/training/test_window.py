@@ -1,23 +1,11 @@
-"""A window by itself: its rows are numbered as one process would meet them, and what is written takes its place."""
+"""A window by itself: rows that a rank repeats, and completions that take the place of what was there."""
 
 import pytest
+from windows import STOP, batches
 
-from gkd.data.sequences import TokenSequence, collate
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
 from gkd.training.window import count, open_window, prompts_of, write_completions
-
-STOP, PAD = 9, 0
-
-
-def row(number):
-    """A row of the data set whose tokens say which one it is: a prompt of two, an answer of three."""
-    ids = [100 + number, 101 + number, 5, 6, STOP]
-    return TokenSequence(ids, [-100, -100, 5, 6, STOP], 2, row=number)
-
-
-def batches(*sizes_of_rows):
-    return [collate([row(number) for number in rows], PAD) for rows in sizes_of_rows]
 
 
 class Writer(Rollout):
@@ -33,19 +21,6 @@ class Writer(Rollout):
 
 def hygiene(**values):
     return Hygiene({"student": (STOP,), "teacher": (STOP,)}, max_new_tokens=3, **values)
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_ranks_numbers_the_rows_as_one_process_does(world):
-    per_batch, stream = 2, list(range(16))
-    dealt = [stream[i : i + per_batch] for i in range(0, len(stream), per_batch)]
-    met = {}
-    for rank in range(world):
-        window = open_window(batches(*dealt[rank::world]), rank, world)
-        assert (window.total, window.fillers) == (16, [])
-        assert window.sizes == [per_batch] * (8 // world)
-        met |= {index: sequence.row for index, sequence in zip(window.indices, window.sequences, strict=True)}
-    assert met == dict(zip(stream, stream, strict=True))
 
 
 def test_rows_that_the_last_round_repeats_become_fillers():

@@ -1,129 +1,13 @@
-"""Law 7, the exact half: a run that was stopped and resumed is the run that was never stopped."""
+"""Checkpoint files: which one is complete and gone on from, which are deleted, and damage of every kind."""
 
 import json
 import logging
 import shutil
 
 import pytest
-import torch
-from datasets import Dataset
-from peft import LoraConfig
-from tiny import tiny_rows
-from training import trainer_of
+from resumed import build, history
 
-from gkd.data.sources import choose_sources
 from gkd.training import checkpoint_files as files
-
-STEPS, STOP = 10, 5
-SCENES = {
-    "data": {"lmbda": 0.0},
-    "mixed": {"lmbda": 0.5},
-    "student": {"lmbda": 1.0, "mixing": "batch"},
-    "middle of an epoch, accumulation": {
-        "lmbda": 0.5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "rows": 17,
-    },
-    "end of an epoch": {"lmbda": 0.5, "rows": 20},
-    "teacher's sequences from the cache": {"lmbda": 0.3, "seq_kd": True, "rows": 12},
-    "teacher's sequences anew": {"lmbda": 0.3, "seq_kd": True, "teacher_cache_dir": "off", "rows": 12},
-    "dropout of the adapter": {"lmbda": 0.5, "lora_dropout": 0.3, "rows": 14},
-    "dropout, end of an epoch": {"lmbda": 0.0, "lora_dropout": 0.3, "rows": 20},
-}  # fmt: skip
-
-
-def build(folder, rows=14, lora_dropout=None, **values):
-    lora = None
-    if lora_dropout is not None:
-        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=lora_dropout, target_modules=["q_proj", "down_proj"])
-    defaults = {
-        "max_steps": STEPS, "optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
-        "warmup_steps": 3, "max_grad_norm": 1.0, "save_strategy": "steps", "save_steps": STOP, "max_new_tokens": 5,
-    }  # fmt: skip
-    return trainer_of(folder, Dataset.from_list(tiny_rows(rows)), peft_config=lora, **{**defaults, **values})
-
-
-def remember(monkeypatch):
-    """Every window's sequences after the rollout, as they come."""
-    from gkd.training import trainer as module
-
-    windows, original = [], module.count
-    original = getattr(original, "original", original)
-
-    def count(sequences):
-        windows.append([(s.row, s.source, tuple(s.input_ids)) for s in sequences])
-        return original(sequences)
-
-    count.original = original
-    monkeypatch.setattr(module, "count", count)
-    return windows
-
-
-def history(trainer):
-    """What was logged, without what a clock says and the summary at the end."""
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [{k: v for k, v in entry.items() if not k.startswith("time/")} for entry in entries]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("scene", SCENES)
-def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, scene):
-    expected = remember(monkeypatch)
-    whole = build(tmp_path / "whole", **SCENES[scene])
-    whole.train()
-    shutil.rmtree(tmp_path / "whole" / "_teacher_sequences", ignore_errors=True)  # the other run samples for itself
-
-    windows = remember(monkeypatch)
-    first = build(tmp_path / "parts", **SCENES[scene])
-
-    class Killed(BaseException):
-        pass
-
-    def stop(*args, **kwargs):
-        if first.state.global_step == STOP:
-            raise Killed
-        return type(first).training_step(first, *args, **kwargs)
-
-    monkeypatch.setattr(first, "training_step", stop)
-    with pytest.raises(Killed):
-        first.train()
-    assert windows.pop() is not None  # the window that was being trained on is done again
-    torch.manual_seed(77)  # a new process has its own random state
-    second = build(tmp_path / "parts", **SCENES[scene])
-    second.train(resume_from_checkpoint=True)
-
-    assert second.state.global_step == STEPS
-    assert windows == expected  # rows, sources and every token, ten windows
-    assert history(second) == history(whole)
-    assert second.ledger.as_dict() == whole.ledger.as_dict()
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(second)[name]), name
-
-
-def test_sources_are_those_of_seed_and_step(tmp_path, monkeypatch):
-    """The oracle of the above: not merely equal to each other."""
-    windows = remember(monkeypatch)
-    build(tmp_path, max_steps=4, save_steps=2, lmbda=0.5).train()
-    windows.clear()
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    build(tmp_path, max_steps=4, save_steps=2, lmbda=0.5).train(resume_from_checkpoint=True)
-    for step, window in zip((2, 3), windows, strict=True):
-        assert [source for _, source, _ in window] == choose_sources(5, step, len(window), 0.5, False, "sample")
-
-
-def test_a_finished_run_does_nothing_more(tmp_path):
-    """Ten steps end in the middle of an epoch of four."""
-    whole = build(tmp_path, max_steps=6, save_steps=2, lmbda=0.0)
-    whole.train()
-    saved = (tmp_path / "checkpoint-6" / files.STATE_FILE).stat().st_mtime_ns
-    again = build(tmp_path, max_steps=6, save_steps=2, lmbda=0.0)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 6
-    assert history(again) == history(whole)
-    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
-    assert (tmp_path / "checkpoint-6" / files.STATE_FILE).stat().st_mtime_ns == saved
-
 
 # -------------------------------------------------------------------------------------- which one is resumed from
 
@@ -403,29 +287,3 @@ def test_weights_alone_are_not_gone_on_from(tmp_path):
             build(tmp_path, **values).train(resume_from_checkpoint=wanted)
     with pytest.raises(ValueError, match="save_only_model"):
         build(tmp_path, **values, resume_from_checkpoint="true").asked_checkpoint()
-
-
-def test_what_a_signal_saves_is_to_be_gone_on_from(tmp_path):
-    """Also where a run saves models alone: the line it ends with says how to go on."""
-    import signal
-
-    from transformers import TrainerCallback
-
-    from gkd.common.errors import TrainingStopped
-
-    class Stop(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                signal.raise_signal(signal.SIGTERM)
-
-    values = {"max_steps": 3, "save_steps": 1, "lmbda": 0.0, "save_only_model": True}
-    trainer = build(tmp_path, **values)
-    trainer.add_callback(Stop())
-    with pytest.raises(TrainingStopped):
-        trainer.train()
-    assert trainer.args.save_only_model
-    resumed = build(tmp_path, **values)
-    resumed.train(resume_from_checkpoint=True)
-    never = build(tmp_path / "never", **values)
-    never.train()
-    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(never).items())
