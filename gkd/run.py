@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
+from gkd.assembly.evaluator import evaluator_of
 from gkd.common.launcher import end_with_the_launcher
 from gkd.config.fields import GKDConfig
 from gkd.data.held_out import hold_out, warn_of_overlap, with_held_out
 from gkd.evaluation.task_score import CorpusScore, Score
 from gkd.recipe.build import build_trainer, student_name
 from gkd.recipe.capture import Recipe, count_call, hand_over, is_captured
-from gkd.recipe.evaluator import evaluator_of
 from gkd.recipe.mistakes import mistakes_in_one_line
 from gkd.recipe.report import Report
 from gkd.recipe.rows import dataset_by_name, load_rows, recipe_data
@@ -86,7 +86,10 @@ def _train(recipe: Recipe) -> None:
     measure = settings.run.evaluate_before_and_after
     data = recipe_data(recipe.load_data, settings)
     trainer = build_trainer(settings, data)
-    report = Report(trainer, evaluator_of(trainer, data, recipe) if measure else None)
+    evaluator = None
+    if measure:
+        evaluator = evaluator_of(trainer, data, settings.run, score=recipe.score, corpus_score=recipe.corpus_score)
+    report = Report(trainer, evaluator)
     if report.evaluator is not None:
         held_out = any(data.get(name) is not None for name in ("eval", "prompts"))
         if held_out and trainer.is_world_process_zero():

@@ -1,6 +1,8 @@
 """From the config to the objects that do the work; below it nobody sees a config.
 
 checks: models, rows and settings checked against each other before the first step
+evaluator: the evaluation of a run, made from what its trainer holds: its held-out prompts, its scores, its
+    teacher
 launch_checks: launches and options of a launch that this trainer cannot work under, refused before
     anything is loaded
 materials: what a distillation is made of before there is a Trainer: checked fields, tokenizer, teacher,

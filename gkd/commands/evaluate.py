@@ -10,12 +10,13 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 
+from gkd.assembly.evaluator import evaluator_of
 from gkd.evaluation.measures import METRICS, Measures
+from gkd.evaluation.subject import LocalSubject
 from gkd.models.adapters import adapter_folder
 from gkd.models.shared_weights import second_model
 from gkd.recipe.build import copied, measuring_trainer
 from gkd.recipe.capture import Recipe
-from gkd.recipe.evaluator import evaluator_of
 from gkd.recipe.rows import recipe_data
 from gkd.report.comparison import MEASURE_WIDTH, as_dict, footnotes, format_estimate, format_label
 from gkd.report.comparison import table as comparison_table
@@ -51,10 +52,10 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
     settings.training.rollout_backend, settings.training.rollout_server_url = "hf", None
     data = recipe_data(recipe.load_data, settings)
     with measuring_trainer(settings, data) as trainer:
-        evaluator = evaluator_of(trainer, data, recipe)
-        columns = [evaluator.measure(trainer.model, "student")]
+        evaluator = evaluator_of(trainer, data, settings.run, score=recipe.score, corpus_score=recipe.corpus_score)
+        columns = [evaluator.measure(LocalSubject(trainer.model), "student")]
         if adapter is not None:
-            columns.append(evaluator.measure(_with_adapter(trainer, adapter), WITH_ADAPTER))
+            columns.append(evaluator.measure(LocalSubject(_with_adapter(trainer, adapter)), WITH_ADAPTER))
         if evaluator.teacher is not None:
             columns.append(evaluator.measure(evaluator.teacher, "teacher"))
         return columns

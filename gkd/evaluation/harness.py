@@ -12,8 +12,8 @@ stream is moved, and the models come back in the mode they were in.
 Several processes: every rank measures everything and gets the same numbers. No share is split off, so a single
 process and eight agree exactly; under ZeRO-3 all ranks must call `measure` (parameters are gathered, a collective).
 
-A teacher on a server answers the same questions as far as it can (`gkd.evaluation.subject`); without one, what
-concerns the student alone is measured.
+What is asked of a model stands in `gkd.evaluation.subject`: a teacher on a server answers the same questions as far as
+it can. Without a teacher, what concerns the student alone is measured.
 
 B rows, T tokens, N targets, V vocabulary, D hidden size.
 """
@@ -22,19 +22,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gkd.data.last_turn import LastTurn
-from gkd.data.targets import target_mask
 from gkd.evaluation.measures import (
     METRICS,
     Estimate,
@@ -47,16 +45,13 @@ from gkd.evaluation.measures import (
     ratio_estimate,
 )
 from gkd.evaluation.public_tasks import PublicTasks
-from gkd.evaluation.subject import ServedTeacher, batches, collated, hidden_of_targets, token_nll
+from gkd.evaluation.subject import Conditions, Subject
 from gkd.evaluation.task_score import TaskScore
 from gkd.loss.divergence import forward_kl
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
-from gkd.loss.signals import DenseSignal, Head, TeacherSignal
-from gkd.models.generation_mode import generation_mode
-from gkd.models.head import head_of
+from gkd.loss.signals import DenseSignal, TeacherSignal
 from gkd.rollouts.base import SamplingSettings
-from gkd.rollouts.hf import HFRollout
 from gkd.rollouts.hygiene import repeated_ngram_share
 
 logger = logging.getLogger(__name__)
@@ -69,7 +64,7 @@ class Evaluator:
     """Measures models on fixed prompts and texts; the teacher's completions are sampled once and kept.
 
     Attributes:
-        teacher: the teacher, bare or prepared by accelerate; or on a server; or None.
+        teacher: what the models are compared with, or None.
         tokenizer: for the sample texts and the task score.
         prompts: token ids, one list for each prompt.
         held_out: token ids of texts for the perplexity, each of at least two tokens; may be empty.
@@ -77,34 +72,28 @@ class Evaluator:
         loss: the training's divergence, temperatures and shared vocabulary; the teacher's full distribution is used.
             The forward KL beside it is at temperature 1, always.
         teacher_sampling: the teacher's settings where they differ (its stop ids); None = `sampling`.
-        seed: of the sampling.
+        conditions: seed, batch size and precision, the same for every model.
         score: the task's, for the greedy completions and samples at T = 1; None without a task.
         public_tasks: named tasks through lm-eval, for models in this process.
         held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
-        batch_size: sequences per forward pass.
         num_samples: prompts whose completions are kept as text.
-        accelerator: for its autocast; None runs in the models' own dtype.
-        fold_adapter: as in the training: whether an adapter is folded into a copy of the weights to generate.
 
     Raises:
         ValueError: no prompts, an empty prompt, a held-out text without a target.
     """
 
-    teacher: nn.Module | ServedTeacher | None
+    teacher: Subject | None
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     held_out: list[list[int]]
     sampling: SamplingSettings
     loss: LossSettings
     teacher_sampling: SamplingSettings | None = None
-    seed: int = 0
+    conditions: Conditions = field(default_factory=Conditions)
     score: TaskScore | None = None
     public_tasks: PublicTasks | None = None
     held_out_starts: list[int] | None = None
-    batch_size: int = 8
     num_samples: int = 3
-    accelerator: Accelerator | None = None
-    fold_adapter: bool = True
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
     _bar: Any = field(default=None, init=False, repr=False)
 
@@ -130,7 +119,7 @@ class Evaluator:
         self.held_out_starts = starts
         self._trained_as = self.loss
         # As trained, but against all that the teacher says.
-        top_k = self.teacher.top_k if isinstance(self.teacher, ServedTeacher) else None
+        top_k = None if self.teacher is None else self.teacher.top_k
         plain = self.loss.loss_temperature == self.loss.teacher_temperature == 1
         self.loss = replace(self.loss, teacher_top_k=top_k, top_k_tail="bucket", report_kls=plain)
         # The forward KL that runs are compared by is of the two models as they are, whatever the training softens: at
@@ -143,15 +132,14 @@ class Evaluator:
             scale_by_temperature_squared=False,
         )
 
-    def measure(self, model: nn.Module | ServedTeacher, name: str) -> Measures:
+    def measure(self, model: Subject, name: str) -> Measures:
         """Everything there is to measure of one model (`model` may be the teacher itself).
 
         Args:
-            model: a causal language model, bare or prepared by accelerate, with or without a LoRA adapter; or the
-                teacher on its server.
+            model: a student, or the teacher.
             name: the heading of its column.
         """
-        is_teacher = model is self.teacher
+        is_teacher = model == self.teacher
         sampling = self._teacher_sampling if is_teacher else self.sampling
         with self._watched(name):
             own = self.teacher_text() if is_teacher else self._generate(model, sampling)
@@ -164,9 +152,8 @@ class Evaluator:
         extra: dict[str, Metric] = {}
         if self._of_answers:
             extra["perplexity"] = replace(METRICS["perplexity"], label="Perplexity, held-out answers")
-        if self.public_tasks is not None and not isinstance(model, ServedTeacher):
-            with generation_mode(model, self.accelerator) as bare:
-                public, of_tasks = self.public_tasks.measure(bare, self.tokenizer)
+        if self.public_tasks is not None:
+            public, of_tasks = model.public_tasks(self.public_tasks, self.tokenizer, self.conditions)
             values, extra = values | public, extra | of_tasks
         texts = zip(self.prompts[: self.num_samples], own, strict=False)
         samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
@@ -181,7 +168,7 @@ class Evaluator:
             "divergence": self._divergence_name(),
             "sampling temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
-            "seed": self.seed,
+            "seed": self.conditions.seed,
         }
 
     def _divergence_name(self) -> str:
@@ -220,7 +207,8 @@ class Evaluator:
     def _watched(self, name: str) -> Iterator[None]:
         """A line in a log, a bar on a terminal: this takes as long as so many sequences written and read."""
         logger.info("measuring the %s on %d prompts", name, len(self.prompts))
-        is_main = self.accelerator is None or self.accelerator.is_main_process
+        accelerator = self.conditions.accelerator
+        is_main = accelerator is None or accelerator.is_main_process
         bar = tqdm(desc=name, unit="sequence", disable=None if is_main else True, leave=False, dynamic_ncols=True)
         with bar as self._bar:
             yield
@@ -230,27 +218,13 @@ class Evaluator:
         if self._bar is not None:
             self._bar.update(sequences)
 
-    def _generate(self, model: nn.Module | ServedTeacher, sampling: SamplingSettings) -> list[list[int]]:
-        """Completions of all prompts. The source of the random numbers is no training source: none is used twice."""
-        completions = self._written(model, sampling)
+    def _generate(self, model: Subject, sampling: SamplingSettings) -> list[list[int]]:
+        """Completions of all prompts."""
+        completions = model.generate(self.prompts, sampling, self.conditions)
         self._tick(len(completions))
         return completions
 
-    def _written(self, model: nn.Module | ServedTeacher, sampling: SamplingSettings) -> list[list[int]]:
-        if isinstance(model, ServedTeacher):
-            return model.generate(self.prompts, sampling)
-        rollout = HFRollout(
-            lambda: model,
-            self.accelerator,
-            sampling,
-            seed=self.seed,
-            source="evaluation",
-            batch_size=self.batch_size,
-            merge_adapter=self.fold_adapter,
-        )
-        return rollout.generate(self.prompts, step=0)
-
-    def _against_teacher(self, model: nn.Module | ServedTeacher, own: list[list[int]]) -> dict[str, Estimate]:
+    def _against_teacher(self, model: Subject, own: list[list[int]]) -> dict[str, Estimate]:
         """Divergences and agreement with the teacher on the model's own and on the teacher's completions."""
         if self.teacher is None:
             return {}
@@ -266,69 +240,38 @@ class Evaluator:
             "agreement_teacher_text": theirs["agreement"],
         }
 
-    def _target_means(self, model: nn.Module | ServedTeacher, completions: list[list[int]]) -> dict[str, Estimate]:
+    def _target_means(self, model: Subject, completions: list[list[int]]) -> dict[str, Estimate]:
         """Token means of TARGET_VALUES over the completions."""
+        assert self.teacher is not None
         counts = [len(completion) for completion in completions]
-        if isinstance(model, ServedTeacher):  # compared with itself
+        sequences = list(zip(self.prompts, completions, strict=True))
+        found = model.compared(self.teacher, sequences, self._target_values, self.conditions, self._tick)
+        if found is None:  # compared with itself
             same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
             return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
         sums = torch.zeros(len(completions), len(TARGET_VALUES), dtype=torch.float64)
-        sequences = list(zip(self.prompts, completions, strict=True))
-        with generation_mode(model, self.accelerator) as student, self._asked() as ask:
-            student_head = head_of(student)
-            for rows in batches([len(p) + len(c) for p, c in sequences], self.batch_size):
-                batch = collated([sequences[row] for row in rows], student.device)
-                targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
-                self._tick(len(rows))
-                values = self._target_values(hidden_of_targets(student, batch), student_head, ask(batch), targets)
-                lengths = torch.tensor([len(sequences[row][1]) for row in rows])
-                sums.index_add_(0, torch.tensor(rows).repeat_interleave(lengths), values)
+        sums.index_add_(0, torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), torch.cat(found))
         return {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
 
-    def _target_values(self, hidden: Tensor, head: Head, signal: TeacherSignal, targets: Tensor) -> Tensor:
+    def _target_values(self, own: DenseSignal, signal: TeacherSignal, targets: Tensor) -> Tensor:
         """TARGET_VALUES of each target, [N, 3] on the CPU."""
-        no_loss = torch.zeros(len(targets), device=hidden.device)
-        output = fused_divergence(hidden, head, signal, targets, no_loss, self.loss)
+        no_loss = torch.zeros(len(targets), device=own.hidden.device)
+        output = fused_divergence(own.hidden, own.head, signal, targets, no_loss, self.loss)
         kl = output.forward_kl
         if kl is None:
-            kl = fused_divergence(hidden, head, signal, targets, no_loss, self._plain_kl).divergence
+            kl = fused_divergence(own.hidden, own.head, signal, targets, no_loss, self._plain_kl).divergence
         return torch.stack([value.cpu().double() for value in (output.divergence, kl, output.agreement)], dim=1)
 
-    @contextmanager
-    def _asked(self) -> Iterator[Callable[[dict[str, Tensor]], TeacherSignal]]:
-        """What the teacher says about a batch's targets."""
-        if isinstance(self.teacher, ServedTeacher):
-            yield self.teacher.score
-            return
-        assert self.teacher is not None
-        with generation_mode(self.teacher, self.accelerator) as teacher:
-            head = head_of(teacher)
-            yield lambda batch: DenseSignal(hidden_of_targets(teacher, batch, batch["labels"].device), head)
-
-    def _perplexity(self, model: nn.Module | ServedTeacher) -> dict[str, Estimate]:
+    def _perplexity(self, model: Subject) -> dict[str, Estimate]:
         """exp of the mean negative log-likelihood per token of the held-out texts, over the whole vocabulary."""
         if not self.held_out:
             return {}
         assert self.held_out_starts is not None
         parts = [(ids[:start], ids[start:]) for ids, start in zip(self.held_out, self.held_out_starts, strict=True)]
-        nll = model.nll(parts) if isinstance(model, ServedTeacher) else self._nll(model, parts)
+        nll = model.nll(parts, self.conditions, self._tick)
         return {
             "perplexity": exponential_estimate(ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll))))
         }
-
-    def _nll(self, model: nn.Module, parts: list[tuple[list[int], list[int]]]) -> list[list[float]]:
-        """-log p of the tokens of each (context, text)'s text."""
-        found: list[list[float]] = [[] for _ in parts]
-        with generation_mode(model, self.accelerator) as bare:
-            head = head_of(bare)
-            for rows in batches([len(context) + len(text) for context, text in parts], self.batch_size):
-                batch = collated([parts[row] for row in rows], bare.device)
-                targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
-                self._tick(len(rows))
-                nll = token_nll(hidden_of_targets(bare, batch), head, targets).cpu().double()
-                for row, values in zip(rows, nll.split([len(parts[row][1]) for row in rows]), strict=True):
-                    found[row] = values.tolist()
-        return found
 
     def _text_measures(self, own: list[list[int]], sampling: SamplingSettings) -> dict[str, Estimate]:
         """What can be seen from the completions alone; lengths count the stop token, as in training."""
@@ -339,9 +282,7 @@ class Evaluator:
             "distinct_2": Estimate(distinct_ngrams(own, 2), None, len(own)),
         }
 
-    def _scores(
-        self, model: nn.Module | ServedTeacher, sampling: SamplingSettings, own: list[list[int]]
-    ) -> dict[str, Estimate]:
+    def _scores(self, model: Subject, sampling: SamplingSettings, own: list[list[int]]) -> dict[str, Estimate]:
         """The task score of the greedy completions and of samples from the model's undistorted distribution."""
         if self.score is None:
             return {}

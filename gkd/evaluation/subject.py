@@ -1,5 +1,5 @@
-"""A model under measurement: batches of (context, text), hidden states of their targets, -log p of tokens; in this
-process or on a server.
+"""A model under measurement, in this process or on a server: it writes, it is compared with the teacher at the targets
+of (context, text) pairs, and it says -log p of their tokens.
 
 What a server tells exactly: its completions, the log-probability of a given token (so its perplexity), and its K most
 likely tokens with the mass of the rest. So a divergence is that of K + 1 outcomes, a lower bound of the one over the
@@ -10,21 +10,32 @@ B rows, T tokens, N targets, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd.data.sequences import collate, join
-from gkd.data.targets import select_targets, targets_of
-from gkd.loss.signals import Head, TeacherSignal
-from gkd.models.head import output_layer
+from gkd.data.targets import select_targets, target_mask, targets_of
+from gkd.evaluation.measures import Estimate, Metric
+from gkd.evaluation.public_tasks import PublicTasks
+from gkd.loss.signals import DenseSignal, Head, TeacherSignal
+from gkd.models.generation_mode import generation_mode
+from gkd.models.head import head_of, output_layer
 from gkd.models.hidden import last_hidden
-from gkd.rollouts.base import SamplingSettings
-from gkd.rollouts.vllm import VLLMRollout
-from gkd.teachers.server import ServerTeacher
+from gkd.rollouts.base import Rollout, SamplingSettings
+from gkd.rollouts.hf import HFRollout
+from gkd.teachers.base import Teacher
 
+Pair = tuple[list[int], list[int]]  # ids of a context, and of the text behind it, whose tokens are the targets
+Ask = Callable[[dict[str, Tensor]], TeacherSignal]  # a batch -> what is said about its targets
+Compare = Callable[[DenseSignal, TeacherSignal, Tensor], Tensor]  # student, teacher, targets [N] -> [N, values]
+_Read = Callable[[DenseSignal, dict[str, Tensor], Tensor], Tensor]  # what the model says, batch, targets -> [N, ...]
 CHUNK_LOGITS = 2**25  # numbers in one chunk of logits for the perplexity: 128 MiB in fp32
 
 
@@ -44,7 +55,7 @@ def hidden_of_targets(model: PreTrainedModel, batch: dict[str, Tensor], device: 
     return select_targets(hidden, targets_of(batch)).to(device or hidden.device)
 
 
-def collated(sequences: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:
+def collated(sequences: Sequence[Pair], device: torch.device) -> dict[str, Tensor]:
     """(context, completion) pairs as one right-padded batch; the id of the padding does not matter."""
     rows = [join(context, text, "data", row, False, True) for row, (context, text) in enumerate(sequences)]
     return {key: value.to(device) for key, value in collate(rows, pad_id=0).items()}
@@ -56,39 +67,173 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-class ServedTeacher:
-    """Stands where the harness has a model.
+@dataclass(frozen=True)
+class Conditions:
+    """Under which all models are measured alike.
 
-    Args:
-        teacher: the training's own.
+    Attributes:
         seed: of the sampling.
-        vocabulary: ids from here on are an error, since the student could not read them.
+        batch_size: sequences per forward pass.
+        accelerator: for its autocast; None runs in the models' own dtype.
+        fold_adapter: as in the training: whether an adapter is folded into a copy of the weights to generate.
     """
 
-    def __init__(self, teacher: ServerTeacher, *, seed: int, vocabulary: int) -> None:
-        self.teacher, self.seed, self.vocabulary = teacher, seed, vocabulary
+    seed: int = 0
+    batch_size: int = 8
+    accelerator: Accelerator | None = None
+    fold_adapter: bool = True
+
+
+class Subject(ABC):
+    """A model under measurement. Two subjects of the same model are equal.
+
+    Attributes:
+        top_k: how many tokens of a position it tells about; None is all of them.
+    """
+
+    top_k: int | None = None
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingSettings, how: Conditions) -> list[list[int]]:
+        """One completion of each prompt. The source of the random numbers is no training source, so none is used
+        twice, and they belong to no training step."""
+        return self._rollout(sampling, how, source="evaluation").generate(prompts, step=0)
+
+    @abstractmethod
+    def _rollout(self, sampling: SamplingSettings, how: Conditions, source: str) -> Rollout:
+        """What samples from it."""
+
+    @abstractmethod
+    def asked(self, how: Conditions) -> AbstractContextManager[Ask]:
+        """Inside, what it says about a batch's targets as the teacher, on the batch's device."""
+
+    @abstractmethod
+    def compared(
+        self,
+        teacher: Subject,
+        sequences: Sequence[Pair],
+        compare: Compare,
+        how: Conditions,
+        tick: Callable[[int], None],
+    ) -> list[Tensor] | None:
+        """`compare` of the targets of each sequence, in float64 on the CPU; None for one that can only be the teacher
+        itself. `tick` is told how many sequences have been read."""
+
+    @abstractmethod
+    def nll(self, sequences: Sequence[Pair], how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
+        """-log p in nats of the tokens of each (context, text)'s text, over the whole vocabulary."""
+
+    def public_tasks(
+        self, tasks: PublicTasks, tokenizer: PreTrainedTokenizerBase, how: Conditions
+    ) -> tuple[dict[str, Estimate], dict[str, Metric]]:
+        """As `PublicTasks.measure`; nothing of a model that cannot run them."""
+        return {}, {}
+
+
+@dataclass(frozen=True)
+class LocalSubject(Subject):
+    """A causal language model in this process, bare or prepared by accelerate, with or without a LoRA adapter."""
+
+    model: nn.Module
+
+    def _rollout(self, sampling: SamplingSettings, how: Conditions, source: str) -> Rollout:
+        return HFRollout(
+            lambda: self.model,
+            how.accelerator,
+            sampling,
+            seed=how.seed,
+            source=source,
+            batch_size=how.batch_size,
+            merge_adapter=how.fold_adapter,
+        )
+
+    @contextmanager
+    def asked(self, how: Conditions) -> Iterator[Ask]:
+        with generation_mode(self.model, how.accelerator) as bare:
+            head = head_of(bare)
+            yield lambda batch: DenseSignal(hidden_of_targets(bare, batch, batch["labels"].device), head)
+
+    def compared(
+        self,
+        teacher: Subject,
+        sequences: Sequence[Pair],
+        compare: Compare,
+        how: Conditions,
+        tick: Callable[[int], None],
+    ) -> list[Tensor] | None:
+        @contextmanager
+        def comparing() -> Iterator[_Read]:
+            with teacher.asked(how) as ask:
+                yield lambda own, batch, targets: compare(own, ask(batch), targets)
+
+        return self._of_targets(sequences, comparing(), how, tick)
+
+    def nll(self, sequences: Sequence[Pair], how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
+        def read(own: DenseSignal, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
+            return token_nll(own.hidden, own.head, targets)
+
+        return [values.tolist() for values in self._of_targets(sequences, nullcontext(read), how, tick)]
+
+    def public_tasks(
+        self, tasks: PublicTasks, tokenizer: PreTrainedTokenizerBase, how: Conditions
+    ) -> tuple[dict[str, Estimate], dict[str, Metric]]:
+        with generation_mode(self.model, how.accelerator) as bare:
+            return tasks.measure(bare, tokenizer)
+
+    def _of_targets(
+        self,
+        sequences: Sequence[Pair],
+        reading: AbstractContextManager[_Read],
+        how: Conditions,
+        tick: Callable[[int], None],
+    ) -> list[Tensor]:
+        """What `reading` makes of the targets of each sequence, batch by batch."""
+        found = [torch.empty(0)] * len(sequences)
+        with generation_mode(self.model, how.accelerator) as bare, reading as read:
+            head = head_of(bare)
+            for rows in batches([len(context) + len(text) for context, text in sequences], how.batch_size):
+                batch = collated([sequences[row] for row in rows], bare.device)
+                targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
+                tick(len(rows))
+                values = read(DenseSignal(hidden_of_targets(bare, batch), head), batch, targets).cpu().double()
+                for row, own in zip(rows, values.split([len(sequences[row][1]) for row in rows]), strict=True):
+                    found[row] = own
+        return found
+
+
+@dataclass(frozen=True)
+class ServedSubject(Subject):
+    """A teacher that writes and is asked without a model in this process (`Teacher.writes`)."""
+
+    teacher: Teacher
 
     @property
-    def top_k(self) -> int:
+    def top_k(self) -> int | None:  # type: ignore[override]
         return self.teacher.top_k
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingSettings) -> list[list[int]]:
-        """One completion of each prompt; the random numbers belong to no training step."""
-        rollout = VLLMRollout(
-            self.teacher.client,
-            self.teacher.served,
-            sampling,
-            seed=self.seed,
-            source="evaluation",
-            vocabulary=self.vocabulary,
-        )
-        return rollout.generate(prompts, step=0)
+    def _rollout(self, sampling: SamplingSettings, how: Conditions, source: str) -> Rollout:
+        return self.teacher.rollout(sampling, seed=how.seed, source=source)
 
-    def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
-        """As `gkd.teachers.base.Teacher.score`."""
-        return self.teacher.score(batch)
+    def asked(self, how: Conditions) -> AbstractContextManager[Ask]:
+        return nullcontext(self.teacher.score)
 
-    def nll(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
-        """-log p in nats of the tokens of each (context, text)'s text."""
+    def compared(
+        self,
+        teacher: Subject,
+        sequences: Sequence[Pair],
+        compare: Compare,
+        how: Conditions,
+        tick: Callable[[int], None],
+    ) -> list[Tensor] | None:
+        assert teacher == self
+        return None
+
+    def nll(self, sequences: Sequence[Pair], how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
         starts = [(context + text, len(context)) for context, text in sequences]
         return [[-value for value in values] for values in self.teacher.log_probs(starts)]
+
+
+def subject_of(teacher: Teacher) -> Subject | None:
+    """What the evaluation compares with; None when there is no single teacher that could write and be measured."""
+    if teacher.writes:
+        return ServedSubject(teacher)
+    return None if teacher.model is None else LocalSubject(teacher.model)

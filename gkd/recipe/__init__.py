@@ -4,7 +4,6 @@ build: settings and data made into a trainer: to train with, or only to measure 
 capture: recipe files: executing one, or taking from it what it would run
 command_line: the parser of a run's flags and of its `--config` YAML: TRL's, with mistakes told by field,
     value and remedy
-evaluator: the evaluation of a run, made from its trainer: its held-out prompts, its scores, its teacher
 mistakes: a user's mistake ends in one line, anybody else's with its traceback
 report: what a run shows of itself: student before and after, in the log, the table, the files and the card
 rows: a run's data: local files, data sets by name, or what a recipe's `load_data` gives; mistakes told by name

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
+from gkd.evaluation.subject import LocalSubject
 from gkd.report.comparison import as_dict, samples_table, table
 from gkd.report.plots import write_plots
 from gkd.report.repo import Repo
@@ -71,7 +72,7 @@ class Report:
     def measure_before(self) -> None:
         """Measure the untrained student and the teacher. A collective: every rank calls it."""
         assert self.evaluator is not None
-        self.before = self.evaluator.measure(self.trainer.model_wrapped, "student before")
+        self.before = self.evaluator.measure(LocalSubject(self.trainer.model_wrapped), "student before")
         of_teacher = {}
         if self.evaluator.teacher is not None:
             self.teacher = self.evaluator.measure(self.evaluator.teacher, "teacher")
@@ -82,7 +83,7 @@ class Report:
         """Measure the trained student and compare. A collective."""
         assert self.evaluator is not None
         assert self.before is not None
-        self.after = self.evaluator.measure(self.trainer.model_wrapped, "student after")
+        self.after = self.evaluator.measure(LocalSubject(self.trainer.model_wrapped), "student after")
         self.trainer.log(self.after.as_log("eval_after"))
         self.comparison = as_dict(self.before, self.after, self.teacher)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gkd.loss.signals import TeacherSignal
 from gkd.models.facts import model_name, revision_of
+from gkd.rollouts.base import Rollout, SamplingSettings
 
 
 class Teacher(ABC):
@@ -22,12 +23,16 @@ class Teacher(ABC):
         callbacks: of the training, which the trainer adds to its own.
         loaded: False while a model that can be done without is not in memory (`teacher_scores_dir`).
         remote: it is asked over a network, where one rank can fail alone.
+        top_k: how many tokens of a position it tells about; None is all of them.
+        writes: it has `rollout` and `log_probs`, in the place of a model that could be asked for them.
     """
 
     model: Any = None
     callbacks: Sequence[Any] = ()
     loaded: bool = True
     remote: bool = False
+    top_k: int | None = None
+    writes: bool = False
 
     @abstractmethod
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
@@ -56,6 +61,14 @@ class Teacher(ABC):
     def identity(self) -> str | None:
         """What tells it from other teachers; None where its weights do."""
         return type(self).__name__ if self.model is None else None
+
+    def rollout(self, settings: SamplingSettings, *, seed: int, source: str) -> Rollout:
+        """What samples from it; `source` keys the random numbers."""
+        raise NotImplementedError(f"{type(self).__name__} writes through its model")
+
+    def log_probs(self, sequences: Sequence[tuple[list[int], int]]) -> list[list[float]]:
+        """log p, in nats, of the tokens from `start` on of each (ids, start), given all before them."""
+        raise NotImplementedError(f"{type(self).__name__} is asked through its model")
 
     def score_window(self, batches: Sequence[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
         """Last hidden states of a whole window, in CPU memory, where that is cheaper than one micro-batch at a time;

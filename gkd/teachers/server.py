@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from gkd.loss.signals import TeacherSignal, TopKSignal
+from gkd.rollouts.base import SamplingSettings
+from gkd.rollouts.vllm import VLLMRollout
 from gkd.servers.answers import Entry, ServedModel, own_score, prompt_scores_of, top_scores
 from gkd.servers.checks import START_SECONDS
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
@@ -51,6 +53,8 @@ class ServerTeacher(Teacher):
     """
 
     remote = True
+    writes = True
+    top_k: int
 
     def __init__(self, client: VLLMClient, served: ServedModel, top_k: int, vocabulary: int | None = None) -> None:
         self.client, self.served, self.top_k, self.vocabulary = client, served, top_k, vocabulary
@@ -91,8 +95,12 @@ class ServerTeacher(Teacher):
             torch.tensor(log_probs_of, dtype=torch.float32, device=device).view(-1, self.top_k),
         )
 
+    def rollout(self, settings: SamplingSettings, *, seed: int, source: str) -> VLLMRollout:
+        """From the server's own model."""
+        return VLLMRollout(self.client, self.served, settings, seed=seed, source=source, vocabulary=self.vocabulary)
+
     def log_probs(self, sequences: Sequence[tuple[list[int], int]]) -> list[list[float]]:
-        """log p, in nats, of the tokens from `start` on of each (ids, start), given all before them.
+        """As `Teacher.log_probs`.
 
         Raises:
             ValueError, ServerError: as `score`.

@@ -471,7 +471,7 @@ def test_a_server_that_fails_is_a_line(folder, server):
 
 
 def test_an_evaluation_that_is_off_prepares_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("gkd.recipe.evaluator._prompts", lambda *_: pytest.fail("prompts were prepared"))
+    monkeypatch.setattr("gkd.assembly.evaluator._prompts", lambda *_: pytest.fail("prompts were prepared"))
     flags = ["--max_steps", "1", "--report_to", "none", "--evaluate_before_and_after", "false"]
     assert main(["run", *argv(folder), *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out" / "evaluation.json").exists()

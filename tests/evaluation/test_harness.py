@@ -26,7 +26,7 @@ from gkd.evaluation.measures import (
     mean_estimate,
     ratio_estimate,
 )
-from gkd.evaluation.subject import ServedTeacher, token_nll
+from gkd.evaluation.subject import Conditions, LocalSubject, subject_of, token_nll
 from gkd.evaluation.task_score import TaskScore
 from gkd.loss.divergence import make_divergence
 from gkd.loss.settings import LossSettings
@@ -47,8 +47,9 @@ SAMPLING = SamplingSettings(max_new_tokens=9, temperature=0.9, stop_ids=STOP)
 JSD = LossSettings(make_divergence("jsd", beta=0.3))
 
 
-def evaluator(teacher, **options) -> Evaluator:
-    values = {"sampling": SAMPLING, "loss": JSD, "seed": 3, "batch_size": 4, **options}
+def evaluator(teacher, batch_size=4, **options) -> Evaluator:
+    values = {"sampling": SAMPLING, "loss": JSD, "conditions": Conditions(3, batch_size), **options}
+    teacher = LocalSubject(teacher) if isinstance(teacher, torch.nn.Module) else teacher
     return Evaluator(teacher, TOKENIZER, PROMPTS, HELD_OUT, **values)
 
 
@@ -84,12 +85,15 @@ def measured():
 
     def keep(model, sampling):
         completions = generate(model, sampling)
-        kept[id(model)] = completions
+        kept[model] = completions
         return completions
 
     harness._generate = keep
-    measures = {"before": harness.measure(STUDENT, "before"), "teacher": harness.measure(TEACHER, "teacher")}
-    return harness, measures, {"student": kept[id(STUDENT)], "teacher": kept[id(TEACHER)]}
+    measures = {
+        "before": harness.measure(LocalSubject(STUDENT), "before"),
+        "teacher": harness.measure(LocalSubject(TEACHER), "teacher"),
+    }
+    return harness, measures, {"student": kept[LocalSubject(STUDENT)], "teacher": kept[LocalSubject(TEACHER)]}
 
 
 def test_divergences_and_agreement_are_those_of_dense_logits(measured):
@@ -123,7 +127,7 @@ def test_kls_are_those_of_the_models_as_they_are_and_the_divergence_names_all_th
 ):
     """Whatever the loss softens, scales or leaves out, runs can be compared by the forward KL."""
     harness = evaluator(TEACHER, loss=LossSettings(make_divergence("forward_kl"), **options))
-    found = harness.measure(STUDENT, "student")
+    found = harness.measure(LocalSubject(STUDENT), "student")
     student_temperature = options.get("loss_temperature", 1.0)
     plain, softened = [], []
     for prompt, completion in zip(PROMPTS, harness.teacher_text(), strict=True):
@@ -157,8 +161,13 @@ def test_perplexity_after_a_context_counts_only_what_follows():
         for ids, start in zip(HELD_OUT, [1, 10, 4], strict=True)
         for t in range(start - 1, len(ids) - 1)
     ]
-    assert harness._perplexity(STUDENT)["perplexity"].value == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
-    of_answers, of_texts = harness.measure(STUDENT, "s"), evaluator(TEACHER).measure(STUDENT, "s")
+    assert harness._perplexity(LocalSubject(STUDENT))["perplexity"].value == pytest.approx(
+        math.exp(np.mean(nll)), rel=1e-4
+    )
+    of_answers, of_texts = (
+        harness.measure(LocalSubject(STUDENT), "s"),
+        evaluator(TEACHER).measure(LocalSubject(STUDENT), "s"),
+    )
     for measures, label in ((of_answers, "Perplexity, held-out answers"), (of_texts, "Perplexity, held-out text")):
         rows = {row["key"]: row["label"] for row in as_dict(measures, measures)["rows"]}
         assert rows["perplexity"] == label
@@ -168,7 +177,7 @@ def test_perplexity_after_a_context_counts_only_what_follows():
 def test_perplexity_with_a_soft_cap_or_a_logit_scale(kind):
     model = tiny_model(kind, **({"final_logit_softcapping": 3.0} if kind == "gemma2" else {}))
     nll = [-log_probs(model, ids)[t, ids[t + 1]].item() for ids in HELD_OUT for t in range(len(ids) - 1)]
-    value = evaluator(TEACHER)._perplexity(model)["perplexity"].value
+    value = evaluator(TEACHER)._perplexity(LocalSubject(model))["perplexity"].value
     assert value == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
 
 
@@ -199,16 +208,16 @@ def test_the_teacher_has_no_divergence_from_itself_and_no_gap(measured):
 
 def test_a_student_equal_to_the_teacher_writes_what_the_teacher_writes():
     harness = evaluator(TEACHER)
-    copy = harness.measure(tiny_model(seed=1), "copy")
+    copy = harness.measure(LocalSubject(tiny_model(seed=1)), "copy")
     for key in ("divergence_own", "divergence_teacher_text", "exposure_gap", "forward_kl_teacher_text"):
         assert copy.values[key].value == pytest.approx(0.0, abs=1e-7), key
     assert copy.values["agreement_teacher_text"].value == 1.0
-    assert copy.samples == harness.measure(TEACHER, "teacher").samples
+    assert copy.samples == harness.measure(LocalSubject(TEACHER), "teacher").samples
 
 
 def test_batches_do_not_matter(measured):
     _, measures, _ = measured
-    alone = evaluator(TEACHER, batch_size=1).measure(STUDENT, "before")
+    alone = evaluator(TEACHER, batch_size=1).measure(LocalSubject(STUDENT), "before")
     for key, estimate in measures["before"].values.items():
         assert alone.values[key].value == pytest.approx(estimate.value, rel=1e-4, abs=1e-6), key
 
@@ -225,8 +234,8 @@ def test_measuring_leaves_no_trace():
     own_config = student.generation_config
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     numpy_state = np.random.get_state()[1].copy()
-    first = evaluator(TEACHER).measure(student, "student")
-    second = evaluator(TEACHER).measure(student, "student")
+    first = evaluator(TEACHER).measure(LocalSubject(student), "student")
+    second = evaluator(TEACHER).measure(LocalSubject(student), "student")
     assert first == second
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
@@ -245,12 +254,12 @@ def test_an_adapter_counts():
             if "lora_" in name:
                 parameter.fill_(0.5)
     harness = evaluator(TEACHER)
-    with_adapter = harness.measure(student, "adapter").values["divergence_teacher_text"].value
+    with_adapter = harness.measure(LocalSubject(student), "adapter").values["divergence_teacher_text"].value
     text = harness.teacher_text()
     tokens = torch.cat([token_values(student, p, c) for p, c in zip(PROMPTS, text, strict=True)])
     assert with_adapter == pytest.approx(tokens[:, 0].mean().item(), rel=1e-4)
     with student.disable_adapter():
-        without = harness.measure(student, "base").values["divergence_teacher_text"].value
+        without = harness.measure(LocalSubject(student), "base").values["divergence_teacher_text"].value
     assert abs(with_adapter - without) > 1e-3
 
 
@@ -260,9 +269,9 @@ def test_the_teacher_samples_once_with_its_own_stop_ids():
     generate = harness._generate
     harness._generate = lambda model, sampling: calls.append((model, sampling)) or generate(model, sampling)
     for model, name in ((STUDENT, "before"), (STUDENT, "after"), (TEACHER, "teacher")):
-        harness.measure(model, name)
-    assert [sampling.stop_ids for model, sampling in calls if model is TEACHER] == [(7, *STOP)]
-    assert [sampling.stop_ids for model, sampling in calls if model is STUDENT] == [STOP, STOP]
+        harness.measure(LocalSubject(model), name)
+    assert [sampling.stop_ids for model, sampling in calls if model == LocalSubject(TEACHER)] == [(7, *STOP)]
+    assert [sampling.stop_ids for model, sampling in calls if model == LocalSubject(STUDENT)] == [STOP, STOP]
 
 
 def test_task_scores_are_of_greedy_and_undistorted_samples():
@@ -274,7 +283,7 @@ def test_task_scores_are_of_greedy_and_undistorted_samples():
 
     rows = [{"index": index} for index in range(len(PROMPTS))]
     harness = evaluator(TEACHER, score=TaskScore(rows, score))
-    values = harness.measure(STUDENT, "student").values
+    values = harness.measure(LocalSubject(STUDENT), "student").values
     greedy, sampled = asked[: len(PROMPTS)], asked[len(PROMPTS) :]
     assert [index for index, _ in greedy] == [index for index, _ in sampled] == list(range(len(PROMPTS)))
     assert values["score_greedy"].value == np.mean([len(text) % 2 for _, text in greedy])
@@ -293,7 +302,11 @@ def test_a_corpus_score_is_of_all_completions_at_once():
         return sum(text.count(row["letter"]) for text, row in zip(texts, rows, strict=True)) / sum(map(len, texts))
 
     rows = [{"letter": letter} for letter in "aeiouy"]
-    values = evaluator(TEACHER, score=TaskScore(rows, None, share_of_the_letter)).measure(STUDENT, "student").values
+    values = (
+        evaluator(TEACHER, score=TaskScore(rows, None, share_of_the_letter))
+        .measure(LocalSubject(STUDENT), "student")
+        .values
+    )
     assert {"corpus_score_greedy", "corpus_score_sampled"} <= values.keys()
     assert "score_greedy" not in values
     texts = ["aab", "ecc", "idddd", "o", "uuuu", "yz"]
@@ -329,9 +342,9 @@ def served():
     """(teacher on a server with K = 20, what the harness measures with it of the student and of the teacher)"""
     with FakeServer(tiny_model(seed=1), TOKENIZER) as server:
         client = VLLMClient(server.url, field="teacher_server_url", timeout=20.0)
-        teacher = ServedTeacher(ServerTeacher(client, served_model(client), 20), seed=3, vocabulary=259)
+        teacher = subject_of(ServerTeacher(client, served_model(client), 20, vocabulary=259))
         harness = evaluator(teacher, score=TaskScore([{}] * len(PROMPTS), lambda text, row: float(len(text))))
-        yield harness, harness.measure(STUDENT, "student"), harness.measure(teacher, "teacher")
+        yield harness, harness.measure(LocalSubject(STUDENT), "student"), harness.measure(teacher, "teacher")
 
 
 def test_a_served_teachers_divergence_is_that_of_k_and_the_rest(served):
@@ -346,7 +359,7 @@ def test_a_served_teachers_divergence_is_that_of_k_and_the_rest(served):
         m = 0.3 * p + 0.7 * q
         total.append(0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1))
     assert student.values["divergence_teacher_text"].value == pytest.approx(torch.cat(total).mean().item(), rel=1e-4)
-    exact = evaluator(TEACHER)._target_means(STUDENT, text)["divergence"].value
+    exact = evaluator(TEACHER)._target_means(LocalSubject(STUDENT), text)["divergence"].value
     assert student.values["divergence_teacher_text"].value < exact  # merging outcomes never adds divergence
     assert "20 most likely" in student.settings["divergence"]
     assert "lower bound" in student.settings["divergence"]
@@ -355,7 +368,10 @@ def test_a_served_teachers_divergence_is_that_of_k_and_the_rest(served):
 def test_what_a_server_tells_exactly_is_what_the_model_gives(served):
     _, student, teacher = served
     local = evaluator(TEACHER, score=TaskScore([{}] * len(PROMPTS), lambda text, row: float(len(text))))
-    of_student, of_teacher = local.measure(STUDENT, "student").values, local.measure(TEACHER, "teacher").values
+    of_student, of_teacher = (
+        local.measure(LocalSubject(STUDENT), "student").values,
+        local.measure(LocalSubject(TEACHER), "teacher").values,
+    )
     for key in ("perplexity", "score_greedy"):
         assert teacher.values[key].value == pytest.approx(of_teacher[key].value, rel=1e-4), key
     for key in ("perplexity", "ended", "length", "distinct_2", "score_greedy", "agreement_own"):
@@ -367,7 +383,7 @@ def test_what_a_server_tells_exactly_is_what_the_model_gives(served):
 
 
 def test_without_a_teacher_the_student_is_measured_by_itself():
-    measures = evaluator(None).measure(STUDENT, "student")
+    measures = evaluator(None).measure(LocalSubject(STUDENT), "student")
     assert {"perplexity", "ended", "length", "repeated_4grams", "distinct_2"} == measures.values.keys()
     assert "not measured" in measures.settings["divergence"]
 
@@ -378,7 +394,7 @@ def test_a_smaller_shared_vocabulary_is_honoured():
     wide.lm_head.weight.data[259:, 0] = -50.0  # whatever the padded rows say, it is cut off
     harness = evaluator(TEACHER, loss=replace(JSD, shared_vocab=259))
     text = harness.teacher_text()
-    ours = harness._target_means(wide, text)["divergence"].value
+    ours = harness._target_means(LocalSubject(wide), text)["divergence"].value
     total = []
     for prompt, completion in zip(PROMPTS, text, strict=True):
         ids = prompt + completion
@@ -391,7 +407,7 @@ def test_a_smaller_shared_vocabulary_is_honoured():
 
 def test_wrong_use_says_what_is_wrong():
     def make(prompts=PROMPTS, held_out=HELD_OUT, **options):
-        return Evaluator(TEACHER, TOKENIZER, prompts, held_out, SAMPLING, JSD, **options)
+        return Evaluator(LocalSubject(TEACHER), TOKENIZER, prompts, held_out, SAMPLING, JSD, **options)
 
     with pytest.raises(ValueError, match="0 given"):
         make(prompts=[])
@@ -401,7 +417,7 @@ def test_wrong_use_says_what_is_wrong():
         make(held_out=[[5], [5, 6]])
     with pytest.raises(ValueError, match="2 entries for 3 texts"):
         make(held_out_starts=[1, 1])
-    assert "perplexity" not in make(held_out=[])._perplexity(STUDENT)
+    assert "perplexity" not in make(held_out=[])._perplexity(LocalSubject(STUDENT))
 
 
 # ------------------------------------------------------------------------------------- estimates and the table
@@ -534,7 +550,7 @@ def test_the_table_keeps_its_words_whole_on_80_columns():
 def test_the_table_in_every_form(measured):
     harness, measures, _ = measured
     before, teacher = measures["before"], measures["teacher"]
-    after = harness.measure(tiny_model(seed=1), "after")
+    after = harness.measure(LocalSubject(tiny_model(seed=1)), "after")
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(before, after, teacher))
     console.print(samples_table(before, after))
@@ -565,7 +581,7 @@ def test_the_sample_table_shows_the_question_the_card_the_prompt():
     tokenizer = tiny_tokenizer()
     turns = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Why so?"}]
     prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
-    measures = Evaluator(None, tokenizer, [prompt], [], SAMPLING, JSD).measure(STUDENT, "student")
+    measures = Evaluator(None, tokenizer, [prompt], [], SAMPLING, JSD).measure(LocalSubject(STUDENT), "student")
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(samples_table(measures, measures))
     text = console.export_text()
@@ -576,7 +592,7 @@ def test_the_sample_table_shows_the_question_the_card_the_prompt():
 
 def test_each_model_that_is_measured_is_named_in_the_log(caplog):
     with caplog.at_level("INFO", logger="gkd"):
-        evaluator(TEACHER).measure(STUDENT, "student before")
+        evaluator(TEACHER).measure(LocalSubject(STUDENT), "student before")
     assert "measuring the student before on 6 prompts" in caplog.text
 
 

@@ -18,6 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd.evaluation.harness import Evaluator
+from gkd.evaluation.subject import Conditions, LocalSubject
 from gkd.loss.divergence import forward_kl
 from gkd.loss.settings import LossSettings
 from gkd.models.adapters import merged
@@ -233,9 +234,15 @@ def test_evaluation_folds_as_the_training_does(monkeypatch):
     model = student(hidden=32)
     for fold in (True, False):
         harness = Evaluator(
-            None, tiny_tokenizer(), PROMPTS[:2], [], SamplingSettings(9), LossSettings(forward_kl()), fold_adapter=fold
+            None,
+            tiny_tokenizer(),
+            PROMPTS[:2],
+            [],
+            SamplingSettings(9),
+            LossSettings(forward_kl()),
+            conditions=Conditions(fold_adapter=fold),
         )
-        harness.measure(model, "student")
+        harness.measure(LocalSubject(model), "student")
     assert seen[0] > 0
     assert seen[-1] == 0
 

@@ -16,6 +16,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from gkd.assembly.evaluator import Questions, make_evaluator, texts_in_ids
 from gkd.assembly.models import resolve_tokenizer
 from gkd.assembly.rollouts import encoding_options
 from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, spread, timed_steps
@@ -26,11 +27,11 @@ from gkd.data.sequences import prompt_of
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, shared_vocabulary
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
+from gkd.evaluation.subject import LocalSubject
 from gkd.models.facts import vocabulary_rows
 from gkd.models.loading import load_tokenizer
 from gkd.recipe.build import measuring_trainer, student_name, student_tokenizer
 from gkd.recipe.capture import Recipe
-from gkd.recipe.evaluator import Questions, make_evaluator, texts_in_ids
 from gkd.recipe.mistakes import CODE_ERRORS, mistake
 from gkd.recipe.rows import recipe_data
 from gkd.recipe.settings import Settings
@@ -211,7 +212,7 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
 
 def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> None:
     evaluator = _evaluator(trainer, data, prepared)
-    student = evaluator.measure(trainer.model, "student")
+    student = evaluator.measure(LocalSubject(trainer.model), "student")
     out.add_rollouts(student.samples, student.questions)
     found = [student]
     if evaluator.teacher is None:

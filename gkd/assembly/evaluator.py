@@ -1,36 +1,47 @@
-"""The evaluation of a run, made from its trainer: its held-out prompts, its scores, its teacher."""
+"""The evaluation of a run, made from what its trainer holds: its held-out prompts, its scores, its teacher."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from accelerate import Accelerator
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from gkd.config.fields import GKDConfig
 from gkd.data.prepare import prepare_dataset
 from gkd.data.sequences import prompt_of
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.public_tasks import PublicTasks
-from gkd.evaluation.subject import ServedTeacher
-from gkd.evaluation.task_score import TaskScore
-from gkd.recipe.capture import Recipe
-from gkd.teachers.server import ServerTeacher
-from gkd.training.trainer import GKDTrainer
+from gkd.evaluation.subject import Conditions, subject_of
+from gkd.evaluation.task_score import CorpusScore, Score, TaskScore
+from gkd.loss.settings import LossSettings
+from gkd.rollouts.base import Rollout
+from gkd.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
 
-def teacher_of(trainer: GKDTrainer) -> Any:
-    """What the evaluation compares with: the teacher's model, a teacher on a server, or None when there is no single
-    teacher that could write and be measured."""
-    teacher = trainer.teacher
-    if isinstance(teacher, ServerTeacher):
-        vocabulary = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
-        return ServedTeacher(teacher, seed=trainer.args.seed, vocabulary=int(vocabulary))
-    return teacher.model
+class Assembled(Protocol):
+    """What of a run must stand to evaluate it, as `GKDTrainer` holds it; the attributes are the parts of that name.
+
+    Attributes:
+        processing_class: the tokenizer.
+        encoding: what rows are prepared with beside the fields.
+        eval_dataset: prepared rows, or None.
+    """
+
+    args: GKDConfig
+    accelerator: Accelerator
+    processing_class: PreTrainedTokenizerBase
+    encoding: dict[str, Any]
+    eval_dataset: Any
+    teacher: Teacher
+    rollouts: dict[str, Rollout]
+    loss_settings: LossSettings
 
 
 @dataclass(frozen=True)
@@ -49,84 +60,96 @@ class Questions:
 
 
 def make_evaluator(
-    trainer: GKDTrainer,
+    run: Assembled,
     questions: Questions,
     *,
     score: TaskScore | None = None,
     public_tasks: PublicTasks | None = None,
     num_samples: int = 3,
 ) -> Evaluator:
-    """The harness with a trainer's teacher, sampling and loss; what is asked beside is as in `Evaluator`."""
-    args: GKDConfig = trainer.args
+    """The harness with a run's teacher, sampling and loss; what is asked beside is as in `Evaluator`."""
+    args = run.args
     return Evaluator(
-        teacher_of(trainer),
-        trainer.processing_class,
+        subject_of(run.teacher),
+        run.processing_class,
         questions.prompts,
         questions.held_out,
-        trainer.rollouts["student"].settings,
-        trainer.loss_settings,
-        teacher_sampling=trainer.rollouts["teacher"].settings,
-        seed=args.seed,
+        run.rollouts["student"].settings,
+        run.loss_settings,
+        teacher_sampling=run.rollouts["teacher"].settings,
+        conditions=Conditions(args.seed, args.per_device_eval_batch_size, run.accelerator, args.fold_adapter),
         score=score,
         public_tasks=public_tasks,
         held_out_starts=questions.starts,
-        batch_size=args.per_device_eval_batch_size,
         num_samples=num_samples,
-        accelerator=trainer.accelerator,
-        fold_adapter=args.fold_adapter,
     )
 
 
 HELD_OUT_ROWS = 256  # answers of the eval rows that the perplexity is measured on, when no texts are given
 
 
-def evaluator_of(trainer: GKDTrainer, data: dict[str, Any], recipe: Recipe) -> Evaluator:
+class Asked(Protocol):
+    """How much is measured: fields of `gkd.recipe.settings.RunArguments`."""
+
+    num_eval_prompts: int
+    lm_eval_tasks: str | None
+    lm_eval_limit: int | None
+
+
+def evaluator_of(
+    run: Assembled,
+    data: dict[str, Any],
+    asked: Asked,
+    *,
+    score: Score | None = None,
+    corpus_score: CorpusScore | None = None,
+) -> Evaluator:
     """The harness of a recipe, on prompts that are fixed before the training.
 
     Args:
-        trainer: the trainer, prepared.
+        run: what stands ready.
         data: what the recipe's `load_data` gave: `prompts` (rows to measure on; the first rows of `eval`, else of
             `train`, when it is missing) and `held_out_text` (texts; the answers of `eval` when it is missing).
-        recipe: its scores, and how much is measured.
+        asked: how much is measured.
+        score, corpus_score: the recipe's.
 
     Raises:
         ValueError: rows that cannot be used; lm-eval is missing or does not know a task.
     """
-    args: GKDConfig = trainer.args
-    about = recipe.settings.run
+    args = run.args
     rows = next(data[name] for name in ("prompts", "eval", "train") if data.get(name) is not None)
     if data.get("prompts") is None and data.get("eval") is None:
         logger.warning("no held-out rows: the before/after table is measured on rows of the training set")
-    rows = rows.select(range(min(len(rows), about.num_eval_prompts)))
-    prompts, kept = _prompts(rows, trainer)
-    if len(prompts) < about.num_eval_prompts:
+    rows = rows.select(range(min(len(rows), asked.num_eval_prompts)))
+    prompts, kept = _prompts(rows, run)
+    if len(prompts) < asked.num_eval_prompts:
         logger.info(
-            "num_eval_prompts=%d: there are %d, all of them are measured", about.num_eval_prompts, len(prompts)
+            "num_eval_prompts=%d: there are %d, all of them are measured", asked.num_eval_prompts, len(prompts)
         )
-    questions = Questions(prompts, *_held_out(data, trainer))
-    if teacher_of(trainer) is None:
+    questions = Questions(prompts, *_held_out(data, run))
+    if subject_of(run.teacher) is None:
         logger.warning("there is no single teacher in this process: only the student is measured, by itself")
-    score = None
-    if recipe.score is not None or recipe.corpus_score is not None:
-        score = TaskScore([rows[number] for number in kept], recipe.score, recipe.corpus_score)
+    of_task = None
+    if score is not None or corpus_score is not None:
+        of_task = TaskScore([rows[number] for number in kept], score, corpus_score)
     public = None
-    if about.lm_eval_tasks is not None:
-        public = PublicTasks(about.lm_eval_tasks, about.lm_eval_limit, args.per_device_eval_batch_size, args.seed)
-    return make_evaluator(trainer, questions, score=score, public_tasks=public)
+    if asked.lm_eval_tasks is not None:
+        public = PublicTasks(asked.lm_eval_tasks, asked.lm_eval_limit, args.per_device_eval_batch_size, args.seed)
+    return make_evaluator(run, questions, score=of_task, public_tasks=public)
 
 
-def _prompts(rows: Dataset, trainer: GKDTrainer) -> tuple[list[list[int]], list[int]]:
+def _prompts(rows: Dataset, run: Assembled) -> tuple[list[list[int]], list[int]]:
     """Prompt ids, and the number of each one's row."""
-    prepared = _prepared(rows, trainer, "evaluation prompts", max_length=None)
+    prepared = _prepared(rows, run, "evaluation prompts", max_length=None)
     return [prompt_of(row) for row in prepared], list(prepared["row"])
 
 
-def _prepared(rows: Dataset, trainer: GKDTrainer, name: str, max_length: int | None) -> Dataset:
+def _prepared(rows: Dataset, run: Assembled, name: str, max_length: int | None) -> Dataset:
     """Rows in ids, cut as for the training; rows without an answer are welcome."""
-    args: GKDConfig = trainer.args
+    args = run.args
     prepared, _ = prepare_dataset(
         rows,
-        trainer.processing_class,
+        run.processing_class,
         max_length=max_length,
         max_prompt_length=args.prompt_limit,
         overlong_prompt=args.overlong_prompt,
@@ -135,28 +158,28 @@ def _prepared(rows: Dataset, trainer: GKDTrainer, name: str, max_length: int | N
         prompt_only_ok=True,
         prompts_needed=max_length is None,  # an answer's perplexity needs none
         name=name,
-        **trainer.encoding,
+        **run.encoding,
     )
     return prepared
 
 
-def texts_in_ids(texts: Iterable[str], trainer: GKDTrainer) -> list[list[int]]:
+def texts_in_ids(texts: Iterable[str], run: Assembled) -> list[list[int]]:
     """Token ids of texts, up to `max_length`; those without a target are left out."""
-    ids = [trainer.processing_class(text)["input_ids"][: trainer.args.max_length] for text in texts]
+    ids = [run.processing_class(text)["input_ids"][: run.args.max_length] for text in texts]
     return [row for row in ids if len(row) > 1]
 
 
-def _held_out(data: dict[str, Any], trainer: GKDTrainer) -> tuple[list[list[int]], list[int] | None]:
+def _held_out(data: dict[str, Any], run: Assembled) -> tuple[list[list[int]], list[int] | None]:
     """Token ids for the perplexity, and where each one's targets start."""
     texts = data.get("held_out_text")
     if texts is not None:
-        return texts_in_ids(texts, trainer), None
+        return texts_in_ids(texts, run), None
     if data.get("eval") is None:
         return [], None
-    prepared = trainer.eval_dataset
+    prepared = run.eval_dataset
     if prepared is None:  # eval_strategy="no": not evaluated while it trains, but measured before and after
         first = data["eval"].select(range(min(len(data["eval"]), HELD_OUT_ROWS)))
-        prepared = _prepared(first, trainer, "held-out answers", max_length=trainer.args.max_length)
+        prepared = _prepared(first, run, "held-out answers", max_length=run.args.max_length)
     rows = [row for row in prepared if 0 < row["prompt_length"] < len(row["input_ids"])]
     rows = rows[:HELD_OUT_ROWS]
     return [row["input_ids"] for row in rows], [row["prompt_length"] for row in rows]
