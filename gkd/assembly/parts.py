@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from gkd.assembly.checks import check_lengths
 from gkd.assembly.materials import Materials, loading_options
 from gkd.assembly.models import tokenizer_of_teacher
-from gkd.assembly.rollouts import Writer, hygiene, loss_settings, make_rollout
+from gkd.assembly.rollouts import Writer, make_rollout
 from gkd.assembly.servers import connect
 from gkd.assembly.teacher import make_teacher, shared_base
+from gkd.config.settings import hygiene, loss_settings
 from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.loss.settings import LossSettings
 from gkd.models.facts import head_rows, vocabulary_rows

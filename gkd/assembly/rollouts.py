@@ -1,4 +1,4 @@
-"""Who writes: the rollouts of student and teacher, their sampling, hygiene and the settings of the loss."""
+"""Who writes: the rollouts of student and teacher, and what of them is kept."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.common.environment import installed_versions
 from gkd.config.fields import GKDConfig
+from gkd.config.settings import sampling_settings
 from gkd.data.template_day import template_day
 from gkd.data.vocabulary import configured_stop_ids
-from gkd.loss.settings import LossSettings
 from gkd.models.facts import key_width, model_name, revision_of
 from gkd.models.fingerprint import fingerprint
 from gkd.models.loading import generation_config_of
-from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, backend
+from gkd.rollouts.base import Rollout, RolloutOrder, backend
 from gkd.rollouts.batch_size import rollout_rows
-from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.kept import CachedRollout, key_of
 from gkd.rollouts.store import open_store
 from gkd.servers.checks import Server
@@ -44,32 +43,6 @@ def encoding_options(
     with args.main_process_first(desc="reading the day of the chat template"):
         today = template_day(args, tokenizer, write)
     return {"stop_ids": configured_stop_ids(config), "today": today}
-
-
-def sampling_settings(
-    args: GKDConfig, source: str, stop_ids: tuple[int, ...], pad_id: int, foreign_ids: range = range(0)
-) -> SamplingSettings:
-    """How the rollouts of a source are sampled, complete.
-
-    `foreign_ids` are rows of this model's head beyond the other model's embeddings: they are never sampled, since the
-    other model could not read them.
-    """
-    assert not isinstance(args.generation_kwargs, str)  # TrainingArguments has parsed it
-    extra = dict(args.generation_kwargs or {})
-    if foreign_ids:
-        extra["suppress_tokens"] = sorted({*extra.get("suppress_tokens", ()), *foreign_ids})
-    own = args.teacher_temperature if source == "teacher" else None
-    return SamplingSettings(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature if own is None else own,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        stop_ids=stop_ids,
-        pad_id=pad_id,
-        extra=extra,
-    )
 
 
 def rows_at_a_time(args: GKDConfig, config: Any, device: torch.device) -> int:
@@ -160,29 +133,3 @@ def keep_completions(
     key = key_of(rollout.settings, args.seed, mark)
     notes = {"teacher": name, "revision": revision, "versions": installed_versions()}
     return CachedRollout(rollout, open_store(folder, key, notes), accelerator)
-
-
-def hygiene(args: GKDConfig, stop_ids: dict[str, tuple[int, ...]]) -> Hygiene:
-    """Which completions are counted as unsound, and which of them are trained on."""
-    return Hygiene(
-        stop_ids=stop_ids,
-        max_new_tokens=args.max_new_tokens,
-        repetition_threshold=args.repetition_threshold,
-        train_truncated=not args.mask_truncated_completions,
-        train_repetitive=not args.drop_repetitive_completions,
-    )
-
-
-def loss_settings(args: GKDConfig, shared_vocab: int | None) -> LossSettings:
-    """What the fused divergence computes."""
-    return LossSettings(
-        divergence=args.make_divergence(),
-        loss_temperature=args.loss_temperature,
-        teacher_loss_temperature=args.teacher_loss_temperature,
-        scale_by_temperature_squared=args.scale_by_temperature_squared,
-        teacher_top_k=args.teacher_top_k,
-        top_k_tail=args.top_k_tail,
-        shared_vocab=shared_vocab,
-        chunk_size=args.loss_chunk_size,
-        compiled=args.loss_compile,
-    )

@@ -12,6 +12,7 @@ random_state: keep the global random streams where they are: evaluation must not
     draws
 ranks: sums and maxima over ranks, the same on one process. Formulas never ask `if distributed`; they call
     these
+ranges: ranges and choices of values: what is outside is refused by the name that the user knows it by
 redact: keep secrets out of what is published: a command line and settings with access tokens and
     passwords replaced
 text: text made short, or harmless for a terminal

@@ -1,11 +1,15 @@
 """`GKDConfig`: its fields, and which go together.
 
-checks: ranges and choices of fields, which fields go together, and values that would be ignored or fail much
-    later
+completions: fields about sample completions in the log
 field_types: values of the wrong kind: from Python a field takes anything, and from YAML what is written
     there
 fields: `GKDConfig`: TRL's `SFTConfig` plus the fields of generalized knowledge distillation, with their
     range checks
+servers: fields about servers: what is missing there, and what would have no effect
+settings: from fields to settings objects, which hold the ranges and choices of what they hold
+teacher: fields about the teacher: where it stands, what is kept of it, its adapters, and what goes together
+values: single fields: sizes and choices that no settings object holds, and options that this
+    trainer cannot honour
 """
 
 from gkd.config.fields import GKDConfig

@@ -15,18 +15,12 @@ import torch
 from trl import SFTConfig
 
 from gkd.common.redact import redact_settings, redact_value, without_secrets
-from gkd.config.checks import (
-    COMPLETIONS_TO_PRINT,
-    LOGPROB_TOLERANCE,
-    SERVER_TIMEOUT,
-    check_counts,
-    check_dicts,
-    check_logging,
-    check_servers,
-    check_teacher,
-    check_values,
-)
+from gkd.config.completions import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config.field_types import check_types
+from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
+from gkd.config.settings import check_settings, loss_settings
+from gkd.config.teacher import check_teacher
+from gkd.config.values import check_counts, check_dicts, check_options, check_values
 from gkd.loss.divergence import DIVERGENCES, Divergence, make_divergence
 
 
@@ -224,7 +218,10 @@ class GKDConfig(SFTConfig):
         super().__post_init__()
         check_counts(self)
         self.make_divergence()
+        check_settings(self)
         check_values(self)
+        check_options(self)
+        loss_settings(self)
         check_servers(self)
         check_logging(self)
         check_teacher(self)

@@ -2,6 +2,7 @@
 
 encode: token ids and labels of one row: where the answer begins and ends, found from texts and lengths,
     never from ids
+encoded: one row in ids, which of its answers are trained on, and the lengths that it is held to
 files: local data files as data sets: JSON, JSON Lines, CSV, Parquet, with the line number of what is
     broken
 formats: row formats

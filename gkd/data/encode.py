@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate, chain, pairwise
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gkd.common.text import printable
+from gkd.data.encoded import Answers, Encoded
 from gkd.data.formats import ChatRow, Row, TextRow
 from gkd.data.left_out import has_empty_thought, left_out
 from gkd.data.row_values import Place
@@ -26,89 +26,6 @@ from gkd.data.token_rows import TokenRow
 from gkd.data.turn_spans import TurnFinder
 from gkd.data.turns import Message
 from gkd.data.vocabulary import end_of_turn
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One row in ids; `notes` are keys of `gkd.data.row_report.NOTES`.
-
-    A rollout starts from `prompt`: `prompt_ids` where the row begins otherwise, else `input_ids[:prompt_length]`.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_length: int
-    notes: tuple[str, ...] = ()
-    prompt_ids: list[int] = field(default_factory=list)
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.prompt_ids or self.input_ids[: self.prompt_length]
-
-    @property
-    def prompt_only(self) -> bool:
-        return all(label == IGNORE for label in self.labels)
-
-    def starting_from(self, prompt: list[int]) -> Encoded:
-        """With this prompt for rollouts, which is kept beside the row only where the row does not begin with it."""
-        same = self.input_ids[: self.prompt_length] == prompt
-        return replace(self, prompt_ids=[] if same else prompt)
-
-    def noted(self, note: str, **changes: Any) -> Encoded:
-        return replace(self, notes=(*self.notes, note), **changes)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Lengths in tokens, None = no limit, and what happens to rows beyond them; see
-    `gkd.data.prepare.prepare_dataset`."""
-
-    max_length: int | None = None
-    max_prompt_length: int | None = None
-    overlong_prompt: str = "drop"
-    overlong_row: str = "cut"
-
-    def __post_init__(self) -> None:
-        choices = {"overlong_prompt": ("drop", "keep_start", "keep_end"), "overlong_row": ("cut", "drop")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
-        for name in ("max_length", "max_prompt_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} should be at least 1, or None for no limit")
-
-    def fit(self, row: Encoded, bos: int | None) -> Encoded:
-        """The row within the limits, or with a note from `gkd.data.row_report.DROPPED`."""
-        row = self._fit_prompt(row, bos)
-        dropped = "prompt_too_long" in row.notes
-        if dropped or self.max_length is None or len(row.input_ids) <= self.max_length or row.prompt_only:
-            return row
-        if row.prompt_length >= self.max_length:
-            return row.noted("no_room")
-        if self.overlong_row == "drop":
-            return row.noted("row_too_long")
-        return row.noted("row_cut", input_ids=row.input_ids[: self.max_length], labels=row.labels[: self.max_length])
-
-    def _fit_prompt(self, row: Encoded, bos: int | None) -> Encoded:
-        limit, length = self.max_prompt_length, row.prompt_length
-        if limit is None or max(length, len(row.prompt)) <= limit:
-            return row
-        if self.overlong_prompt == "drop":
-            return row.noted("prompt_too_long")
-        places = self._kept(row.input_ids[:length], limit, bos)
-        kept = [*places, *range(length, len(row.input_ids))]
-        ids, labels = [row.input_ids[i] for i in kept], [row.labels[i] for i in kept]
-        prompt = [row.prompt[i] for i in self._kept(row.prompt, limit, bos)]
-        row = row.noted("prompt_cut", input_ids=ids, labels=labels, prompt_length=len(places))
-        return row.starting_from(prompt)
-
-    def _kept(self, prompt: list[int], limit: int, bos: int | None) -> list[int]:
-        """Which places of a prompt stay within the limit."""
-        length = len(prompt)
-        if length <= limit or self.overlong_prompt == "keep_start":
-            return list(range(min(length, limit)))
-        head = [0] if prompt[0] == bos and limit > 1 else []  # the one BOS stays in front
-        return head + list(range(length - limit + len(head), length))
 
 
 class RowEncoder:
@@ -129,10 +46,8 @@ class RowEncoder:
         stop_ids: Collection[int] = (),
         today: str | None = None,
     ) -> None:
-        if assistant_turns not in ("last", "all"):
-            raise ValueError(f"assistant_turns={assistant_turns!r} is unknown: use 'last' or 'all'")
         self.tokenizer = tokenizer
-        self.all_turns = assistant_turns == "all"
+        self.all_turns = Answers(assistant_turns).all_turns
         self.template = ChatTemplate(tokenizer, today) if tokenizer.chat_template else None
         self.turn = turn = end_of_turn(tokenizer, stop_ids)
         known = (*stop_ids, tokenizer.eos_token_id, turn.token_id if turn else None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd._version import __version__
 from gkd.common.text import printable
-from gkd.data.encode import Encoded, Limits, RowEncoder
+from gkd.data.encode import RowEncoder
+from gkd.data.encoded import Answers, Encoded, Limits
 from gkd.data.formats import ChatRow, Row, TextRow, canonical_row
 from gkd.data.kinds import Transform, as_stored, check_kind, transformed
 from gkd.data.row_report import (
@@ -68,8 +69,7 @@ class Preparation:
 
     name: str
     limits: Limits
-    assistant_turns: str = "last"
-    unanswered_rows: str = "cut"
+    answers: Answers = field(default_factory=Answers)
     prompt_only_ok: bool = False
     prompts_needed: bool = True
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
@@ -136,15 +136,12 @@ def prepare_dataset(
             an answer or a prompt where one is needed, or of no known teacher; no row left.
     """
     check_kind(dataset, name)
-    if unanswered_rows not in ("cut", "drop"):
-        raise ValueError(f"unanswered_rows={unanswered_rows!r} is unknown: use 'cut' or 'drop'")
     limits = Limits(max_length, max_prompt_length, overlong_prompt, overlong_row)
     plain, transform = as_stored(dataset)
     preparation = Preparation(
         name=name,
         limits=limits,
-        assistant_turns=assistant_turns,
-        unanswered_rows=unanswered_rows,
+        answers=Answers(assistant_turns, unanswered_rows),
         prompt_only_ok=prompt_only_ok,
         prompts_needed=prompts_needed,
         formatting_func=formatting_func,
@@ -194,7 +191,7 @@ def _without_answers(rows: list[int], dataset: Dataset, name: str, generates: bo
 def _encode_batch(
     columns: dict[str, list[Any]], numbers: list[int], tokenizer: PreTrainedTokenizerBase, preparation: Preparation
 ) -> dict[str, list[Any]]:
-    encoder = RowEncoder(tokenizer, preparation.assistant_turns, preparation.stop_ids, preparation.today)
+    encoder = RowEncoder(tokenizer, preparation.answers.assistant_turns, preparation.stop_ids, preparation.today)
     batch = transformed(columns, preparation.transform, preparation.name)
     rows, teacher_numbers = [], []
     for i, number in enumerate(numbers):
@@ -236,7 +233,7 @@ def prepared_row(raw: Mapping[str, Any], place: Place, encoder: RowEncoder, prep
             "running text has no prompt to continue: give rows a `prompt` and a `completion` (a formatting_func "
             "may return such a row, as a dict), or train on the data only with lmbda=0",
         )
-    if isinstance(row, ChatRow) and not preparation.prompt_only_ok and preparation.unanswered_rows == "cut":
+    if isinstance(row, ChatRow) and not preparation.prompt_only_ok and preparation.answers.unanswered_rows == "cut":
         row = row.up_to_last_answer()
     encoded = _encoded(encoder, row, place)
     if preparation.prompts_needed and encoded.prompt_length == 0:
@@ -248,7 +245,8 @@ def prepared_row(raw: Mapping[str, Any], place: Place, encoder: RowEncoder, prep
 def _fitted(row: Encoded, bos: int | None, preparation: Preparation) -> Encoded:
     """The row within the limits; a prompt where only its answer is at fault and none is needed."""
     if not preparation.prompt_only_ok and row.prompt_only and not DROPPED.keys() & set(row.notes):
-        return row.noted("unanswered") if preparation.unanswered_rows == "drop" else preparation.limits.fit(row, bos)
+        dropped = preparation.answers.unanswered_rows == "drop"
+        return row.noted("unanswered") if dropped else preparation.limits.fit(row, bos)
     fitted = row if DROPPED.keys() & set(row.notes) else preparation.limits.fit(row, bos)
     if preparation.prompt_only_ok and OF_THE_ANSWER & set(fitted.notes):
         notes = tuple(note for note in row.notes if note not in OF_THE_ANSWER | NOTES_OF_THE_ANSWER)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from gkd.common.text import printable
-from gkd.data.encode import Limits
+from gkd.data.encoded import Limits
 
 DROPPED = {
     "prompt_too_long": "dropped: the prompt is longer than max_prompt_length={max_prompt_length}",

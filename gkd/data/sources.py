@@ -12,9 +12,34 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
+
+from gkd.common.ranges import one_of, within
 
 SOURCES = ("data", "student", "teacher")
 MIXINGS = ("sample", "batch")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which share of the rows the student writes, and how that share is drawn; see `choose_sources`.
+
+    Raises:
+        ValueError: `lmbda` is no share, or `mixing` is unknown.
+    """
+
+    lmbda: float
+    seq_kd: bool = False
+    mixing: str = "sample"
+
+    def __post_init__(self) -> None:
+        within("lmbda", self.lmbda, 0, 1, "0 trains on the data only, 1 on rollouts only")
+        one_of("mixing", self.mixing, MIXINGS)
+
+    @property
+    def other(self) -> str:
+        """Where the rows come from that the student does not write."""
+        return "teacher" if self.seq_kd else "data"
 
 
 def choose_sources(
@@ -37,15 +62,11 @@ def choose_sources(
     Raises:
         ValueError: `lmbda` outside [0, 1], unknown `mixing`, or a negative `num_rows`.
     """
-    if not 0.0 <= lmbda <= 1.0:
-        raise ValueError(f"lmbda={lmbda} is not a share: use a value from 0 (no rollouts) to 1 (only rollouts)")
-    if mixing not in MIXINGS:
-        raise ValueError(f"mixing={mixing!r} is unknown: use one of {', '.join(map(repr, MIXINGS))}")
+    other = Mixture(lmbda, seq_kd, mixing).other
     if num_rows < 0:
         raise ValueError(f"num_rows={num_rows} is negative")
     # A string seed goes through SHA-512: neighbouring (seed, step) pairs give unrelated draws on every platform.
     rng = random.Random(f"gkd source {seed} {step}")
-    other = "teacher" if seq_kd else "data"
     if mixing == "batch":
         return ["student" if rng.random() < lmbda else other] * num_rows
     quota = round(lmbda * num_rows, 9)  # 0.07 * 100 is 7.000000000000001; the share is meant to be 7

@@ -5,11 +5,14 @@ Shapes: N target tokens on this rank, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 from torch import Tensor
 
+from gkd.common.ranges import called, one_of, whole, within
 from gkd.loss.divergence import Divergence
 
 _TAILS = ("bucket", "renormalize", "renormalize_both", "ignore")
@@ -32,6 +35,7 @@ class LossSettings:
         chunk_size: rows per chunk; None = from a byte budget.
         report_kls: also return the forward and the reverse KL of each token.
         compiled: run the elementwise work through `torch.compile` where it can be; None = on CUDA with Triton.
+        names: what the user calls an attribute, where that is another name: for errors only.
 
     Raises:
         ValueError: a value out of range; a divergence that is infinite with top_k_tail="renormalize" or has no form
@@ -49,22 +53,20 @@ class LossSettings:
     chunk_size: int | None = None
     report_kls: bool = False
     compiled: bool | None = None
+    names: InitVar[Mapping[str, str] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, names: Mapping[str, str] | None) -> None:
         for name in ("loss_temperature", "teacher_loss_temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0, got {value}")
+            if getattr(self, name) is not None:
+                within(name, getattr(self, name), 0, math.inf, "1 is the plain softmax", above=True)
         for name in ("teacher_top_k", "shared_vocab", "chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
-        if self.top_k_tail not in _TAILS:
-            raise ValueError(f"top_k_tail={self.top_k_tail!r} is unknown: choose one of {', '.join(_TAILS)}")
+            if getattr(self, name) is not None:
+                whole(called(name, names), getattr(self, name), 1)
+        one_of("top_k_tail", self.top_k_tail, _TAILS)
         traceable = self.divergence.traceable and self.divergence.phi_a is not None
         if self.compiled and (self.teacher_top_k is not None or not traceable):
             raise ValueError(
-                f"compiled=True has no effect with divergence={self.divergence.name} and "
+                f"{called('compiled', names)}=True has no effect with divergence={self.divergence.name} and "
                 f"teacher_top_k={self.teacher_top_k}: torch.compile takes divergences with a phi_a that no value "
                 "decides about, over the whole vocabulary; leave it out"
             )

@@ -111,7 +111,7 @@ def _drop(kept: dict[str, Any], given: Mapping[str, Any], leader: str, followers
 
 
 def _writes_here(values: Mapping[str, Any]) -> bool:
-    """Whether anything is generated in this process (`gkd.config.checks` has the same of a finished config)."""
+    """Whether anything is generated in this process (`gkd.config.servers` has the same of a finished config)."""
     lmbda, seq_kd, server = (_plain(values.get(name)) for name in ("lmbda", "seq_kd", "teacher_server_url"))
     student = lmbda != 0 and _plain(values.get("rollout_backend")) != "vllm"
     return student or (seq_kd == 1 and lmbda != 1 and server is None)

@@ -10,10 +10,11 @@ import math
 import pkgutil
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gkd.common.ranges import called, whole, within
 from gkd.common.text import shorten
 
 if TYPE_CHECKING:  # the config reads the names below, and `gkd --help` is quick
@@ -74,6 +75,7 @@ class SamplingSettings:
         stop_ids: a completion ends with the first of these tokens.
         pad_id: fills short rows; never read as a token, so it may equal a stop token.
         extra: further rules, see `EXTRA_OPTIONS`.
+        names: what the user calls an attribute, where that is another name: for errors only.
 
     Raises:
         ValueError: a value out of range, or an option in `extra` that is unknown or belongs to another field.
@@ -88,6 +90,7 @@ class SamplingSettings:
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    names: InitVar[Mapping[str, str] | None] = None
 
     def in_words(self) -> str:
         """One line for a log."""
@@ -98,26 +101,17 @@ class SamplingSettings:
         ids = ", ".join(map(str, self.stop_ids[:4])) + (", ..." if len(self.stop_ids) > 4 else "")
         return ", ".join([how, f"at most {self.max_new_tokens} tokens", f"stop ids {ids or 'none'}", *more])
 
-    def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "use 1 or more")
-        _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature",
-            self.temperature,
-            "use a number above 0, or 0 for the most likely token",
-        )
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "use a share above 0 and up to 1 (1 keeps all tokens)")
-        _require(self.top_k >= 0, "top_k", self.top_k, "use 0 (keep all tokens) or a number of tokens")
+    def __post_init__(self, names: Mapping[str, str] | None) -> None:
+        whole("max_new_tokens", self.max_new_tokens, 1)
+        within(called("temperature", names), self.temperature, 0, math.inf, "use 0 for greedy; the paper samples at 1")
+        within("top_p", self.top_p, 0, 1, "use 1 to turn it off", above=True)
+        whole("top_k", self.top_k, 0)
         if self.min_p is not None:
-            _require(0 <= self.min_p <= 1, "min_p", self.min_p, "use a share from 0 to 1, or None for off")
-        _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "use a number above 0 (1 is off)",
-        )
-        _require(all(i >= 0 for i in self.stop_ids), "stop_ids", self.stop_ids, "use token ids, 0 or more")
-        _require(self.pad_id >= 0, "pad_id", self.pad_id, "use a token id, 0 or more")
+            within("min_p", self.min_p, 0, 1, "use None to turn it off")
+        within("repetition_penalty", self.repetition_penalty, 0, math.inf, "use 1 to turn it off", above=True)
+        for token in self.stop_ids:
+            whole("stop_ids", token, 0)
+        whole("pad_id", self.pad_id, 0)
         for key in self.extra:
             if key in _OWNED_OPTIONS:
                 raise ValueError(f"generation_kwargs[{key!r}] is decided by {_OWNED_OPTIONS[key]}: set it there")
@@ -128,11 +122,6 @@ class SamplingSettings:
     def greedy(self) -> bool:
         """True when the most likely token is taken instead of a sample."""
         return self.temperature == 0
-
-
-def _require(ok: bool, name: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} is out of range: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)

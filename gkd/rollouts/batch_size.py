@@ -1,8 +1,20 @@
-"""How many rows are decoded at a time, where `rollout_batch_size` says nothing."""
+"""How many rows are decoded at a time: a check of what is given, and a choice where nothing is."""
 
 from __future__ import annotations
 
+from gkd.common.ranges import whole
+
 _OF_THE_CARD = 8  # one part in so many for keys and values, where rollout_batch_size says nothing
+
+
+def check_batch_size(size: object) -> None:
+    """Refuse a `rollout_batch_size` below 1; None leaves the choice to `rollout_rows`.
+
+    Raises:
+        ValueError: it is.
+    """
+    if size is not None:
+        whole("rollout_batch_size", size, 1)
 
 
 def rollout_rows(batch: int, window: int, row_bytes: int, room: int | None) -> int:

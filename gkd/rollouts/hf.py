@@ -23,6 +23,7 @@ from gkd.common.devices import sum_dtype
 from gkd.models.facts import positions
 from gkd.models.generation_mode import generation_mode
 from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, row_uniforms
+from gkd.rollouts.batch_size import check_batch_size
 from gkd.rollouts.folding import castable, foldable, folded
 from gkd.rollouts.kv_cache import can_drop_rows, keep_rows, places_to_keep, use_growing_layers
 from gkd.rollouts.sampling import NOT_A_TOKEN, most_likely, sample
@@ -60,8 +61,8 @@ class HFRollout(Rollout):
         batch_size: int | Callable[[Any, torch.device], int] | None = None,
         merge_adapter: bool = True,
     ) -> None:
-        if isinstance(batch_size, int) and batch_size < 1:
-            raise ValueError(f"rollout_batch_size={batch_size} is out of range: use 1 or more, or None for all rows")
+        if not callable(batch_size):
+            check_batch_size(batch_size)
         super().__init__(settings)
         self.get_model = get_model
         self.accelerator = accelerator

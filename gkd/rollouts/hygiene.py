@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gkd.common.ranges import whole, within
+
 
 def is_truncated(completion: list[int], stop_ids: tuple[int, ...], max_new_tokens: int) -> bool:
     """True when the cap, not a stop token, ended the completion."""
@@ -38,6 +40,9 @@ class Hygiene:
         repetition_threshold: a completion is repetitive when a larger share of its 4-grams occurred before in it.
         train_truncated: whether truncated rollouts are trained on.
         train_repetitive: whether repetitive rollouts are trained on. Data rows always are.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     stop_ids: Mapping[str, tuple[int, ...]]
@@ -45,6 +50,10 @@ class Hygiene:
     repetition_threshold: float = 0.5
     train_truncated: bool = True
     train_repetitive: bool = True
+
+    def __post_init__(self) -> None:
+        whole("max_new_tokens", self.max_new_tokens, 1)
+        within("repetition_threshold", self.repetition_threshold, 0, 1, "1 calls nothing repetitive")
 
     def judge(self, completion: list[int], source: str) -> Verdict:
         """What this completion, written by `source`, is like."""

@@ -28,7 +28,7 @@ from gkd.commands.plan.memory import (
     smallest_change,
 )
 from gkd.commands.plan.plan import parse_memory, shape_of
-from gkd.config.checks import PLACEMENTS
+from gkd.config.teacher import PLACEMENTS
 from gkd.rollouts.batch_size import rollout_rows
 
 KINDS = ["llama", "qwen2", "gemma2"]

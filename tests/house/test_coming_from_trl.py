@@ -17,8 +17,8 @@ from trl.experimental.gkd import GKDTrainer as TheirTrainer
 from trl.experimental.utils import DataCollatorForChatML
 from trl.trainer.base_config import _BaseConfig
 
-from gkd.config.checks import _INEFFECTIVE
 from gkd.config.fields import GKDConfig
+from gkd.config.values import _INEFFECTIVE
 from gkd.training.trainer import GKDTrainer
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")

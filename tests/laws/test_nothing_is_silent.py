@@ -21,7 +21,8 @@ from prepared import (
 )
 
 from gkd.config.fields import GKDConfig
-from gkd.data.encode import Limits, RowEncoder
+from gkd.data.encode import RowEncoder
+from gkd.data.encoded import Limits
 from gkd.data.prepare import Preparation, prepared_row
 from gkd.data.row_report import UNREAD
 from gkd.data.row_values import Place

@@ -367,11 +367,11 @@ def test_a_top_k_signal_has_no_temperature(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_temperature": 0.0}, "loss_temperature must be above 0"),
-        ({"teacher_loss_temperature": -1.0}, "teacher_loss_temperature must be above 0"),
-        ({"teacher_top_k": 0}, "teacher_top_k must be at least 1"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"shared_vocab": -5}, "shared_vocab must be at least 1"),
+        ({"loss_temperature": 0.0}, r"^loss_temperature=0.0 is out of range \(0, inf\)"),
+        ({"teacher_loss_temperature": -1.0}, r"^teacher_loss_temperature=-1.0 is out of range"),
+        ({"teacher_top_k": 0}, "teacher_top_k=0 is out of range: use a whole number of at least 1"),
+        ({"chunk_size": 0}, "chunk_size=0 is out of range: use a whole number of at least 1"),
+        ({"shared_vocab": -5}, "shared_vocab=-5 is out of range: use a whole number of at least 1"),
         ({"top_k_tail": "drop"}, "bucket, renormalize"),
         ({"top_k_tail": "ignore"}, "defined for the forward KL only"),
         ({"top_k_tail": "renormalize_both", "teacher_top_k": 1}, "compares nothing with teacher_top_k=1"),

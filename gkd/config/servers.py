@@ -1,0 +1,94 @@
+"""Fields about servers: what is missing there, and what would have no effect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+SERVER_TIMEOUT = 600.0  # seconds
+LOGPROB_TOLERANCE = 0.2  # nats per token; reduced precision gives 0.01 to 0.05
+
+
+def check_servers(config: Any) -> None:
+    """Refuse a field about servers that is missing or would have no effect.
+
+    Raises:
+        ValueError: naming the fields and the remedy.
+    """
+    for wrong, text in (*_of_rollouts(config), *_of_teacher(config)):
+        if wrong:
+            raise ValueError(text)
+
+
+def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
+    on_server = config.rollout_backend == "vllm"
+    any_server = on_server or config.teacher_server_url is not None
+    teacher_here = config.teacher_writes and config.teacher_server_url is None
+    writes_here = (config.student_writes and not on_server) or teacher_here
+    timeout = config.rollout_server_timeout
+    no_effect = "has no effect without rollout_backend='vllm': set that, or leave it out"
+    return [
+        (on_server and not config.rollout_server_url, "rollout_backend='vllm' needs rollout_server_url, its address"),
+        (
+            on_server and not config.student_writes,
+            "rollout_backend='vllm' has no effect with lmbda=0, where the student writes nothing: leave it out",
+        ),
+        (not on_server and config.rollout_server_url is not None, f"rollout_server_url {no_effect}"),
+        (not on_server and config.rollout_adapter_dir is not None, f"rollout_adapter_dir {no_effect}"),
+        (
+            config.rollout_staleness not in (0, 1),
+            f"rollout_staleness={config.rollout_staleness} is out of range: 0 samples from the present weights, 1 "
+            "from those of one step before",
+        ),
+        (not on_server and config.rollout_staleness != 0, f"rollout_staleness {no_effect}"),
+        (
+            not config.fold_adapter and not writes_here,
+            "fold_adapter=False has no effect where nothing is generated in this process: leave it out",
+        ),
+        (
+            not 0 < timeout < math.inf,
+            f"rollout_server_timeout={timeout} must be a number of seconds above 0: {SERVER_TIMEOUT:.0f}, say",
+        ),
+        (
+            not any_server and timeout != SERVER_TIMEOUT,
+            f"rollout_server_timeout={timeout} has no effect without a server: leave it out",
+        ),
+        (
+            not 0 <= config.rollout_logprob_tolerance < math.inf,
+            f"rollout_logprob_tolerance={config.rollout_logprob_tolerance} is out of range: nats per token, "
+            f"{LOGPROB_TOLERANCE}, say; 0 compares nothing",
+        ),
+        (
+            not on_server and config.rollout_logprob_tolerance != LOGPROB_TOLERANCE,
+            f"rollout_logprob_tolerance={config.rollout_logprob_tolerance} {no_effect}",
+        ),
+        (
+            not any_server and config.server_proxy is not None,
+            "server_proxy has no effect without a server: leave it out",
+        ),
+        (
+            config.rollout_batch_size is not None and not writes_here,
+            f"rollout_batch_size={config.rollout_batch_size} has no effect where nothing is generated in this process "
+            "(servers do all sampling, or lmbda=0 without seq_kd): leave it out",
+        ),
+    ]
+
+
+def _of_teacher(config: Any) -> list[tuple[bool, str]]:
+    if config.teacher_server_url is None:
+        return []
+    own = 1.0 if config.teacher_loss_temperature is None else config.teacher_loss_temperature
+    return [
+        (config.teacher_top_k is None, "teacher_server_url needs teacher_top_k: 32, say, within its --max-logprobs"),
+        (
+            (config.loss_temperature, own) != (1.0, 1.0),
+            f"loss_temperature={config.loss_temperature} (teacher_loss_temperature={own}) does not go with "
+            "teacher_server_url: a server gives the top k of the distribution at temperature 1; use 1, or a teacher "
+            "in this process",
+        ),
+        (
+            config.teacher_model_name_or_path is not None or config.teacher_model_init_kwargs is not None,
+            "teacher_server_url does not go with teacher_model_name_or_path or teacher_model_init_kwargs: either the "
+            "server is the teacher, or a model in this process is",
+        ),
+    ]
