@@ -54,11 +54,13 @@ def with_scores(
         head = absent.store.read_head(accelerator.device)
         if int(sum_over_ranks(accelerator, torch.tensor(int(head is None)))) == 0:
             load = partial(_load, absent, make_live)
-            return CachedTeacher(absent.store, load, head, accelerator, together, sources, absent)
+            return CachedTeacher(
+                absent.store, load, head, accelerator, together=together, sources=sources, absent=absent
+            )
         model = absent.load()
     live = make_live(model)
     store = _store_of(args, live, accelerator)
-    return CachedTeacher(store, lambda: live, None, accelerator, together, sources)
+    return CachedTeacher(store, lambda: live, None, accelerator, together=together, sources=sources)
 
 
 def _load(absent: AbsentTeacher, make_live: Callable[[Any], Any]) -> Any:
@@ -162,5 +164,5 @@ def written(prompt: list[int], completion: list[int], hygiene: Hygiene) -> tuple
     verdict = hygiene.judge(completion, "teacher")
     if not hygiene.trains(verdict):
         return None
-    sequence = join(prompt, completion, "teacher", -1, verdict.truncated, True)
+    sequence = join(prompt, completion, "teacher", -1, truncated=verdict.truncated)
     return (sequence.input_ids, sequence.labels) if sequence.num_targets else None

@@ -20,17 +20,19 @@ from gkd.data.targets import IGNORE, find_targets
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads prepared rows on the right to the longest, whatever side the tokenizer pads on.
+    """Prepared rows as token sequences, for a training, whose rollout comes before any tensor; or padded on the right
+    to the longest, whatever side the tokenizer pads on, for an evaluation, which writes nothing.
 
-    Returns int64 tensors: `input_ids`, `attention_mask`, `labels` [B, T]; `prompt_lengths`, `rows`, `teachers` [B];
-    `prompt_ids` [B, P], -100 where there are none: the prompts that are no beginnings of their rows.
+    Called, it returns int64 tensors: `input_ids`, `attention_mask`, `labels` [B, T]; `prompt_lengths`, `rows`,
+    `teachers` [B]; `prompt_ids` [B, P], -100 where there are none: the prompts that are no beginnings of their rows.
     """
 
     pad_id: int
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, features: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences = [
+    def sequences(self, features: list[Mapping[str, Any]]) -> list[TokenSequence]:
+        """The rows as they are; `collate` makes tensors of what becomes of them."""
+        return [
             TokenSequence(
                 list(row["input_ids"]),
                 list(row["labels"]),
@@ -41,6 +43,9 @@ class PaddingCollator:
             )
             for row in features
         ]
+
+    def __call__(self, features: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        sequences = self.sequences(features)
         padded = collate(sequences, self.pad_id, self.pad_to_multiple_of)
         prompt_lengths = torch.tensor([sequence.prompt_length for sequence in sequences])
         names = ("input_ids", "attention_mask", "labels", "rows", "teachers")
@@ -101,15 +106,27 @@ def prompt_of(row: Mapping[str, Any]) -> list[int]:
 
 
 def join(
-    prompt: list[int], completion: list[int], source: str, row: int, truncated: bool, train: bool, teacher: int = 0
+    prompt: list[int],
+    completion: list[int],
+    source: str,
+    row: int,
+    *,
+    truncated: bool = False,
+    train: bool = True,
+    teacher: int = 0,
 ) -> TokenSequence:
     """A sequence from a rollout: every token of the completion is trained on, or none when `train` is false."""
     labels = [IGNORE] * len(prompt) + (list(completion) if train else [IGNORE] * len(completion))
     return TokenSequence([*prompt, *completion], labels, len(prompt), source, row, truncated, teacher)
 
 
-def unpad(batch: dict[str, Tensor]) -> list[TokenSequence]:
-    """Take a collated batch apart again, row by row (any padding side).
+def as_sequences(batch: list[TokenSequence] | Mapping[str, Tensor]) -> list[TokenSequence]:
+    """What a data loader of the training rows gives: sequences, or what a collator of the user's own has padded."""
+    return batch if isinstance(batch, list) else unpad(batch)
+
+
+def unpad(batch: Mapping[str, Tensor]) -> list[TokenSequence]:
+    """Take a padded batch apart, row by row (any padding side).
 
     Without `prompt_lengths` (a foreign collator), the prompt is what stands before the first trained token.
     """

@@ -76,6 +76,7 @@ def target_weights(
     targets: Targets,
     sources: Tensor,
     num_items: Tensor | int | None,
+    *,
     reduction: str = "token",
     ce_weight: float = 0.0,
     ce_on_student_tokens: bool = False,

@@ -57,7 +57,7 @@ def hidden_of_targets(model: PreTrainedModel, batch: dict[str, Tensor], device: 
 
 def collated(sequences: Sequence[Pair], device: torch.device) -> dict[str, Tensor]:
     """(context, completion) pairs as one right-padded batch; the id of the padding does not matter."""
-    rows = [join(context, text, "data", row, False, True) for row, (context, text) in enumerate(sequences)]
+    rows = [join(context, text, "data", row) for row, (context, text) in enumerate(sequences)]
     return {key: value.to(device) for key, value in collate(rows, pad_id=0).items()}
 
 

@@ -53,6 +53,7 @@ class CachedTeacher(Teacher):
         make_live: Callable[[], Any],
         head: Head | None,
         accelerator: Accelerator,
+        *,
         together: bool,
         sources: Iterable[str],
         absent: Any = None,

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-
+from gkd.data.sequences import PaddingCollator, TokenSequence, as_sequences
 from gkd.data.sources import choose_sources
 from gkd.training.window import Window, open_window, prompts_of
 
-Batches = list[dict[str, Tensor]]
+Batches = list[list[TokenSequence]]
 
 
 class WindowStream:
@@ -27,16 +26,31 @@ class WindowStream:
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._args, self._accelerator = trainer, trainer.args, trainer.accelerator
         self._looked_at: tuple[Iterator[Any], Batches, bool] | None = None
+        self._is_training = False
 
     @contextmanager
     def around(self) -> Iterator[None]:
         """A training happens inside; a request that was made ahead ends with it."""
-        self._looked_at = None
+        self._looked_at, self._is_training = None, True
         try:
             yield
         finally:
+            self._is_training = False
             for rollout in self._trainer.rollouts.values():
                 rollout.forget()
+
+    @contextmanager
+    def rows_as_sequences(self) -> Iterator[None]:
+        """Inside, a data loader of the training rows is made. That of a training gives token sequences, since most of
+        them go into a rollout; who asks for one outside of it gets padded batches, as of any Trainer. A collator of
+        the user's own is taken as it is."""
+        trainer, collator = self._trainer, self._trainer.data_collator
+        if self._is_training and type(collator) is PaddingCollator:
+            trainer.data_collator = collator.sequences
+        try:
+            yield
+        finally:
+            trainer.data_collator = collator
 
     def next_window(self, iterator: Iterator[Any], number: int) -> tuple[Window, list[str]] | None:
         """The window that is to be trained now and its rows' sources; None at the end of an epoch."""
@@ -81,7 +95,7 @@ class WindowStream:
             batch = next(iterator, None)
             if batch is None:
                 break
-            batches.append(batch)
+            batches.append(as_sequences(batch))
             ended = self._accelerator.gradient_state.end_of_dataloader
         return batches, ended
 
@@ -89,7 +103,7 @@ class WindowStream:
         if not batches:
             return None
         args, accelerator = self._args, self._accelerator
-        last = self._rows_of_last_round(len(batches[-1]["input_ids"])) if ended else None
+        last = self._rows_of_last_round(len(batches[-1])) if ended else None
         window = open_window(batches, accelerator.process_index, accelerator.num_processes, last)
         sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
         return window, sources

@@ -215,7 +215,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             ValueError: `train_dataset` was set after the constructor, to rows that nobody has prepared.
         """
         self.late_rows.check_train()
-        return super().get_train_dataloader()
+        with self.stream.rows_as_sequences():
+            return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `transformers.Trainer`, for rows of every form that the constructor takes; so `evaluate` is, too."""
@@ -401,8 +402,16 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
     ) -> FusedOutput:
         """The fused divergence of the N targets."""
         args, head, settings = self.args, self._head, self.loss_settings
-        options = (args.loss_reduction, args.ce_weight, args.ce_on_student_tokens, args.seq_kd_loss == "nll")
-        weights, ce_weights = target_weights(inputs["labels"], targets, _sources(inputs), num_items, *options)
+        weights, ce_weights = target_weights(
+            inputs["labels"],
+            targets,
+            _sources(inputs),
+            num_items,
+            reduction=args.loss_reduction,
+            ce_weight=args.ce_weight,
+            ce_on_student_tokens=args.ce_on_student_tokens,
+            nll_on_teacher_tokens=args.seq_kd_loss == "nll",
+        )
         selected, check_ids = select_targets(hidden, targets), not self.model.training  # else checked on the CPU
         if self.rollout_check is not None and "server_log_probs" in inputs:
             said = inputs["server_log_probs"].flatten().index_select(0, targets.at + 1)  # of the token to predict

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gkd.data.sequences import TokenSequence, join, unpad
+from gkd.data.sequences import TokenSequence, join
 from gkd.data.sources import SOURCES
 from gkd.data.targets import IGNORE
 from gkd.rollouts.base import Rollout
@@ -41,9 +41,9 @@ class Window:
 
 
 def open_window(
-    batches: list[dict[str, Tensor]], rank: int, world_size: int, rows_of_last: int | None = None
+    batches: list[list[TokenSequence]], rank: int, world_size: int, rows_of_last: int | None = None
 ) -> Window:
-    """Take the collated micro-batches of a step apart and number their rows as one process would meet them.
+    """Number the rows of a step's micro-batches as one process would meet them.
 
     accelerate deals batches out in turn: micro-batch i of rank r is batch i * world_size + r of the stream, and its
     even_batches makes the ranks' batches equally large. So the numbering is the same for any number of ranks.
@@ -56,11 +56,10 @@ def open_window(
             places. None: there are no repeats.
     """
     window = Window([], [], [], 0)
-    for batch in batches:
-        rows = unpad(batch)
+    for rows in batches:
         window.sizes.append(len(rows))
         end = window.total + world_size * len(rows)
-        if batch is batches[-1] and rows_of_last is not None:
+        if rows is batches[-1] and rows_of_last is not None:
             end = window.total + rows_of_last
         for index, row in enumerate(rows, start=window.total + rank * len(rows)):
             if index < end:
@@ -108,8 +107,15 @@ def write_completions(
         completions = rollout.generate(prompts, step, numbers, [row.teacher for row in rows])
         for i, row, prompt, completion in zip(mine, rows, prompts, completions, strict=True):
             verdict = hygiene.judge(completion, source)
-            train = hygiene.trains(verdict)
-            written[i] = join(prompt, completion, source, row.row, verdict.truncated, train, row.teacher)
+            written[i] = join(
+                prompt,
+                completion,
+                source,
+                row.row,
+                truncated=verdict.truncated,
+                train=hygiene.trains(verdict),
+                teacher=row.teacher,
+            )
         for i, log_probs in zip(mine, rollout.log_probs, strict=False):  # none where nobody asked for them
             written[i].log_probs = log_probs
     return written

@@ -34,7 +34,7 @@ def test_micro_batches_pad_to_their_own_longest_row():
 
 
 def test_select_targets_and_weights_by_hand():
-    batch = collate([join([1, 2], [3, 4, 5], "student", 0, False, True), join([6], [7], "data", 1, False, True)], 0)
+    batch = collate([join([1, 2], [3, 4, 5], "student", 0), join([6], [7], "data", 1)], 0)
     hidden = torch.arange(2 * 5).view(2, 5, 1)
     for targets in (targets_of(batch), find_targets(batch["labels"])):
         assert select_targets(hidden, targets).flatten().tolist() == [1, 2, 3, 5]

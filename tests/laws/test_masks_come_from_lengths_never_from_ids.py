@@ -31,7 +31,7 @@ rows = st.lists(st.tuples(token_lists, token_lists, st.sampled_from(SOURCES)), m
 
 
 def sequences_of(drawn):
-    return [join(p, c, source, row, False, True) for row, (p, c, source) in enumerate(drawn)]
+    return [join(p, c, source, row) for row, (p, c, source) in enumerate(drawn)]
 
 
 @given(rows)

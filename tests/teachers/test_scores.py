@@ -76,7 +76,9 @@ def sequences(number=6, seed=0):
 
 def cached(folder, model, sources=("data", "teacher")):
     live = LocalTeacher(model, Accelerator(cpu=True))
-    return CachedTeacher(open_scores(folder, {}), lambda: live, None, live.accelerator, False, sources)
+    return CachedTeacher(
+        open_scores(folder, {}), lambda: live, None, live.accelerator, together=False, sources=sources
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ one batch

@@ -119,7 +119,7 @@ def test_only_the_main_process_shows(capsys):
         global_step = 1
         is_world_process_zero = False
 
-    log.open([[join([1], [2, 258], "student", 0, False, True)]])
+    log.open([[join([1], [2, 258], "student", 0)]])
     log.add(torch.tensor([0.5, 0.5]))
     log.on_log(None, State, None, {"loss": 1.0})
     assert capsys.readouterr().out == ""
@@ -143,8 +143,6 @@ def test_secrets_in_rows_do_not_reach_console_or_loggers():
                     tokenizer(f"ok {TOKEN}")["input_ids"],
                     "student",
                     0,
-                    False,
-                    True,
                 )
             ]
         ]
@@ -157,9 +155,9 @@ def test_secrets_in_rows_do_not_reach_console_or_loggers():
 def test_how_a_completion_ends():
     log = CompletionLog(tiny_tokenizer(), Hygiene({"student": (258,), "teacher": (258,)}, 3), list)
     rows = [
-        join([1], [2, 258], "student", 0, False, True),
-        join([1], [2, 3, 4], "student", 1, True, False),
-        join([1], [258], "teacher", 2, False, True),
+        join([1], [2, 258], "student", 0),
+        join([1], [2, 3, 4], "student", 1, truncated=True, train=False),
+        join([1], [258], "teacher", 2),
         TokenSequence([1, 5], [-100, 5], 1),
     ]
     log.open([rows[:2], rows[2:]])

@@ -118,7 +118,7 @@ def test_a_batch_is_taken_apart_with_one_transfer_of_each_tensor(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(1) or original(self))
     counts = []
     for rows in (2, 9):
-        batch = collate([join([1, 2], [3] * n, "data", n, False, True) for n in range(1, rows + 1)], 0)
+        batch = collate([join([1, 2], [3] * n, "data", n) for n in range(1, rows + 1)], 0)
         transfers.clear()
         assert len(unpad(batch)) == rows
         counts.append(len(transfers))
@@ -128,7 +128,7 @@ def test_a_batch_is_taken_apart_with_one_transfer_of_each_tensor(monkeypatch):
 def test_the_targets_of_some_rows_are_those_of_their_labels():
     """What several teachers are asked, without looking at the labels on the device."""
     lengths = ((3, 2), (1, 4), (2, 1), (5, 3))
-    batch = collate([join([7] * p, list(range(c)), "data", 0, False, True) for p, c in lengths], 0)
+    batch = collate([join([7] * p, list(range(c)), "data", 0) for p, c in lengths], 0)
     rows, targets = [3, 1], targets_of(batch)
     own = torch.cat([(targets.rows == row).nonzero()[:, 0] for row in rows])
     part = _part(batch, targets, rows, own, 8, batch["labels"].shape[1])
