@@ -24,6 +24,7 @@ from gkd.models.loading import generation_config_of
 from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.routed import routed
 from gkd.servers.checks import Server
+from gkd.teachers.absent import as_absent
 from gkd.teachers.base import Teacher
 
 
@@ -109,7 +110,7 @@ def assemble(
             foreign_ids=unread[source],
             server=servers[source],
             vocabulary=heads["student"],
-            frozen=teacher_model,
+            absent=as_absent(teacher_model),
         )
 
     rollouts = {

@@ -26,7 +26,7 @@ from gkd.rollouts.batch_size import rollout_rows
 from gkd.rollouts.kept import CachedRollout, key_of
 from gkd.rollouts.store import open_store
 from gkd.servers.checks import Server
-from gkd.teachers.absent import AbsentTeacher
+from gkd.teachers.absent import AbsentTeacher, as_absent
 
 
 def encoding_options(
@@ -68,7 +68,7 @@ class Writer:
         foreign_ids: never written; see `sampling_settings`.
         server: writes in the model's place: the student through its adapter, the teacher as the server's own model.
         vocabulary: rows of the student's head, beyond which a server's tokens are refused.
-        frozen: the teacher before it is placed; one that is absent is not asked for, only its fingerprint.
+        absent: a teacher that is not loaded: its model is not asked for, only its fingerprint.
     """
 
     source: str
@@ -78,7 +78,7 @@ class Writer:
     foreign_ids: range = range(0)
     server: Server | None = None
     vocabulary: int | None = None
-    frozen: Any = None
+    absent: AbsentTeacher | None = None
 
 
 def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> Rollout:
@@ -105,8 +105,7 @@ def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> R
     rollout = backend(name).of(order)
     if source != "teacher" or args.teacher_cache_folder is None or not args.teacher_writes:
         return rollout
-    absent = writer.frozen if isinstance(writer.frozen, AbsentTeacher) else None
-    return keep_completions(rollout, args, server or absent or writer.get_model(), accelerator)
+    return keep_completions(rollout, args, server or writer.absent or writer.get_model(), accelerator)
 
 
 def keep_completions(
@@ -127,8 +126,9 @@ def keep_completions(
     if isinstance(model, Server):
         mark, name, revision = model.fingerprint, model.served.root, None
     else:
-        teacher: Any = extract_model_from_parallel(model) if isinstance(model, nn.Module) else model
-        mark = model.fingerprint if isinstance(model, AbsentTeacher) else fingerprint(teacher)
+        absent = as_absent(model)
+        teacher: Any = absent or extract_model_from_parallel(model)
+        mark = fingerprint(teacher) if absent is None else absent.fingerprint
         name, revision = model_name(teacher), revision_of(teacher, args.teacher_model_init_kwargs)
     key = key_of(rollout.settings, args.seed, mark)
     notes = {"teacher": name, "revision": revision, "versions": installed_versions()}

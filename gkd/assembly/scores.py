@@ -26,7 +26,7 @@ from gkd.models.placement import SHARDED
 from gkd.models.zero import gathered, zero_stage
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
-from gkd.teachers.absent import AbsentTeacher, remember
+from gkd.teachers.absent import AbsentTeacher, as_absent, remember
 from gkd.teachers.kept import CachedTeacher
 from gkd.teachers.store import ScoreStore, open_scores, row_key
 
@@ -49,8 +49,8 @@ def with_scores(
     """
     together = accelerator.num_processes > 1 and (zero_stage(accelerator) == 3 or args.teacher_placement in SHARDED)
     sources = ("data", "teacher") if args.teacher_cache_folder is not None else ("data",)
-    if isinstance(model, AbsentTeacher):
-        absent = model
+    absent = as_absent(model)
+    if absent is not None:
         head = absent.store.read_head(accelerator.device)
         if int(sum_over_ranks(accelerator, torch.tensor(int(head is None)))) == 0:
             load = partial(_load, absent, make_live)

@@ -76,6 +76,11 @@ class AbsentTeacher:
     load: Callable[[], Any]
 
 
+def as_absent(model: Any) -> AbsentTeacher | None:
+    """The teacher where it is not loaded; None for a model, which is no teacher yet, and where there is none."""
+    return model if isinstance(model, AbsentTeacher) else None
+
+
 def find_teacher(how: Loading, name: str, load: Callable[[], Any]) -> AbsentTeacher | None:
     """The teacher of that name, if its scores are known to be in `teacher_scores_dir`. All ranks call this, and get
     the same answer.
