@@ -22,6 +22,8 @@ late_rows: rows that come to a trainer after its constructor: prepared where the
     refused for training
 log: what a training log holds beside the Trainer's own loss and learning rate
 metrics: `Meter`: sums and counts by source, reduced over ranks once per logged step
+micro_batches: a step's micro-batches: made tensors once their completions are written, scored by the teacher,
+    and given a loss at the student's head
 optimizer_settings: the optimizer's settings: after a checkpoint was loaded, those asked for hold, not those
     it was saved with
 output_folder: the output folder belongs to one run at a time: it is locked while one works there, and

@@ -8,7 +8,7 @@ from typing import Any
 
 from gkd.data.sequences import PaddingCollator, TokenSequence, as_sequences
 from gkd.data.sources import choose_sources
-from gkd.training.window import Window, open_window, prompts_of
+from gkd.training.window import Window, open_window, prompts_of, write_completions
 
 Batches = list[list[TokenSequence]]
 
@@ -59,6 +59,20 @@ class WindowStream:
             return self._open(*held[1:], step=self._trainer.state.global_step)
         return self._open(*self._fetch(iterator, number), step=self._trainer.state.global_step)
 
+    def write(self, window: Window, sources: list[str]) -> list[TokenSequence]:
+        """The window's sequences with their completions written; see `write_completions`. Logs how old the weights
+        were that a server sampled them from, in optimizer steps; what it says of its tokens is compared while they are
+        trained on."""
+        trainer, rollout = self._trainer, self._trainer.rollouts["student"]
+        step = trainer.state.global_step
+        written = write_completions(window, sources, trainer.rollouts, step, trainer.hygiene)
+        if rollout.server_field is not None and "student" in sources:
+            assert rollout.age in (0, self._args.rollout_staleness), rollout.age
+            trainer._metrics["train"]["rollout/staleness"].append(float(rollout.age))
+            if trainer.rollout_check is not None:
+                trainer.rollout_check.open(len(window.sizes), rollout.age)
+        return written
+
     def ask_ahead(self, iterator: Iterator[Any]) -> None:
         """Ask the server for the student's completions of the next window; they are sampled while this one trains."""
         step, rollout = self._trainer.state.global_step + 1, self._trainer.rollouts["student"]
@@ -69,16 +83,6 @@ class WindowStream:
         if opened is not None and "student" in opened[1]:
             _, prompts, numbers = prompts_of(*opened, "student")
             rollout.generate_ahead(prompts, step, numbers)
-
-    def count_age(self, sources: list[str], micro_batches: int) -> None:
-        """Log how old the weights were that a server sampled this window's rollouts from, in optimizer steps; what it
-        says of its tokens is compared while they are trained on."""
-        rollout = self._trainer.rollouts["student"]
-        if rollout.server_field is not None and "student" in sources:
-            assert rollout.age in (0, self._args.rollout_staleness), rollout.age
-            self._trainer._metrics["train"]["rollout/staleness"].append(float(rollout.age))
-            if self._trainer.rollout_check is not None:
-                self._trainer.rollout_check.open(micro_batches, rollout.age)
 
     def compare_rollouts(self) -> None:
         """Behind each micro-batch, before its backward pass: after the step's last one the ranks compare."""

@@ -28,24 +28,16 @@ from gkd.assembly.materials import Given, Materials, training_materials
 from gkd.assembly.models import disable_dropout
 from gkd.assembly.parts import LoadedStudent, assemble
 from gkd.assembly.scores import evaluation_sets, load_unless_covered
-from gkd.assembly.servers import rollout_check, score_together
+from gkd.assembly.servers import rollout_check
 from gkd.common.ranks import sum_over_ranks
 from gkd.common.redact import redact_process_arguments
 from gkd.config.fields import GKDConfig
-from gkd.data.sequences import PaddingCollator, collate, cut, unpad
+from gkd.data.sequences import PaddingCollator, TokenSequence, cut
 from gkd.data.sources import SOURCES
-from gkd.data.targets import Targets, per_target, select_targets, target_weights, targets_of
 from gkd.data.tokenizer import template_already_taken
-from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
-from gkd.loss.settings import FusedOutput
-from gkd.loss.signals import TeacherSignal, TopKSignal
-from gkd.models.facts import head_rows
-from gkd.models.head import check_head, head_of, output_layer
-from gkd.models.hidden import instead_of_logits
 from gkd.models.placement import place_student
-from gkd.models.precision import mixed_precision
 from gkd.models.quantized import keep_layout
-from gkd.models.zero import gathered, zero_stage
+from gkd.models.zero import zero_stage
 from gkd.report.card import write_card
 from gkd.training import hub
 from gkd.training.card import card_info
@@ -55,12 +47,13 @@ from gkd.training.eval_loss import EvalLoss
 from gkd.training.faults import EvaluationLeft, FaultGuard, nan_unless_finite
 from gkd.training.late_rows import LateRows
 from gkd.training.log import TrainingLog
+from gkd.training.micro_batches import MicroBatches
 from gkd.training.optimizer_settings import OptimizerSettings
 from gkd.training.position_profile import PositionProfile
 from gkd.training.record import Ledger, Record
 from gkd.training.stream import WindowStream
 from gkd.training.trl_attributes import TRLAttributes
-from gkd.training.window import count, measure, write_completions
+from gkd.training.window import count, measure
 
 logger = logging.getLogger(__name__)
 
@@ -155,12 +148,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         student = accelerator.unwrap_model(self.model)
         student_setup.align_pad_token(student, ready.tokenizer)
         place_student(keep_layout(student), accelerator)
-        self._head = head_of(student)
-        self._head_module = output_layer(student)
-        self._head_unchecked = zero_stage(accelerator) == 3  # cannot be run outside its engine: in the first step
-        if not self._head_unchecked:
-            with mixed_precision(accelerator, student):
-                check_head(student, self._head)
+        self.micro_batches = MicroBatches(self)
         if args.disable_dropout:
             disable_dropout(self.model)
         parts = assemble(ready, accelerator, LoadedStudent(student, lambda: self.model_wrapped), teacher_tokenizer)
@@ -277,41 +265,31 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """One window: choose sources, write completions, sort, cut into micro-batches, count what is trained on."""
-        args, step = self.args, self.state.global_step
         opened = self.stream.next_window(epoch_iterator, num_batches)
-        if opened is None or step >= self.state.max_steps:  # resumed at the very end: no step is left
+        if opened is None or self.state.global_step >= self.state.max_steps:  # resumed at the very end
             return [], None
         self.checkpoints.begin_window()
         self._take_generation_config()
         window, sources = opened
         with self.training_log.meters["train"].phase("rollout"):
-            sequences = write_completions(window, sources, self.rollouts, step, self.hygiene)
-            self.stream.count_age(sources, len(window.sizes))
+            sequences = self.stream.write(window, sources)
             self.stream.ask_ahead(epoch_iterator)
         measure(sequences, self.hygiene, self.training_log.meters["train"])
-        counts = count(sequences)
-        tokens = torch.tensor([sum(len(s.input_ids) for s in sequences)])
-        totals = sum_over_ranks(self.accelerator, torch.cat([counts.flatten(), tokens]))
-        self.guard.open_window(totals[:6].view(2, len(SOURCES)).cpu())
-        self.record.tokens += int(totals[6])
-        self._metrics["train"]["num_tokens"] = [self.record.tokens]
-        trained = totals[3:6].sum() if args.loss_reduction == "token" else totals[:3].sum()
+        number = self._count(sequences)
         micro_batches = cut(sequences + window.fillers, window.sizes)
         if self.training_log.completions is not None:
             self.training_log.completions.open(micro_batches)
-        collated = [collate(rows, self._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
-        compared = self.loss_settings.shared_vocab or head_rows(self.accelerator.unwrap_model(self.model))
-        for batch in collated:
-            ids_in_range("target", batch["target_ids"], compared)
-        if args.teacher_placement == "cpu_offload" and len(collated) > 1 and not args.trains_on_nll_alone:
-            self._score_ahead(collated, device)
-        return collated, trained.clamp(min=1).to(device)
+        return self.micro_batches.collated(micro_batches, device), number.to(device)
 
-    def _score_ahead(self, batches: list[dict[str, Tensor]], device: torch.device) -> None:
-        """Score a whole window at once, where the teacher can."""
-        with self.training_log.meters["train"].phase("teacher"):
-            for batch, hidden in zip(batches, self.teacher.score_window(batches, device), strict=False):
-                batch["teacher_hidden"] = hidden
+    def _count(self, sequences: list[TokenSequence]) -> Tensor:
+        """What a step's loss is divided by: its targets, or sequences, over all ranks."""
+        tokens = torch.tensor([sum(len(sequence.input_ids) for sequence in sequences)])
+        totals = sum_over_ranks(self.accelerator, torch.cat([count(sequences).flatten(), tokens]))
+        self.guard.open_window(totals[:6].view(2, len(SOURCES)).cpu())
+        self.record.tokens += int(totals[6])
+        self._metrics["train"]["num_tokens"] = [self.record.tokens]
+        trained = totals[3:6] if self.args.loss_reduction == "token" else totals[:3]
+        return trained.sum().clamp(min=1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base class's step, timed: what is not the teacher's is the student's, forward and backward."""
@@ -334,99 +312,32 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         `num_items_in_batch` is the number of targets (or sequences, `loss_reduction="sequence"`) of the whole
         optimizer step over all ranks; None (evaluation) takes this micro-batch's own.
         """
-        mode = "train" if self.model.training else "eval"
-        if mode == "eval" and not isinstance(self.data_collator, PaddingCollator):
-            # a foreign collator may pad on the left; our forward pass wants the padding on the right
-            batch = collate(unpad(inputs), self._pad_id)
-            inputs = {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
-        with self.training_log.meters[mode].phase("teacher"):
-            signal: TeacherSignal | None = None
-            if "teacher_hidden" in inputs:
-                signal = self.teacher.signal_of(inputs["teacher_hidden"])
-            elif mode == "eval" or not self.args.trains_on_nll_alone:
-                signal = score_together(self.teacher, inputs, self.accelerator)
-        model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        targets = targets_of(inputs)
-        details: list[FusedOutput] = []
-
-        def loss_at_the_head(hidden: Tensor) -> Tensor:
-            details.append(self._divergence(hidden, signal, targets, inputs, num_items_in_batch))
-            loss = details[0].loss
-            return self.guard.step_loss(loss, hidden) if mode == "train" else loss
-
-        check, self._head_unchecked = self._head if self._head_unchecked else None, False
-        loss, outputs = instead_of_logits(model, self._head_module, model_inputs, loss_at_the_head, check)
-        output, sources = details[0], per_target(_sources(inputs), targets)
-        teachers = per_target(inputs["teachers"], targets) if self.args.teacher_names else None
-        self.training_log.meters[mode].add_targets(output, sources, teachers)
-        if mode == "train":
-            self.stream.compare_rollouts()
+        mode, micro_batches = "train" if self.model.training else "eval", self.micro_batches
         if mode == "eval":
-            self.eval_loss.add(output, inputs["labels"], targets)
-        elif signal is not None:
-            self.training_log.observe(output, sources, targets.places, self.state)
-        if mode == "train" and num_items_in_batch is not None:
+            inputs = micro_batches.padded_on_the_right(inputs)
+        meter = self.training_log.meters[mode]
+        with meter.phase("teacher"):
+            signal = micro_batches.signal(inputs)
+        found = micro_batches.loss(model, inputs, signal, num_items_in_batch)
+        loss, of_window = found.loss, num_items_in_batch is not None
+        meter.add_targets(found.output, found.sources, found.teachers)
+        if mode == "eval":
+            self.eval_loss.add(found.output, inputs["labels"], found.targets)
+        else:
+            self.stream.compare_rollouts()
+            if signal is not None:
+                self.training_log.observe(found.output, found.sources, found.targets.places, self.state)
+        if mode == "train" and of_window:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
-            loss = self._with_aux_loss(loss, outputs, mode, num_items_in_batch is not None)
+            loss = micro_batches.with_aux_loss(loss, found.outputs, of_window)
         if mode == "train":
             loss = nan_unless_finite(loss)
         if return_outputs:  # compute_metrics wants logits, which the loss never builds
             with torch.no_grad():
-                outputs = model(**model_inputs, use_cache=False)
+                outputs = model(**micro_batches.model_inputs(inputs), use_cache=False)
             return loss, outputs
         return loss
-
-    def _with_aux_loss(self, loss: Tensor, outputs: Any, mode: str, of_window: bool) -> Tensor:
-        """The loss with a mixture of experts' load balancing added, where the model gives one."""
-        balance = getattr(outputs, "aux_loss", None)
-        if balance is None:  # Llama 4 has routers, and a dense Doge a coefficient, but no such loss
-            logger.warning(
-                "router_aux_loss_coef=%s has no effect: %s gives no auxiliary loss; set it to 0",
-                self.router_aux_loss_coef,
-                type(self.accelerator.unwrap_model(self.model)).__name__,
-            )
-            self.aux_loss_enabled = False
-            return loss
-        # A mean per micro-batch, which DDP averages over ranks: average it over the window, as SFTTrainer does. The
-        # number is the Trainer's, which knows it once it trains.
-        own = self.args.gradient_accumulation_steps
-        steps = getattr(self, "current_gradient_accumulation_steps", own) if of_window else 1
-        self._metrics[mode]["aux_loss"].append(balance.item())
-        return loss + self.router_aux_loss_coef * balance / steps
-
-    def _divergence(
-        self, hidden: Tensor, signal: Any, targets: Targets, inputs: dict[str, Tensor], num_items: Tensor | int | None
-    ) -> FusedOutput:
-        """The fused divergence of the N targets."""
-        args, head, settings = self.args, self._head, self.loss_settings
-        weights, ce_weights = target_weights(
-            inputs["labels"],
-            targets,
-            _sources(inputs),
-            num_items,
-            reduction=args.loss_reduction,
-            ce_weight=args.ce_weight,
-            ce_on_student_tokens=args.ce_on_student_tokens,
-            nll_on_teacher_tokens=args.seq_kd_loss == "nll",
-        )
-        selected, check_ids = select_targets(hidden, targets), not self.model.training  # else checked on the CPU
-        if self.rollout_check is not None and "server_log_probs" in inputs:
-            said = inputs["server_log_probs"].flatten().index_select(0, targets.at + 1)  # of the token to predict
-            self.rollout_check.add(selected, head, targets.ids, said)
-        if signal is None:
-            assert ce_weights is not None
-            return fused_cross_entropy(selected, head, targets.ids, ce_weights, settings, check_ids=check_ids)
-        # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
-        with gathered(self.teacher.head_parameters()):
-            output = fused_divergence(
-                selected, head, signal, targets.ids, weights, settings, ce_weights, check_ids=check_ids
-            )
-        if isinstance(signal, TopKSignal):
-            output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
-        return output
 
     # ------------------------------------------------------------------------------------------------- the log
 
@@ -518,8 +429,3 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         """Write `README.md` into the output folder (main process only)."""
         if self.is_world_process_zero():
             write_card(card_info(self, model_name, dataset_name, tags), self.args.output_dir)
-
-
-def _sources(inputs: dict[str, Tensor]) -> Tensor:
-    """[B], indices into SOURCES; in the evaluation all rows are from the data."""
-    return inputs["sources"] if "sources" in inputs else torch.zeros_like(inputs["labels"][:, 0])

@@ -23,7 +23,7 @@ from tiny import tiny_rows  # noqa: E402
 from training import trainer_of  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-import gkd.training.trainer  # noqa: E402 - imported before the fork
+import gkd.training.stream  # noqa: E402 - imported before the fork
 from gkd.models.zero import gathered, zero_stage  # noqa: E402
 from gkd.training.checkpoint_faults import read_state  # noqa: E402
 from gkd.training.checkpoint_files import find  # noqa: E402
@@ -110,17 +110,17 @@ def one_rank_is_told_to_stop(folder: Path) -> list[Any]:
 
 def _spoil(trainer: Any, step: int) -> None:
     """On rank 1 the loss of this step (from 0) is NaN."""
-    original = type(trainer)._divergence
+    original = type(trainer.micro_batches).divergence
 
     def divergence(*args: Any, **options: Any) -> Any:
-        output = original(trainer, *args, **options)
+        output = original(trainer.micro_batches, *args, **options)
         if trainer.state.global_step == step and trainer.args.process_index == 1:
             import dataclasses
 
             output = dataclasses.replace(output, loss=output.loss + float("inf"))
         return output
 
-    trainer._divergence = divergence
+    trainer.micro_batches.divergence = divergence
 
 
 def one_rank_has_no_finite_loss(folder: Path, stage: int = 0, **values: Any) -> list[Any]:
@@ -226,7 +226,7 @@ def nothing_to_train_on(folder: Path, stage: int = 0) -> list[Any]:
     """In the second step no rank has a target, in the third only the first has."""
 
     def work(say: Say) -> None:
-        original, second = gkd.training.trainer.write_completions, os.environ["RANK"] == "1"
+        original, second = gkd.training.stream.write_completions, os.environ["RANK"] == "1"
 
         def write(window: Any, sources: Any, rollouts: Any, step: int, hygiene: Any) -> Any:
             written = original(window, sources, rollouts, step, hygiene)
@@ -234,7 +234,7 @@ def nothing_to_train_on(folder: Path, stage: int = 0) -> list[Any]:
                 sequence.labels[:] = [-100] * len(sequence.labels)
             return written
 
-        gkd.training.trainer.write_completions = write  # type: ignore[attr-defined]
+        gkd.training.stream.write_completions = write  # type: ignore[attr-defined]
         trainer = build(folder / "run", max_steps=4, weight_decay=0.1)
         assert zero_stage(trainer.accelerator) == stage
         trainer.train()

@@ -5,7 +5,7 @@ import torch
 from training import logged, losses, trainer_of
 from transformers import TrainerCallback
 
-from gkd.training import trainer as module
+from gkd.training import stream as module
 
 VALUES = {
     "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1, "lmbda": 0.0,

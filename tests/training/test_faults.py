@@ -189,10 +189,10 @@ def test_training_in_another_thread_catches_no_signals(tmp_path):
 
 def spoil(trainer, steps, how, monkeypatch):
     """Make loss or gradient of these steps (from 0) not finite, in the first micro-batch of each."""
-    original, done = type(trainer)._divergence, set()
+    original, done = type(trainer.micro_batches).divergence, set()
 
     def divergence(hidden, *args, **options):
-        output = original(trainer, hidden, *args, **options)
+        output = original(trainer.micro_batches, hidden, *args, **options)
         step = trainer.state.global_step
         if step in steps and step not in done:
             done.add(step)
@@ -204,7 +204,7 @@ def spoil(trainer, steps, how, monkeypatch):
                 output = dataclasses.replace(output, loss=output.loss * float(how))
         return output
 
-    monkeypatch.setattr(trainer, "_divergence", divergence)
+    monkeypatch.setattr(trainer.micro_batches, "divergence", divergence)
 
 
 @pytest.mark.parametrize(
