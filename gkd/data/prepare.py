@@ -136,11 +136,10 @@ def prepare_dataset(
             an answer or a prompt where one is needed, or of no known teacher; no row left.
     """
     check_kind(dataset, name)
-    limits = Limits(max_length, max_prompt_length, overlong_prompt, overlong_row)
     plain, transform = as_stored(dataset)
     preparation = Preparation(
         name=name,
-        limits=limits,
+        limits=Limits(max_length, max_prompt_length, overlong_prompt, overlong_row),
         answers=Answers(assistant_turns, unanswered_rows),
         prompt_only_ok=prompt_only_ok,
         prompts_needed=prompts_needed,
@@ -151,22 +150,35 @@ def prepare_dataset(
         stop_ids=tuple(sorted(stop_ids)),
         today=today,
     )
-    encoded = plain.map(
+    return _usable(_tokenized(plain, tokenizer, preparation, num_proc), plain, preparation)
+
+
+def _tokenized(
+    plain: Dataset, tokenizer: PreTrainedTokenizerBase, preparation: Preparation, num_proc: int | None
+) -> Dataset:
+    """Every row in ids, with notes of what became of it; also those that cannot be used."""
+    return plain.map(
         _encode_batch,
         batched=True,
         with_indices=True,
         remove_columns=plain.column_names,
-        features=Features({**_COLUMNS, "teacher": Value("int64")}) if teachers else _COLUMNS,
+        features=Features({**_COLUMNS, "teacher": Value("int64")}) if preparation.teachers else _COLUMNS,
         num_proc=num_proc,
-        desc=f"Tokenizing {name} data set",
+        desc=f"Tokenizing {preparation.name} data set",
         fn_kwargs={"tokenizer": tokenizer, "preparation": preparation},
     )
-    kept, prompt_only, report = read_notes(encoded, DataReport(name, limits, rows=len(dataset)))
+
+
+def _usable(encoded: Dataset, plain: Dataset, preparation: Preparation) -> tuple[Dataset, DataReport]:
+    """The rows that can be used, of the `plain` ones, and the report of all."""
+    name = preparation.name
+    kept, prompt_only, report = read_notes(encoded, DataReport(name, preparation.limits, rows=len(plain)))
     logger.log(logging.WARNING if report.remarks() else logging.INFO, "%s", report)
     if not kept:
         raise ValueError(f"no usable row is left.\n{report}")
-    if prompt_only and not prompt_only_ok:
-        raise ValueError(_without_answers(prompt_only, plain, name, generates=prompts_needed or name == "train"))
+    if prompt_only and not preparation.prompt_only_ok:
+        generates = preparation.prompts_needed or name == "train"
+        raise ValueError(_without_answers(prompt_only, plain, name, generates=generates))
     if report.dropped:
         encoded = encoded.select(kept)
     return encoded.remove_columns(["notes", "targets", "length", "served"]), report

@@ -8,7 +8,8 @@ goes on with an empty tensor, so whatever it does to logits (soft-capping, scali
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,20 +74,28 @@ def instead_of_logits(
             return torch.cat([raw.flatten(), empty.to(raw.dtype)]).view(raw.shape)
         return empty.view(args[0].shape[0], 0, 1)
 
-    handle = head.register_forward_hook(keep)
-    head.forward = forward
-    try:
+    with _replaced(head, forward, keep):
         outputs = wrapped(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-        del head.forward
-        if own is not None:
-            head.forward = own
     assert len(results) == 1, f"the output head ran {len(results)} times in one forward pass"
     if check is not None:
         _, exact, compute = checked[0]
         compare_logits(getattr(wrapped, "module", wrapped), check, outputs.logits.detach(), exact, compute)
     return results[0], outputs
+
+
+@contextmanager
+def _replaced(head: nn.Module, forward: Callable[[Tensor], Tensor], hook: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, `head` runs `forward`, and `hook` behind all of its other hooks."""
+    own = vars(head).get("forward")
+    handle = head.register_forward_hook(hook)
+    head.forward = forward
+    try:
+        yield
+    finally:
+        handle.remove()
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 def last_hidden(

@@ -81,32 +81,25 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
     settings, args = recipe.settings, recipe.settings.training
     if gpus < 1 or zero_stage not in range(4):
         raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
-    student_config = _config(settings.model.model_name_or_path, "model_name_or_path", args.trust_remote_code)
-    student = shape_of(student_config)
+    student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path", args.trust_remote_code))
     # A teacher on a server counts for its vocabulary only, which is the student's; one may be the student's base.
     elsewhere = args.teacher_server_url is not None or args.share_base_model
     nameless = args.teacher_model_name_or_path is None and elsewhere
     teacher_name = settings.model.model_name_or_path if nameless else args.teacher_model_name_or_path
     teacher_config = _config(teacher_name, "teacher_model_name_or_path", args.trust_remote_code)
-    teacher = shape_of(teacher_config)
     cuda = not args.use_cpu
     own = args.teacher_model_init_kwargs or {}
-    dtype = str(own.get("dtype", "auto") if isinstance(own, dict) else "auto")
-    if dtype == "auto":
-        saved = getattr(teacher_config, "dtype", None) or "float32"
-        dtype = str(saved) if str(settings.model.dtype) == "float32" else str(settings.model.dtype)
-    generates = tuple(
-        who for who, writes in (("student", args.student_writes), ("teacher", args.teacher_writes)) if writes
-    )
+    weight_bytes = _BYTES.get(str(settings.model.dtype), 2)
+    writes = {"student": args.student_writes, "teacher": args.teacher_writes}
     tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
     setup = Setup(
         student=student,
-        teacher=teacher,
+        teacher=shape_of(teacher_config),
         gpus=gpus,
         device="cuda" if cuda else "cpu",
-        weight_bytes=_BYTES.get(str(settings.model.dtype), 2),
-        teacher_bytes=_BYTES.get(dtype.removeprefix("torch."), 2),
-        activation_bytes=2 if args.bf16 or args.fp16 or _BYTES.get(str(settings.model.dtype), 2) == 2 else 4,
+        weight_bytes=weight_bytes,
+        teacher_bytes=_teacher_bytes(own, teacher_config, str(settings.model.dtype)),
+        activation_bytes=2 if args.bf16 or args.fp16 or weight_bytes == 2 else 4,
         lora_r=_rank(settings),
         lora_dropout=settings.model.lora_dropout > 0,
         fold=args.fold_adapter,
@@ -115,7 +108,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
         targets=args.per_device_train_batch_size * (tokens if args.reads_answers else args.max_new_tokens),
         accumulates=args.gradient_accumulation_steps > 1,
         rollout_batch=args.rollout_batch_size or 1,
-        generates=generates if args.rollout_backend == "hf" else (),
+        generates=tuple(who for who in writes if writes[who]) if args.rollout_backend == "hf" else (),
         checkpointing=args.gradient_checkpointing,
         zero_stage=zero_stage,
         offload=offload,
@@ -130,6 +123,15 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
     window = setup.batch * args.gradient_accumulation_steps
     rows = rollout_rows(setup.batch, window, kv_cache(setup), (memory or 0) if cuda else None)
     return replace(setup, rollout_batch=rows)
+
+
+def _teacher_bytes(init_kwargs: Any, config: Any, student_dtype: str) -> int:
+    """Bytes of a weight of the teacher: in the dtype asked for, else in the student's, or its own beside float32."""
+    dtype = str(init_kwargs.get("dtype", "auto") if isinstance(init_kwargs, dict) else "auto")
+    if dtype == "auto":
+        saved = getattr(config, "dtype", None) or "float32"
+        dtype = str(saved) if student_dtype == "float32" else student_dtype
+    return _BYTES.get(dtype.removeprefix("torch."), 2)
 
 
 def _rank(settings: Settings) -> int | None:
