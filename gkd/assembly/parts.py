@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -73,61 +73,88 @@ def assemble(
     Raises:
         ValueError: models, rows and servers that do not go together.
     """
-    args, tokenizer, known = ready.args, ready.tokenizer, ready.student if student is None else student.model
+    args, known = ready.args, ready.student if student is None else student.model
     teacher_model = ready.teacher
     if student is not None:
         teacher_model = shared_base(args, teacher_model, student.model)
         check_lengths(args, {"student": student.model, "teacher": teacher_model}, ready.train)
     if teacher_tokenizer is None:
         teacher_tokenizer = tokenizer_of_teacher(teacher_model, known, args)
-    servers = connect(args, tokenizer, ("student", "teacher") if student is not None else ("teacher",))
+    servers = connect(args, ready.tokenizer, ("student", "teacher") if student is not None else ("teacher",))
     heads = _heads(ready, student, teacher_model)
-    shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
-    pad_id = readable_pad_id(tokenizer, min(heads.values()))
+    ids = _shared_ids(ready, heads, known, teacher_model, teacher_tokenizer, servers["teacher"])
     teacher: Teacher | None = None
     if student is not None or servers["teacher"] is None:
         loaded = None if student is None else student.model
         teacher = make_teacher(args, teacher_model, loaded, accelerator, servers["teacher"])
-    generation = generation_config_of(known, loading_options(args))
-    stop_ids = {
-        "student": stop_token_ids(tokenizer, generation),
-        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher_model, "generation_config", None)),
-    }
-    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
-    check_ids_in_use({**evaluated, "train": ready.train}, stop_ids["student"], tokenizer, heads, shared)
-    unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
-    if servers["teacher"] is None:
-        unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
     models: dict[str, list[Callable[[], Any]]] = {} if student is None else {"student": [student.writer]}
     models["teacher"] = [lambda: None] if teacher is None else teacher.models()
-
-    def writer(source: str, model: Callable[[], nn.Module]) -> Writer:
-        return Writer(
+    rollouts: dict[str, Any] = {}
+    for source, of_source in models.items():
+        writer = Writer(
             source,
-            model,
-            stop_ids=stop_ids[source],
-            pad_id=pad_id,
-            foreign_ids=unread[source],
+            of_source[0],
+            stop_ids=ids.stop[source],
+            pad_id=ids.pad,
+            foreign_ids=ids.unread[source],
             server=servers[source],
             vocabulary=heads["student"],
             absent=as_absent(teacher_model),
         )
-
-    rollouts = {
-        source: routed(make_rollout(args, writer(source, model), accelerator) for model in of_source)
-        for source, of_source in models.items()
-    }
+        rollouts[source] = routed(make_rollout(args, replace(writer, get_model=get), accelerator) for get in of_source)
     return Parts(
         teacher=teacher,
         teacher_model=teacher_model,
         teacher_tokenizer=teacher_tokenizer,
         servers=servers,
         rollouts=rollouts,
-        loss_settings=loss_settings(args, shared),
-        stop_ids=stop_ids,
-        hygiene=hygiene(args, stop_ids),
-        pad_id=pad_id,
+        loss_settings=loss_settings(args, ids.shared),
+        stop_ids=ids.stop,
+        hygiene=hygiene(args, ids.stop),
+        pad_id=ids.pad,
     )
+
+
+@dataclass(frozen=True)
+class SharedIds:
+    """Token ids of two models.
+
+    `shared` is how many of them are compared; None: all. `pad` can be read by both. By source: which ids `stop` a
+    completion, and which are never written, since the other model would leave them `unread`.
+    """
+
+    shared: int | None
+    pad: int
+    stop: dict[str, tuple[int, ...]]
+    unread: dict[str, range]
+
+
+def _shared_ids(
+    ready: Materials,
+    heads: dict[str, int],
+    student: Any,
+    teacher: Any,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    server: Server | None,
+) -> SharedIds:
+    """What the models, or their names, have in common; `server` is the teacher's.
+
+    Raises:
+        ValueError: vocabularies that cannot be compared, or rows with ids that one of the models does not know.
+    """
+    tokenizer = ready.tokenizer
+    shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
+    pad = readable_pad_id(tokenizer, min(heads.values()))
+    stop = {
+        "student": stop_token_ids(tokenizer, generation_config_of(student, loading_options(ready.args))),
+        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
+    }
+    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
+    check_ids_in_use({**evaluated, "train": ready.train}, stop["student"], tokenizer, heads, shared)
+    unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
+    if server is None:
+        unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
+    return SharedIds(shared, pad, stop, unread)
 
 
 def _heads(ready: Materials, student: LoadedStudent | None, teacher_model: Any) -> dict[str, int]:
