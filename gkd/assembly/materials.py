@@ -18,6 +18,7 @@ from gkd.assembly.rollouts import encoding_options
 from gkd.assembly.rows import prepare_rows
 from gkd.assembly.student import check_named
 from gkd.config.fields import GKDConfig
+from gkd.models.zero import join_ranks_on_cpu
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Materials:
 
 
 def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
-    """Teacher, tokenizer and rows. The student is not loaded.
+    """Teacher, tokenizer and rows. The student is not loaded. Ranks that DeepSpeed joins have met from here on.
 
     Args:
         args: the fields.
@@ -66,6 +67,8 @@ def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
     Raises:
         ValueError: what `resolve_teacher`, `resolve_tokenizer` or `prepare_rows` refuse.
     """
+    if args.deepspeed:
+        join_ranks_on_cpu()
     student = given.student
     teacher = resolve_teacher(student, given.teacher, args)
     tokenizer = resolve_tokenizer(given.tokenizer, student, args)

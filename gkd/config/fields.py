@@ -32,6 +32,9 @@ def _field(default: Any, text: str) -> Any:
 class GKDConfig(SFTConfig):
     """Arguments of [`GKDTrainer`]. Every field is a command-line flag and a YAML key of a recipe.
 
+    It joins no process group itself. `TrainingArguments` sets up its device while it is built, and under a launcher of
+    several processes accelerate joins them then, for these arguments as for any of transformers'.
+
     Raises:
         ValueError: a value out of range, or an option that this trainer cannot honour; the message names the field,
             the value and the remedy.
@@ -231,11 +234,6 @@ class GKDConfig(SFTConfig):
         refuses bf16; and bf16 only when the launch file says so, since TRL's default is made for GPUs."""
         if not torch.accelerator.is_available():
             self.use_cpu = True
-            if self.deepspeed and "RANK" in os.environ:
-                # What accelerate does on GPUs before a model is split up (ZeRO-3), and on CPUs only for its own files.
-                import deepspeed
-
-                deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
             given: bool | None = getattr(self, "bf16", None)
             self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" if given is None else given
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -20,6 +22,16 @@ def zero_stage(accelerator: Accelerator) -> int:
     """The DeepSpeed ZeRO stage in use, 0 without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def join_ranks_on_cpu() -> None:
+    """Join DeepSpeed's process group where there is no accelerator, before a model is split up (ZeRO-3). On GPUs
+    accelerate does that, on CPUs only when DeepSpeed comes from a launch file of its own."""
+    if torch.accelerator.is_available() or "RANK" not in os.environ:
+        return
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 @contextlib.contextmanager
