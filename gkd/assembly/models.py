@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from typing import Any
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_config(args: Any, model: Any, quantization_config: Any = None) -> GKDConfig:
-    """`args`, or the defaults when it is None, with what a student that is given by name is loaded with.
+    """A copy of `args`, or of the defaults when it is None, with what a student that is given by name is loaded with.
+    The training, TRL and transformers write into that copy; the user's stays as it is.
 
     Raises:
         TypeError: some other kind of arguments, which would lack the distillation fields.
@@ -39,6 +41,7 @@ def resolve_config(args: Any, model: Any, quantization_config: Any = None) -> GK
     if not isinstance(args, GKDConfig):
         kind = "a plain TrainingArguments" if isinstance(args, TrainingArguments) else "no training arguments at all"
         raise TypeError(f"args is {type(args).__name__}, {kind}: pass a gkd.GKDConfig")
+    args = copy.copy(args)
     if isinstance(model, str):
         assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
         kwargs = safe_weights(base_name(model), args.model_init_kwargs, "model_init_kwargs")

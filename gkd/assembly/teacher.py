@@ -105,7 +105,7 @@ def shared_base(args: GKDConfig, teacher_model: Any, student: nn.Module) -> Any:
     if not args.share_base_model:
         return teacher_model
     base = base_of_student(student)
-    learns = args.ce_weight > 0 or (args.seq_kd and args.seq_kd_loss == "nll")
+    learns = args.ce_weight > 0 or (args.teacher_writes and args.seq_kd_loss == "nll")
     if not learns and args.teacher_adapter_name_or_path is None and not args.teacher_names and is_new(student):
         logger.warning(
             "the student's adapter is new, so student and teacher are one model, and divergence and gradient are 0: "

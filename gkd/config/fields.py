@@ -264,8 +264,11 @@ class GKDConfig(SFTConfig):
         return copied
 
     def __copy__(self) -> GKDConfig:
+        """A copy whose fields, dictionaries and lists can be set without changing this one. The device and DeepSpeed's
+        plan are shared: which models are split up when they are loaded hangs on that one object."""
         copied = type(self).__new__(type(self))
-        copied.__dict__.update(vars(self))
+        own = {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in vars(self).items()}
+        copied.__dict__.update(own)
         return copied
 
     def __str__(self) -> str:

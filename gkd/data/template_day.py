@@ -39,7 +39,7 @@ def template_day(args: Any, tokenizer: PreTrainedTokenizerBase, write: bool = Tr
             "will have other tokens on another day, and what is kept of the teacher's is not found again"
         )
         return None
-    kept = [args.teacher_cache_folder] if args.seq_kd and args.lmbda < 1 else []
+    kept = [args.teacher_cache_folder] if args.teacher_writes else []
     files = [Path(folder).expanduser() / FILE for folder in (*kept, args.teacher_scores_dir) if folder is not None]
     found = next((file for file in files if file.is_file()), None)
     day = date.today().isoformat() if found is None else _read(found)

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
+from gkd.config.fields import GKDConfig
 from gkd.models.loading import load_tokenizer
 from gkd.recipe.settings import Settings
 from gkd.training.progress import ProgressBar
@@ -43,9 +44,9 @@ def student_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     )
 
 
-def set_loading_arguments(settings: Settings) -> None:
-    """Write into the training arguments how student and teacher are loaded: dtype, attention, quantization."""
-    args, model = settings.training, settings.model
+def loading_arguments(settings: Settings) -> GKDConfig:
+    """The training arguments, copied, with how student and teacher are loaded: dtype, attention, quantization."""
+    args, model = copy.copy(settings.training), settings.model
     quantization = get_quantization_config(model)
     shared: dict[str, Any] = {
         "attn_implementation": model.attn_implementation,
@@ -56,12 +57,13 @@ def set_loading_arguments(settings: Settings) -> None:
         device_map = {"": str(PartialState().device)}  # quantized weights cannot be moved later
         args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
     if args.share_base_model:  # the teacher is not loaded
-        return
+        return args
     own = args.teacher_model_init_kwargs or {}
     assert not isinstance(own, str)  # TrainingArguments has parsed it
     # float32 is ModelConfig's default, made for a student: a teacher stays as it was saved unless the user says more.
     dtype = "auto" if model.dtype == "float32" else model.dtype
     args.teacher_model_init_kwargs = {**shared, "dtype": dtype, **own}
+    return args
 
 
 def copied(settings: Settings) -> Settings:
@@ -86,8 +88,7 @@ def measuring_trainer(settings: Settings, data: dict[str, Any]) -> Iterator[GKDT
 
 def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
     """Tokenizer, models and trainer from the settings."""
-    args, model = settings.training, settings.model
-    set_loading_arguments(settings)
+    args, model = loading_arguments(settings), settings.model
     trainer = GKDTrainer(
         model=model.model_name_or_path,
         args=args,

@@ -64,7 +64,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
     Args:
         model: the student: a model, or the name to load it from.
         teacher_model: the teacher: a model or a name; None takes `args.teacher_model_name_or_path`.
-        args: a `GKDConfig`; None takes the defaults.
+        args: a `GKDConfig`; None takes the defaults. `trainer.args` is a copy of it: what is set later is set there.
         data_collator: None takes the one made for the prepared rows. A foreign one must give `input_ids`,
             `attention_mask` and `labels` (-100 off target); the prompt is then what stands before the first target.
         train_dataset: rows of the forms in docs/recipes.md ("Data").

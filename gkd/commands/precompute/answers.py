@@ -32,7 +32,7 @@ from gkd.common.environment import installed_versions
 from gkd.common.redact import redact_command
 from gkd.data.sequences import prompt_of
 from gkd.data.targets import IGNORE
-from gkd.recipe.build import set_loading_arguments, student_name, student_tokenizer
+from gkd.recipe.build import loading_arguments, student_name, student_tokenizer
 from gkd.recipe.capture import Recipe
 from gkd.recipe.rows import recipe_data
 from gkd.report.dataset_folder import check_folder, push_folder, write_folder
@@ -121,20 +121,19 @@ def _training_command(recipe: Recipe, output: str) -> str:
     """How this recipe is run on its precomputed answers: without seq_kd, which would ask the teacher again."""
     args = recipe.settings.training
     file = next((arg for arg in sys.argv[1:] if arg.endswith(".py")), "RECIPE")
-    more = ["--lmbda", "0"] if args.lmbda == 1 else []  # with 1 no answer of a data set is used
+    more = [] if args.teacher_writes else ["--lmbda", "0"]  # the student alone uses no answer of a data set
     return shlex.join(["gkd", "run", file, "--dataset_name", output, "--seq_kd", "false", *more])
 
 
 def prepare(recipe: Recipe) -> Work:
     """Rows, tokenizer and teacher exactly as training has them; the student itself is not loaded."""
-    settings, args = recipe.settings, recipe.settings.training
-    student = student_name(settings)
+    settings = recipe.settings
+    args, student = loading_arguments(settings), student_name(settings)
     if args.share_base_model or args.teacher_adapters is not None:
         raise ValueError(
             "gkd precompute loads one teacher and no student, so share_base_model and teacher_adapters do not go with "
             "it: their sequences and scores are kept during the training"
         )
-    set_loading_arguments(settings)
     data = recipe_data(recipe.load_data, settings)
     asked = data.get("eval") if args.eval_strategy != "no" else None
     given = Given(student, tokenizer=student_tokenizer(settings), train=data["train"], evaluation=asked)
