@@ -55,7 +55,8 @@ test: lint types  ## everything CI runs: lint, format check, types, all tests
 # The laws, then the modules that are functions of their arguments.
 FAST := tests/laws tests/loss tests/data tests/config tests/common \
   tests/training/test_metrics.py tests/training/test_record.py tests/training/test_window.py \
-  tests/training/test_position_profile.py tests/recipe/test_settings.py tests/rollouts/test_hygiene.py
+  tests/training/test_position_profile.py tests/recipe/test_settings.py tests/recipe/test_command_line.py \
+  tests/rollouts/test_hygiene.py
 
 test-fast: $(STAMP)  ## the laws and the pure modules, without what is slow or starts processes (part of test)
 	$(TEST_ENV) $(PY) -m pytest -m "not distributed and not slow" $(FAST) $(PYTEST_ARGS)

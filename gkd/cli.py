@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, action: Action, summary: str, description: str, example: str, json_too: bool = False
+    commands: Any, name: str, action: Action, *, summary: str, description: str, example: str, json_too: bool = False
 ) -> argparse.ArgumentParser:
     """A command that takes a recipe (but for `new`); flags that are not its own go to the recipe."""
     command: argparse.ArgumentParser = commands.add_parser(
@@ -76,9 +76,9 @@ def _add_run(commands: Any) -> None:
         commands,
         "run",
         _run,
-        "run a recipe in this process",
-        "Run a recipe file in this process; everything after it goes to the recipe (its --help lists it).",
-        "gkd run recipes/gkd_glass.py --max_steps 20",
+        summary="run a recipe in this process",
+        description="Run a recipe file in this process; everything after it goes to the recipe (its --help lists it).",
+        example="gkd run recipes/gkd_glass.py --max_steps 20",
     )
     run.add_argument("flags", nargs=argparse.REMAINDER, help="the recipe's flags")
 
@@ -88,10 +88,13 @@ def _add_precompute(commands: Any) -> None:
         commands,
         "precompute",
         _precompute,
-        "let the teacher answer a recipe's prompts beforehand",
-        "Let the teacher answer a recipe's training prompts, once each, into the cache that training with --seq_kd "
-        "reads (teacher_cache_dir); optionally as a data set of its own. Can be stopped and started again.",
-        "gkd precompute recipes/gkd_glass.py --precompute_output answers",
+        summary="let the teacher answer a recipe's prompts beforehand",
+        description=(
+            "Let the teacher answer a recipe's training prompts, once each, into the cache that training with "
+            "--seq_kd reads (teacher_cache_dir); optionally as a data set of its own. Can be stopped and started "
+            "again."
+        ),
+        example="gkd precompute recipes/gkd_glass.py --precompute_output answers",
     )
     precompute.add_argument("--precompute_output", metavar="DIR", help="also write the answers as a data set")
     precompute.add_argument("--precompute_push_to_hub", metavar="ID", help="push that data set to this repository")
@@ -103,11 +106,13 @@ def _add_doctor(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        "check a recipe before it costs a GPU-day",
-        "Load what a recipe needs and print a checklist: tokens, templates, stop ids, rows (three of them in colour), "
-        "perplexities, eight rollouts, memory, time of a step, versions. Further flags go to the recipe. Exit code 1 "
-        "on an error.",
-        "gkd doctor recipes/gkd_glass.py --max_new_tokens 20",
+        summary="check a recipe before it costs a GPU-day",
+        description=(
+            "Load what a recipe needs and print a checklist: tokens, templates, stop ids, rows (three of them in "
+            "colour), perplexities, eight rollouts, memory, time of a step, versions. Further flags go to the "
+            "recipe. Exit code 1 on an error."
+        ),
+        example="gkd doctor recipes/gkd_glass.py --max_new_tokens 20",
         json_too=True,
     )
 
@@ -117,10 +122,12 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "measure a recipe's student and teacher, without training",
-        "Measure the student, an adapter of it, and the teacher on a recipe's held-out prompts. Further flags go to "
-        "the recipe (--num_eval_prompts 256; --lm_eval_tasks hellaswag,arc_easy).",
-        "gkd evaluate recipes/gkd_glass.py --adapter outputs/gkd_glass",
+        summary="measure a recipe's student and teacher, without training",
+        description=(
+            "Measure the student, an adapter of it, and the teacher on a recipe's held-out prompts. Further flags"
+            " go to the recipe (--num_eval_prompts 256; --lm_eval_tasks hellaswag,arc_easy)."
+        ),
+        example="gkd evaluate recipes/gkd_glass.py --adapter outputs/gkd_glass",
         json_too=True,
     )
     evaluate.add_argument("--adapter", metavar="DIR", help="a trained adapter, beside the student as it is")
@@ -131,10 +138,12 @@ def _add_new(commands: Any) -> None:
         commands,
         "new",
         _new,
-        "write a recipe for your data",
-        "Look at the data and write a recipe that runs. Columns that no known format has are named by --prompt_column "
-        "(or --prompt_template) and --completion_column.",
-        "gkd new mine --data rows.jsonl --student my/student --teacher my/teacher",
+        summary="write a recipe for your data",
+        description=(
+            "Look at the data and write a recipe that runs. Columns that no known format has are named by "
+            "--prompt_column (or --prompt_template) and --completion_column."
+        ),
+        example="gkd new mine --data rows.jsonl --student my/student --teacher my/teacher",
     )
     new.add_argument("name", metavar="NAME", help="the recipe's name")
     new.add_argument(
@@ -157,10 +166,12 @@ def _add_plan(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "the memory that a recipe's run needs on each GPU",
-        "Print what a recipe's run needs on each GPU, part by part, from the models' configs alone, and the smallest "
-        "change that makes it fit. Exit code 1 when it does not fit. Other flags go to the recipe.",
-        "gkd plan recipes/gkd_qwen2.py --gpus 8 --gpu_memory 24GB --zero_stage 2",
+        summary="the memory that a recipe's run needs on each GPU",
+        description=(
+            "Print what a recipe's run needs on each GPU, part by part, from the models' configs alone, and the "
+            "smallest change that makes it fit. Exit code 1 when it does not fit. Other flags go to the recipe."
+        ),
+        example="gkd plan recipes/gkd_qwen2.py --gpus 8 --gpu_memory 24GB --zero_stage 2",
         json_too=True,
     )
     plan.add_argument("--gpus", metavar="N", type=int, default=1, help="GPUs of the run (default 1)")

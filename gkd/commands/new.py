@@ -25,6 +25,7 @@ def write_recipe(
     data: str,
     student: str,
     teacher: str,
+    *,
     output: str | None = None,
     columns: tuple[str, str | None] | None = None,
     force: bool = False,
@@ -63,7 +64,8 @@ def write_recipe(
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(name, data, split, student, teacher, look, path), encoding="utf-8")
+        text = render(name, data, split, student=student, teacher=teacher, look=look, path=path)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}; pass another --output") from error
     return path
@@ -82,7 +84,7 @@ def _has_chat_template(student: str) -> bool:
 # ---------------------------------------------------------------------------------------------------- the file
 
 
-def render(name: str, data: str, split: str, student: str, teacher: str, look: Look, path: Path) -> str:
+def render(name: str, data: str, split: str, *, student: str, teacher: str, look: Look, path: Path) -> str:
     """The recipe's text. Local files and folders are written with their whole path: it is run from anywhere."""
     short = [Path(part).name.replace('"', "'") for part in (student, teacher, data)]
     title = f"GKD of {short[0]} from {short[1]} on {short[2]} ({look.rows:,} rows)."

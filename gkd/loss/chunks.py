@@ -86,6 +86,7 @@ class Pass:
         self,
         student: Projection,
         teacher: Projection | None,
+        *,
         signal: TeacherSignal,
         targets: Tensor,
         weights: Tensor,

@@ -32,15 +32,15 @@ def fused_divergence(
     targets: Tensor,
     weights: Tensor,
     settings: LossSettings,
-    ce_weights: Tensor | None = None,
     *,
+    ce_weights: Tensor | None = None,
     check_ids: bool = True,
 ) -> FusedOutput:
     """sum_n weights[n] D_n + ce_weights[n] CE_n over the target tokens, without building their logits.
 
     The matrix products take factors of the hidden states' dtype (under autocast: of its dtype) and leave fp32 logits,
-    everything else is in fp32. Heads
-    must be whole tensors while this runs (ZeRO-3: gather them around the call); the backward pass does not need them.
+    everything else is in fp32. Heads must be whole tensors while this runs (ZeRO-3: gather them around the call); the
+    backward pass does not need them.
 
     Args:
         student_hidden: [N, Ds], what the student's head would project.
@@ -72,7 +72,16 @@ def fused_divergence(
     needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         gradients = Gradients.zeros(inputs, needs, dtype)
-        work = Pass(student, teacher, signal, targets, weights, ce_weights, settings, gradients)
+        work = Pass(
+            student,
+            teacher,
+            signal=signal,
+            targets=targets,
+            weights=weights,
+            ce_weights=ce_weights,
+            settings=settings,
+            gradients=gradients,
+        )
         for at in even_cuts(targets.shape[0], work.chunk):
             work.run_chunk(at)
         output = work.output()

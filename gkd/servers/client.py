@@ -131,12 +131,20 @@ class VLLMClient:
             ServerError: no good answer in time.
         """
         return self._request(
-            "POST", path, payload, first, url, timeout or self.timeout, again, stop or threading.Event(), most
+            "POST",
+            path,
+            payload,
+            only=url,
+            timeout=timeout or self.timeout,
+            first=first,
+            again=again,
+            stop=stop,
+            most=most,
         )
 
     def get(self, path: str, url: str, timeout: float) -> Any:
         """The same for GET, from one server."""
-        return self._request("GET", path, None, 0, url, timeout, lambda _: None, threading.Event(), ANSWER_BYTES)
+        return self._request("GET", path, None, only=url, timeout=timeout)
 
     def run_all(
         self, calls: Sequence[Callable[[threading.Event], Any]], stop: threading.Event | None = None
@@ -165,14 +173,15 @@ class VLLMClient:
         method: str,
         path: str,
         payload: dict[str, Any] | None,
-        first: int,
+        *,
         only: str | None,
         timeout: float,
-        again: Callable[[Any], str | None],
-        stop: threading.Event,
-        most: int,
+        first: int = 0,
+        again: Callable[[Any], str | None] = lambda _: None,
+        stop: threading.Event | None = None,
+        most: int = ANSWER_BYTES,
     ) -> Any:
-        urls = [only] if only else self.urls
+        urls, stop = [only] if only else self.urls, stop or threading.Event()
         start, pause, attempt, faults = time.monotonic(), FIRST_PAUSE, 0, 0
         causes: dict[str, None] = {}  # in their order: the last attempt often only runs out of time
         while True:

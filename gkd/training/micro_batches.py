@@ -169,7 +169,14 @@ class MicroBatches:
         # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
         with gathered(trainer.teacher.head_parameters()):
             output = fused_divergence(
-                selected, self._head, signal, targets.ids, weights, settings, ce_weights, check_ids=check_ids
+                selected,
+                self._head,
+                signal,
+                targets.ids,
+                weights,
+                settings,
+                ce_weights=ce_weights,
+                check_ids=check_ids,
             )
         if isinstance(signal, TopKSignal):
             output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))

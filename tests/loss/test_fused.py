@@ -180,7 +180,9 @@ def test_gradcheck(name, options):
 
     def loss(hidden, weight, bias):
         head = Head(weight, bias, case.head.logit_scale, case.head.softcap)
-        output = fused_divergence(hidden, head, case.signal, case.targets, case.weights, options, case.ce_weights)
+        output = fused_divergence(
+            hidden, head, case.signal, case.targets, case.weights, options, ce_weights=case.ce_weights
+        )
         return output.loss
 
     assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))

@@ -50,7 +50,9 @@ class Case:
     def fused(self, name="jsd", parameters=None, ce=False, **options):
         options = LossSettings(make_divergence(name, **(parameters or {})), **options)
         ce_weights = self.ce_weights if ce else None
-        return fused_divergence(self.hidden, self.head, self.signal, self.targets, self.weights, options, ce_weights)
+        return fused_divergence(
+            self.hidden, self.head, self.signal, self.targets, self.weights, options, ce_weights=ce_weights
+        )
 
     def expected(
         self,

@@ -5,7 +5,8 @@ from windows import STOP, batches
 
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
-from gkd.training.window import count, open_window, prompts_of, write_completions
+from gkd.training.metrics import Meter
+from gkd.training.window import count, measure, open_window, prompts_of, write_completions
 
 
 class Writer(Rollout):
@@ -68,3 +69,16 @@ def test_a_completion_that_is_cut_off_is_trained_on_only_where_that_is_wanted(tr
     assert written[1].input_ids == [101, 102, 31, 60, 7]  # it is there, also where nothing of it is a target
     sequences = 2 if trained else 1
     assert count(written).tolist() == [[0, sequences, 0], [0, 3 * sequences, 0]]
+
+
+def test_what_was_written_is_measured_by_source_whether_it_is_trained_on_or_not():
+    window = open_window(batches([0, 1, 2]), 0, 1)
+    writers = {"student": Writer(long=(1,)), "teacher": Writer()}
+    written = write_completions(window, ["data", "student", "teacher"], writers, 0, hygiene(train_truncated=False))
+    meter = Meter()
+    measure(written, hygiene(), meter)
+    logs = meter.flush(lambda x: x, lambda x: x)
+    assert (logs["rollout/truncated/student"], logs["rollout/truncated/teacher"]) == (1, 0)
+    assert (logs["rollout/ended/student"], logs["rollout/ended/teacher"]) == (0, 1)
+    assert logs["rollout/length_mean/data"] == logs["rollout/length_mean/student"] == 3
+    assert count(written).tolist() == [[1, 0, 1], [3, 0, 3]]  # nothing of the cut-off one is trained on
