@@ -184,6 +184,11 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             self.add_callback(callback)
 
     @property
+    def training_seconds(self) -> float:
+        """Of the whole run, over resumes, up to now."""
+        return self.checkpoints.seconds
+
+    @property
     def teacher_model(self) -> nn.Module | None:
         """The frozen teacher, as `trl.experimental.gkd.GKDTrainer` names it; None when it is on a server. One whose
         scores are on disk (`teacher_scores_dir`) is loaded now."""
@@ -193,26 +198,6 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
     def ledger(self) -> Ledger:
         """What the model has been trained on so far."""
         return self.record.ledger
-
-    # ---------------------------------------------------------------------------------------------- rows
-
-    def get_train_dataloader(self) -> Any:
-        """As in `transformers.Trainer`.
-
-        Raises:
-            ValueError: `train_dataset` was set after the constructor, to rows that nobody has prepared.
-        """
-        self.late_rows.check_train()
-        with self.stream.rows_as_sequences():
-            return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in `transformers.Trainer`, for rows of every form that the constructor takes; so `evaluate` is, too."""
-        return super().get_eval_dataloader(self.late_rows.for_evaluation(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As in `transformers.Trainer`, for rows of every form; so `predict` is, too."""
-        return super().get_test_dataloader(self.late_rows.ready(test_dataset, "test"))
 
     # ------------------------------------------------------------------------------------------------ a training
 
@@ -239,10 +224,15 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         """
         return self.checkpoints.going_on.asked()
 
-    @property
-    def training_seconds(self) -> float:
-        """Of the whole run, over resumes, up to now."""
-        return self.checkpoints.seconds
+    def get_train_dataloader(self) -> Any:
+        """As in `transformers.Trainer`.
+
+        Raises:
+            ValueError: `train_dataset` was set after the constructor, to rows that nobody has prepared.
+        """
+        self.late_rows.check_train()
+        with self.stream.rows_as_sequences():
+            return super().get_train_dataloader()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; warns of weights whose updates would be rounded away, and remembers what the
@@ -349,6 +339,14 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             self.state.log_history[-1]["divergence_by_position"] = self.record.positions.as_dict()
 
     # ------------------------------------------------------------------------------------------------- evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `transformers.Trainer`, for rows of every form that the constructor takes; so `evaluate` is, too."""
+        return super().get_eval_dataloader(self.late_rows.for_evaluation(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in `transformers.Trainer`, for rows of every form; so `predict` is, too."""
+        return super().get_test_dataloader(self.late_rows.ready(test_dataset, "test"))
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Data source only, nothing generated, the same normalisation as in training, no random stream moved."""
