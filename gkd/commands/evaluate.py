@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
+from torch import nn
 
 from gkd.assembly.evaluator import evaluator_of
 from gkd.evaluation.measures import METRICS, Measures
 from gkd.evaluation.subject import LocalSubject
-from gkd.models.adapters import adapter_folder
+from gkd.models.adapters import adapter_folder, load_adapter
 from gkd.models.shared_weights import second_model
 from gkd.recipe.build import copied, measuring_trainer
 from gkd.recipe.capture import Recipe
@@ -61,18 +62,9 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
         return columns
 
 
-def _with_adapter(trainer: GKDTrainer, adapter: str) -> Any:
-    from peft import PeftModel
-
-    try:
-        own = isinstance(trainer.model, PeftModel)  # under share_base_model; the student is then in two models
-        return PeftModel.from_pretrained(second_model(trainer.model) if own else trainer.model, adapter)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise ValueError(
-            f"--adapter {adapter} does not load into this student: {' '.join(lines[:2]).rstrip('.')}; name the folder "
-            "of an adapter that was trained on it"
-        ) from error
+def _with_adapter(trainer: GKDTrainer, adapter: str) -> nn.Module:
+    own = isinstance(trainer.model, PeftModel)  # under share_base_model; the student is then in two models
+    return load_adapter(second_model(trainer.model) if own else trainer.model, adapter, "--adapter")
 
 
 def results_table(columns: list[Measures]) -> Table:

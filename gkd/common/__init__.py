@@ -15,5 +15,5 @@ ranks: sums and maxima over ranks, the same on one process. Formulas never ask `
 ranges: ranges and choices of values: what is outside is refused by the name that the user knows it by
 redact: keep secrets out of what is published: a command line and settings with access tokens and
     passwords replaced
-text: text made short, or harmless for a terminal
+text: text made short, or harmless for a terminal; seconds as text
 """

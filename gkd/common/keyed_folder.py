@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ def open_folder(path: Path, about: Mapping[str, Any], what: str, remedy: str, un
     except OSError as error:
         if not readable_folder(path):
             raise ValueError(unusable.replace("{reason}", str(error.strerror))) from error
+
+
+def own_file_name() -> str:
+    """What no other process names a file: host, process and a random number."""
+    host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
 def digest(value: Any) -> str:

@@ -22,6 +22,8 @@ from gkd.loss.projection import Projection
 from gkd.loss.settings import FusedOutput, LossSettings
 from gkd.loss.signals import DenseSignal, Head, TeacherSignal, TopKSignal
 
+_Inputs = tuple[Tensor, Tensor, Tensor | None]
+
 __all__ = ["FusedOutput", "LossSettings", "fused_cross_entropy", "fused_divergence"]
 
 
@@ -65,13 +67,10 @@ def fused_divergence(
         ids_in_range("target", targets, vocab)
         if isinstance(signal, TopKSignal):
             ids_in_range("top-k id", signal.ids, vocab)
-    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    student = Projection(student_hidden, student_head, vocab, dtype)
+    student, inputs, gradients = _student(student_hidden, student_head, vocab)
+    dtype = student.dtype
     teacher = Projection(signal.hidden, signal.head, vocab, dtype) if isinstance(signal, DenseSignal) else None
-    inputs = (student_hidden, student_head.weight, student_head.bias)
-    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        gradients = Gradients.zeros(inputs, needs, dtype)
         work = Pass(
             student,
             teacher,
@@ -85,7 +84,7 @@ def fused_divergence(
         for at in even_cuts(targets.shape[0], work.chunk):
             work.run_chunk(at)
         output = work.output()
-    if not any(needs):
+    if not gradients.any:
         return output
     loss = _Attach.apply(output.loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
     return replace(output, loss=loss)
@@ -116,14 +115,11 @@ def fused_cross_entropy(
     vocab, n = settings.shared_vocab or student_head.weight.shape[0], targets.shape[0]
     if check_ids:
         ids_in_range("target", targets, vocab)
-    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    student = Projection(student_hidden, student_head, vocab, dtype)
-    inputs = (student_hidden, student_head.weight, student_head.bias)
-    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    student, inputs, gradients = _student(student_hidden, student_head, vocab)
+    dtype = student.dtype
     entropy, cross_entropy = torch.zeros(2, n, dtype=dtype, device=targets.device)
     weights = ce_weights.to(dtype)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        gradients = Gradients.zeros(inputs, needs, dtype)
         default = chunk_rows(vocab, dtype.itemsize, targets.device.type, gradients.weight is not None)
         chunk = max(1, min(settings.chunk_size or default, n))
         buffer = student.buffer(chunk)
@@ -139,9 +135,17 @@ def fused_cross_entropy(
                 gradient.mul_(slope_of_cap)
             gradients.add(student, at, gradient, weights[at, None] * student.logit_scale)
         loss = (weights * cross_entropy).sum()
-    if any(needs):
+    if gradients.any:
         loss = _Attach.apply(loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
     return FusedOutput(loss=loss, student_entropy=entropy, cross_entropy=cross_entropy)
+
+
+def _student(hidden: Tensor, head: Head, vocab: int) -> tuple[Projection, _Inputs, Gradients]:
+    """What projects, what the loss is a function of, and a place for the gradients that are wanted."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    inputs = (hidden, head.weight, head.bias)
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    return Projection(hidden, head, vocab, dtype), inputs, Gradients.zeros(inputs, needs, dtype)
 
 
 def ids_in_range(name: str, ids: Tensor, vocab: int) -> None:

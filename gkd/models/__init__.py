@@ -1,6 +1,7 @@
 """One model: loaded, its head found, placed, split up, adapted, quantized, put into generation.
 
 adapters: adapters of frozen teachers: loaded, checked against their base, and merged into it
+eval_mode: a model in eval mode for a while, and back exactly
 facts: facts of a loaded model: its name and revision, the sizes of its vocabulary and head, its longest
     sequence
 fingerprint: a model's fingerprint: a hash of its weights and config, under which what it says is kept on disk

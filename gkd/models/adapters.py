@@ -16,8 +16,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from gkd.common.random_state import preserved_random_state
+from gkd.models.facts import model_name
 from gkd.models.rounding import generator_for, stochastically_rounded
 from gkd.models.shared_weights import _check_initialisation, second_model
+from gkd.models.zero import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +51,20 @@ def load_adapter(
         _check_leaves_base(config, f"{field}={name!r}")
     _warn_of_another_base(config, base, f"{field}={name!r}")
     config.inference_mode = not trained
+    does_not_fit = f"{field}={name!r} does not fit the model {model_name(base)!r}"
     try:
         with preserved_random_state():  # an adapter is drawn at random before its weights are read
             model = PeftModelForCausalLM(base, config, autocast_adapter_dtype=fp32)
             options = {"is_trainable": trained, "autocast_adapter_dtype": fp32}
             result = model.load_adapter(str(folder), "default", torch_device="cpu", **options)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{field}={name!r} does not fit the model {_name(base)!r}: {' '.join(line.strip() for line in reason[:3])}"
-        ) from error
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+        raise ValueError(f"{does_not_fit}: {reason}") from error
     strange = [*result.missing_keys, *result.unexpected_keys]
     if strange:
         raise ValueError(
-            f"{field}={name!r} does not fit the model {_name(base)!r}: {len(strange)} weights are missing or have no "
-            f"place there, {strange[0]} for one. Name the base that it was trained on"
+            f"{does_not_fit}: {len(strange)} weights are missing or have no place there, {strange[0]} for one. Name "
+            "the base that it was trained on"
         )
     if not trained:
         model.requires_grad_(False)
@@ -102,8 +103,7 @@ def merged(model: PeftModel) -> nn.Module:
     are quantized or split over ranks, adapters other than LoRA, and layers that PEFT cannot merge are left as they
     are.
     """
-    split = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if split or getattr(model, "is_quantized", False) or model.active_peft_config.peft_type != "LORA":
+    if is_sharded(model) or getattr(model, "is_quantized", False) or model.active_peft_config.peft_type != "LORA":
         return model
     uses = parameter_uses(model)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -186,10 +186,6 @@ def _check_leaves_base(config: Any, what: str) -> None:
 
 
 def _warn_of_another_base(config: Any, base: nn.Module, what: str) -> None:
-    own, here = config.base_model_name_or_path, _name(base)
+    own, here = config.base_model_name_or_path, model_name(base)
     if own and here and own.rstrip("/").split("/")[-1] != here.rstrip("/").split("/")[-1]:
         logger.warning("%s was trained on %s, and is now put on %s: is that the same model?", what, own, here)
-
-
-def _name(model: Any) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,13 +63,24 @@ def _config(model: nn.Module) -> Any:
     """The config without what says nothing about the completions: names, versions, how attention is computed."""
     config = getattr(model, "config", None)
     to_dict = getattr(config, "to_dict", None)
-    return _comparable(to_dict()) if to_dict is not None else None
+    return comparable(to_dict(), _says_something) if to_dict is not None else None
 
 
-def _comparable(value: Any) -> Any:
+def _says_something(key: str) -> bool:
+    return key[:1] != "_" and key not in ("transformers_version", "architectures", "use_cache", "dtype", "torch_dtype")
+
+
+def comparable(value: Any, counts: Callable[[str], bool] = lambda key: True) -> Any:
+    """JSON, with the text of what is not JSON; an object whose text is its address is equal to nothing.
+
+    `counts`: which keys of dictionaries are kept.
+    """
     if isinstance(value, Mapping):
-        left_out = ("transformers_version", "architectures", "use_cache", "dtype", "torch_dtype")
-        return {str(k): _comparable(v) for k, v in value.items() if str(k) not in left_out and str(k)[:1] != "_"}
+        return {str(key): comparable(item, counts) for key, item in value.items() if counts(str(key))}
     if isinstance(value, (list, tuple)):
-        return [_comparable(item) for item in value]
+        return [comparable(item, counts) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if hasattr(value, "to_dict"):
+        return comparable(value.to_dict(), counts)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -16,6 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from gkd.models.eval_mode import evaluating
 from gkd.models.placement import on_accelerator
 from gkd.models.precision import mixed_precision
 from gkd.models.zero import gathered, without_zero_hooks
@@ -44,7 +45,7 @@ def generation_mode(model: nn.Module, accelerator: Accelerator | None) -> Iterat
         stack.enter_context(gathered(model.parameters()))
         stack.enter_context(without_zero_hooks(model))
         bare = _bare_model(model)
-        stack.enter_context(_evaluating(bare))
+        stack.enter_context(evaluating(bare))
         stack.enter_context(_without_checkpointing(bare))
         stack.enter_context(_without_generation_config(bare))
         stack.enter_context(_without_router_logits(bare))
@@ -65,18 +66,6 @@ def _bare_model(model: nn.Module) -> PreTrainedModel:
             bare = bare.get_base_model()
     assert isinstance(bare, PreTrainedModel), f"cannot generate with a {type(bare).__name__}"
     return bare
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has its own flag back (a frozen part may have been in eval mode)."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.loss.signals import Head
+from gkd.models.eval_mode import evaluating
 
 # Where the architectures keep the factor of their logits: (config field, power it is raised to).
 _SCALES = (("logit_scale", 1), ("output_multiplier", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1))
@@ -135,7 +136,7 @@ def check_head(model: nn.Module, head: Head, input_ids: Tensor | None = None) ->
     if input_ids is None:
         input_ids = torch.arange(1, min(5, head.weight.shape[0]), device=head.weight.device)[None]
     base = _base(model)
-    with torch.no_grad(), _evaluating(model), _head_input(base) as seen:
+    with torch.no_grad(), evaluating(model), _head_input(base) as seen:
         logits = model(input_ids=input_ids, use_cache=False).logits
         compare_logits(base, head, logits, *exact_logits(head, seen[-1]))
 
@@ -181,17 +182,6 @@ def compare_logits(model: nn.Module, head: Head, logits: Tensor, exact: Tensor, 
             f"{head.logit_scale}, softcap {head.softcap} give other logits than the model's own): this model is not "
             "supported"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
 
 
 @contextmanager

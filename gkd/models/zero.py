@@ -13,9 +13,14 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 has split it up over the ranks."""
+    return hasattr(tensor, "ds_id")
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether ZeRO-3 has split the model up: it then runs inside its engine only."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(map(is_split, model.parameters()))
 
 
 def zero_stage(accelerator: Accelerator) -> int:
@@ -40,7 +45,7 @@ def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
 
     What is whole already stays so, on leaving too (a small parameter that ZeRO-3 never splits, an outer `gathered`).
     """
-    sharded: list[Any] = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    sharded: list[Any] = [p for p in parameters if p is not None and is_split(p)]
     if not sharded:
         yield
         return

@@ -17,9 +17,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from gkd.common.redact import redact_command, redact_settings
-from gkd.common.text import shorten
+from gkd.common.text import duration, shorten
 from gkd.report.comparison import as_markdown
-from gkd.report.markdown import duration, escape_caption, escape_cell, fenced, inline_code, markdown_table
+from gkd.report.markdown import escape_caption, escape_cell, fenced, inline_code, markdown_table
 from gkd.report.repo import Repo
 
 PAPER_TITLE = "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes"

@@ -41,11 +41,3 @@ def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[Any]], align:
     lines = [" | ".join(map(escape_cell, heading)), " | ".join(rules)]
     lines += [" | ".join(map(escape_cell, row)) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def duration(seconds: float) -> str:
-    """`2 h 3 min`, `4 min 5 s`, `6.7 s`."""
-    if seconds < 59.95:  # above, the rounded seconds would read 60.0
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

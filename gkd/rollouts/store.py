@@ -14,9 +14,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
-import socket
-import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.common.disk import full_disk_explained
-from gkd.common.keyed_folder import digest, open_folder
+from gkd.common.keyed_folder import digest, open_folder, own_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +146,7 @@ class SequenceStore:
 
     def _append(self, lines: list[tuple[bytes, bytes]]) -> None:
         if self._own is None:
-            self._own = f"{_safe(socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl"
+            self._own = f"{own_file_name()}.jsonl"
             self._shards[self._own] = _Shard()
         shard = self._shards[self._own]
         path = self.path / self._own
@@ -214,7 +211,3 @@ def _parsed(line: bytes) -> tuple[bytes, list[int]] | None:
 
 def _checksum(key: str, ids: list[int]) -> int:
     return zlib.crc32(f"{key} {ids}".encode())
-
-
-def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)[:40]

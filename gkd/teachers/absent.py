@@ -30,6 +30,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from gkd.common.disk import write_whole
 from gkd.common.keyed_folder import digest
+from gkd.models.fingerprint import comparable
 from gkd.teachers.store import REMEDY, WHAT, ScoreStore, open_scores
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def remember(how: Loading, name: str, store: ScoreStore, model: Any, fingerprint
         DiskFullError: there is no space left for it.
     """
     generation = model.generation_config.to_dict()
-    content = json.dumps({"fingerprint": fingerprint, "generation_config": _plain(generation)}, indent=2).encode()
+    content = json.dumps({"fingerprint": fingerprint, "generation_config": comparable(generation)}, indent=2).encode()
     for mark in {*marks(how, name), *marks(how, name, without_weights=True)}:
         write_whole(store.path / f"known-{mark}.json", content + b"\n", WHAT, REMEDY)
 
@@ -142,7 +143,7 @@ def marks(how: Loading, name: str, without_weights: bool = False) -> list[str]:
     if config is None or how.adapted:  # an adapter's files are not looked at
         return []
     loaded = {
-        "kwargs": _plain(how.kwargs),
+        "kwargs": comparable(how.kwargs),
         "mixed_precision": how.mixed_precision,
         "sharded": is_deepspeed_zero3_enabled(),
         "placement": how.placement,
@@ -152,7 +153,7 @@ def marks(how: Loading, name: str, without_weights: bool = False) -> list[str]:
         commit = _commit(how, name)
         return [] if commit is None else [digest({"repository": name, "commit": commit, **loaded})]
     if without_weights or not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
-        return [digest({"config": _plain(config.to_dict()), **loaded})]
+        return [digest({"config": comparable(config.to_dict()), **loaded})]
     files = sorted(path for path in folder.iterdir() if path.suffix in (*_WEIGHTS, *_OTHERS))
     return [digest({"files": [_mark(path) for path in files], **loaded})]
 
@@ -183,16 +184,3 @@ def _commit(how: Loading, name: str) -> str | None:
         return extract_commit_hash(cached_file(name, CONFIG_NAME, revision=how.kwargs.get("revision")), None)
     except OSError:
         return None
-
-
-def _plain(value: Any) -> Any:
-    """JSON with the text of what is not JSON; an object whose text is its address is never known again."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict())
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

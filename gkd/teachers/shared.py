@@ -16,7 +16,7 @@ from gkd.loss.signals import TeacherSignal
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.placement import freeze
 from gkd.models.precision import mixed_precision
-from gkd.models.zero import gathered, is_sharded
+from gkd.models.zero import gathered, is_sharded, is_split
 from gkd.teachers.local import LocalTeacher
 
 
@@ -48,7 +48,7 @@ class SharedTeacher(LocalTeacher):
 def _move(model: Any, device: torch.device) -> None:
     """In place, so that the owner's weights come along; those that are split up stand where their owner wants them."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if not hasattr(tensor, "ds_id"):
+        if not is_split(tensor):
             tensor.data = tensor.data.to(device)
 
 

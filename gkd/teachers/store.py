@@ -21,9 +21,7 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
-import uuid
 import zlib
 from array import array
 from collections import OrderedDict
@@ -38,7 +36,7 @@ from torch import Tensor
 
 from gkd.common.disk import replacing
 from gkd.common.errors import DiskFullError
-from gkd.common.keyed_folder import digest, open_folder
+from gkd.common.keyed_folder import digest, open_folder, own_file_name
 from gkd.loss.signals import Head
 
 logger = logging.getLogger(__name__)
@@ -157,7 +155,7 @@ class ScoreStore:
             return
         pending, size = self._pending, self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
-        name = f"rows-{_safe(socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:12]}.safetensors"
+        name = f"rows-{own_file_name()}.safetensors"
         free = shutil.disk_usage(self.path).free
         if free < size + ROOM:
             raise DiskFullError(
@@ -303,7 +301,3 @@ def _sum_of(*tensors: Tensor) -> int:
     for tensor in tensors:
         total = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, total)
     return total
-
-
-def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)[:40]

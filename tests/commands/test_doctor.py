@@ -17,10 +17,11 @@ from vllm_server.fake import FakeServer
 
 import gkd.commands.doctor.examine
 from gkd.cli import main
-from gkd.commands.doctor.cost import duration, timed_steps
+from gkd.commands.doctor.cost import timed_steps
 from gkd.commands.doctor.examine import examine
 from gkd.commands.doctor.view import Diagnosis, show, view
 from gkd.commands.evaluate import evaluate_recipe
+from gkd.common.text import rough_duration
 from gkd.evaluation.measures import Estimate, Measures
 from gkd.recipe.capture import capture
 from gkd.servers import client as vllm_client
@@ -394,7 +395,7 @@ def test_the_time_is_that_of_the_second_step(folder, monkeypatch):
     [(0.2, "1 s"), (89, "89 s"), (100, "2 min"), (3599, "1 h 0 min"), (12_000, "3 h 20 min"), (190_800, "2 days 5 h")],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert rough_duration(seconds) == text
 
 
 def test_memory_is_that_of_the_plan_and_warns_when_it_is_not_there(folder, monkeypatch, capsys):
@@ -513,6 +514,13 @@ def test_evaluate_an_adapter_beside_the_student(folder, tmp_path, capsys):
         main(["evaluate", *argv(folder), "--adapter", str(folder / "student")])
     assert stopped.value.code == 2
     assert "--model_name_or_path" in capsys.readouterr().err
+    narrow = get_peft_model(tiny_model(seed=1, hidden=16), LoraConfig(target_modules="all-linear"))
+    narrow.save_pretrained(tmp_path / "narrow")
+    with pytest.raises(SystemExit):
+        main(["evaluate", *argv(folder), "--adapter", str(tmp_path / "narrow")])
+    refusal = capsys.readouterr().err
+    assert "--adapter=" in refusal
+    assert "does not fit the model" in refusal
 
 
 def test_gkds_own_help_fits_a_screen(capsys, monkeypatch):

@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 
 from gkd.common.environment import describe_hardware, installed_versions
 from gkd.common.redact import REDACTED, is_secret_name, redact_command, redact_settings, redact_value
-from gkd.common.text import shorten
+from gkd.common.text import duration, shorten
 from gkd.config.fields import GKDConfig
 from gkd.evaluation.measures import Estimate, Measures, mean_estimate
 from gkd.report.card import CardInfo, create_card, write_card
 from gkd.report.comparison import as_dict
-from gkd.report.markdown import duration, escape_cell, fenced, markdown_table
+from gkd.report.markdown import escape_cell, fenced, markdown_table
 from gkd.report.repo import Repo, is_repo_id
 from gkd.training.card_settings import CORE, ELSEWHERE, FILLED_IN, shown_settings
 

@@ -22,8 +22,10 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from gkd.commands.doctor.view import Diagnosis
 from gkd.commands.plan.memory import GIB, Estimate, estimate, smallest_change
 from gkd.commands.plan.plan import setup_of
+from gkd.common.text import rough_duration
 from gkd.config.fields import GKDConfig
 from gkd.recipe.capture import Recipe
+from gkd.training.metrics import PHASES
 from gkd.training.trainer import GKDTrainer
 
 _PARTS_NAMED = 3  # the largest parts of the memory that a line names
@@ -135,9 +137,7 @@ def examine_time(out: Diagnosis, trainer: GKDTrainer, schedule: Schedule) -> Non
     step = (clock.ends[-1] - clock.ends[-2]) * schedule.scale
     logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry][-1]
     phases = ", ".join(
-        f"{phase} {logs[f'time/{phase}'] * schedule.scale:.2g} s"
-        for phase in ("rollout", "teacher", "student")
-        if logs.get(f"time/{phase}")
+        f"{phase} {logs[f'time/{phase}'] * schedule.scale:.2g} s" for phase in PHASES if logs.get(f"time/{phase}")
     )
     rows = trainer.args.per_device_train_batch_size * schedule.timed
     how = f"one timed step of {rows} rows" + (f", times {schedule.scale:.3g}" if schedule.scale != 1 else "")
@@ -145,19 +145,6 @@ def examine_time(out: Diagnosis, trainer: GKDTrainer, schedule: Schedule) -> Non
     out.add(
         "Time",
         "ok",
-        f"about {duration(step * schedule.steps)}: {schedule.steps:,} steps of {step:.2g} s ({phases}), from {how} on "
-        f"these devices; evaluation and saving come on top{peak}",
+        f"about {rough_duration(step * schedule.steps)}: {schedule.steps:,} steps of {step:.2g} s ({phases}), from "
+        f"{how} on these devices; evaluation and saving come on top{peak}",
     )
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 20 min`, `2 days 5 h`: two units at most."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} days {hours % 24} h"
