@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 
-from gkd.loss.chunks import chunk_rows
-from gkd.loss.divergence import DIVERGENCES, make_divergence
+from gkd.loss import DIVERGENCES, make_divergence
+from gkd.loss.chunks import default_chunk_size
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, Head
@@ -86,7 +86,7 @@ class Problem:
 
     def _limit(self, divergence: str) -> Callable[[], Any]:
         vocab = self.weight.shape[0]
-        chunk = min(chunk_rows(vocab, 4, self.device.type, self.trained), self.n)
+        chunk = min(default_chunk_size(vocab, 4, self.device.type, self.trained), self.n)
 
         def run() -> None:
             with torch.no_grad():

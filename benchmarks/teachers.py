@@ -42,7 +42,7 @@ from gkd.data.sequences import TokenSequence, collate
 from gkd.data.targets import target_mask
 from gkd.demo import models as demo
 from gkd.demo.texts import openwebtext_excerpts
-from gkd.loss.divergence import make_divergence
+from gkd.loss import make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.models.head import head_of

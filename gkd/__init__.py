@@ -1,6 +1,6 @@
 """gkd: on-policy knowledge distillation of language models (Generalized Knowledge Distillation, arXiv 2306.13649).
 
-The names below are loaded on first use (PEP 562), so that `import gkd.loss.divergence` costs torch and nothing else.
+The names below are loaded on first use (PEP 562), so that `import gkd.loss` costs torch and nothing else.
 """
 
 from __future__ import annotations

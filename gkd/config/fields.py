@@ -21,7 +21,7 @@ from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config.settings import check_settings, loss_settings
 from gkd.config.teacher import check_teacher
 from gkd.config.values import check_counts, check_dicts, check_options, check_values
-from gkd.loss.divergence import DIVERGENCES, Divergence, make_divergence
+from gkd.loss import DIVERGENCES, Divergence, make_divergence
 
 
 def _field(default: Any, text: str) -> Any:

@@ -47,7 +47,7 @@ from gkd.evaluation.measures import (
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.evaluation.subject import Conditions, Subject
 from gkd.evaluation.task_score import TaskScore
-from gkd.loss.divergence import forward_kl
+from gkd.loss.divergences import forward_kl
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, TeacherSignal

@@ -1,24 +1,29 @@
 """The divergences, and the fused pass that takes them. Needs torch and nothing else.
 
-chunks: one call of the fused divergence at work: projections, chunks, blocks, and the gradients they add
-    up to
-compiled: the rows of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators, where
-    traffic is the cost
-dense: the generalized JSD on dense logits, for those who have them: the drop-in replacement of TRL's
-    static method
-divergence: what a divergence is: an integrand over the vocabulary and its derivative
-eager: the arithmetic of a few rows of logits: softmax in place, statistics, the divergence and its
+chunks: one call of the fused divergence at work: projections, chunks, blocks, and the gradients
+    they add up to
+compiled: the work of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators,
+    where traffic is the cost
+dense: the generalized JSD on dense logits, for those who have them: the drop-in replacement of
+    TRL's static method
+divergences: each divergence: its equation, its paper, `phi` and `phi_a` (see `gkd.loss.integrand`),
+    and a quick form of both
+eager: the arithmetic of a few tokens' logits: softmax in place, statistics, the divergence and its
     gradient
 fused: output heads, softmax, divergence and gradient in one pass over chunks of target tokens
-projection: hidden states times an output head, and back: which dtype the factors have, and which the
-    products
+integrand: what a divergence of two next-token distributions is: an integrand and its derivative
+projection: hidden states times an output head, and back: which dtype the factors have, and which
+    the products
+registry: divergences by name: which there are, and one made with those of the parameters that it
+    has
 settings: what goes into the fused divergence besides tensors, and what comes out of it
-signals: what the teacher says about the N target tokens, and the output head that turns hidden states
-    into logits
+signals: what the teacher says about the N target tokens, and the output head that turns hidden
+    states into logits
 """
 
-from gkd.loss.divergence import DIVERGENCES, Divergence, make_divergence
 from gkd.loss.fused import fused_divergence
+from gkd.loss.integrand import Divergence
+from gkd.loss.registry import DIVERGENCES, make_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, Head, TopKSignal
 

@@ -1,6 +1,6 @@
 """One call of the fused divergence at work: projections, chunks, blocks, and the gradients they add up to.
 
-Shapes: N target tokens, V vocabulary, D hidden size, K top-k, C rows of a chunk, R rows of a block of it.
+Shapes: N target tokens, V vocabulary, D hidden size, K top-k, C tokens of a chunk, R tokens of a block of it.
 
 A chunk is what the matrix products see; on a CPU the elementwise work then goes through it in blocks small enough for
 the cache. What is scalar per token (its weight, 1 / temperature, the logit scale) is applied to the [C, D] product
@@ -16,27 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd.loss import eager as rows
-from gkd.loss.compiled import CannotCompileError, Spec, can_compile, compiled_rows
+from gkd.loss import eager
+from gkd.loss.compiled import CannotCompileError, Constants, can_compile, compiled_chunk
 from gkd.loss.projection import Projection, add_product
 from gkd.loss.settings import FusedOutput, LossSettings
 from gkd.loss.signals import TeacherSignal, TopKSignal
 
 # Bytes of the two [C, V] logit buffers that decide the default chunk. A chunk reads both heads once and, with a
-# trained head, writes the head's gradient once, so a trained head wants more rows per chunk.
+# trained head, writes the head's gradient once, so a trained head wants more tokens per chunk.
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 # Bytes of one [R, V] buffer of a block on a CPU: a handful of them should stay in the cache.
 _BLOCK_BYTES = 5 * 2**19
 
 
-def chunk_rows(vocab: int, itemsize: int, device: str, trained_head: bool) -> int:
-    """Rows per chunk that the byte budget of a device ("cpu", "cuda", ...) allows."""
+def default_chunk_size(vocab: int, itemsize: int, device: str, trained_head: bool) -> int:
+    """Tokens per chunk that the byte budget of a device ("cpu", "cuda", ...) allows."""
     budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) * (2 if trained_head else 1)
     return max(1, budget // (2 * vocab * itemsize))
 
 
 def even_cuts(count: int, most: int) -> Iterator[slice]:
-    """Slices of at most `most` rows that differ by one row at most: no short rest, which would be compiled anew."""
+    """Slices of at most `most` tokens that differ by one at most: no short rest, which would be compiled anew."""
     number = -(-count // most)
     for i in range(number):
         yield slice(i * count // number, (i + 1) * count // number)
@@ -68,7 +68,7 @@ class Gradients:
         return not (self.hidden is None and self.weight is None and self.bias is None)
 
     def add(self, student: Projection, at: slice, gradient: Tensor, scale: Tensor) -> None:
-        """Take in a chunk: gradient [C, V] with respect to the raw logits, up to each row's factor scale [C, 1]."""
+        """Take in a chunk: gradient [C, V] with respect to the raw logits, up to each token's factor scale [C, 1]."""
         vocab = student.weight.shape[0]
         lowered = gradient.to(student.hidden.dtype)
         if self.hidden is not None:
@@ -79,7 +79,7 @@ class Gradients:
             self.bias[:vocab].addmv_(gradient.to(self.bias.dtype).t(), scale[:, 0])
 
 
-class Pass:
+class FusedPass:
     """One call of `fused_divergence`: the buffers, the gradients and the per-token results it fills chunk by chunk."""
 
     def __init__(
@@ -113,22 +113,22 @@ class Pass:
             safe = self.scale.clamp_min(torch.finfo(self.dtype).tiny)
             self.divergence_share, self.ce_share = of_divergence / safe, self.ce_weights / safe
 
-        default = chunk_rows(self.vocab, self.dtype.itemsize, device.type, gradients.weight is not None)
+        default = default_chunk_size(self.vocab, self.dtype.itemsize, device.type, gradients.weight is not None)
         self.chunk = max(1, min(settings.chunk_size or default, n))
         # Only a CPU gains from small blocks; an accelerator wants few large kernels.
         block = _BLOCK_BYTES // (self.vocab * self.dtype.itemsize) if device.type == "cpu" else self.chunk
         self.block = max(1, min(block, self.chunk))
         self.z_student = student.buffer(self.chunk)
         self.z_teacher = None if teacher is None else teacher.buffer(self.chunk)
-        self.spec = self._spec() if can_compile(settings, device, self.vocab) else None
-        self.buffers: Tensor | None = None  # of the eager rows, made when they are needed
+        self.constants = self._constants() if can_compile(settings, device, self.vocab) else None
+        self.buffers: Tensor | None = None  # of the eager path, made when they are needed
 
-    def _spec(self) -> Spec | None:
-        """What the compiled rows are made for; None for a teacher without logits."""
+    def _constants(self) -> Constants | None:
+        """What is compiled in; None for a teacher without logits."""
         if self.teacher is None:
             return None
         settings, student, teacher = self.settings, self.student, self.teacher
-        return Spec(
+        return Constants(
             settings.divergence,
             settings.loss_temperature,
             settings.teacher_temperature,
@@ -157,16 +157,16 @@ class Pass:
             self.gradients.add(self.student, at, gradient, scale)
 
     def _run_compiled(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> Tensor | None:
-        """The gradient (or, where none is asked for, the logits); None where the eager rows have to do it."""
-        # One row is a case of its own to the compiler, which would take seconds for it.
-        if self.spec is None or at.stop - at.start == 1:
+        """The gradient (or, where none is asked for, the logits); None where the eager path has to do it."""
+        # One token is a case of its own to the compiler, which would take seconds for it.
+        if self.constants is None or at.stop - at.start == 1:
             return None
         shares = (None, None) if self.ce_weights is None else (self.divergence_share[at], self.ce_share[at])
-        rows_of = compiled_rows(self.spec, optional=self.settings.compiled is None)
+        run = compiled_chunk(self.constants, optional=self.settings.compiled is None)
         try:
-            gradient, tokens = rows_of(z_student, z_teacher, self.targets[at], *shares)
+            gradient, tokens = run(z_student, z_teacher, self.targets[at], *shares)
         except CannotCompileError:
-            self.spec = None
+            self.constants = None
             return None
         for name, values in tokens.items():
             self.tokens[name][at] = values
@@ -178,30 +178,30 @@ class Pass:
             self.buffers = torch.empty(3, self.block, self.vocab, dtype=self.dtype, device=targets.device)
         p, q, scratch = self.buffers[:, :r]
         z, slope_of_cap = self.student.logits(z_student)
-        rows.shift_(z)
+        eager.shift_(z)
         teacher, top = None, None
         if self.teacher is not None:
             assert z_teacher is not None
-            zt = rows.shift_(self.teacher.logits(z_teacher)[0])
-            self.tokens["agreement"][at] = rows.same_top(z, zt, scratch)
-            teacher = rows.side(zt, targets, settings.teacher_temperature, q, scratch)
+            zt = eager.shift_(self.teacher.logits(z_teacher)[0])
+            self.tokens["agreement"][at] = eager.same_top(z, zt, scratch)
+            teacher = eager.distributions(zt, targets, settings.teacher_temperature, q, scratch)
             self.tokens["teacher_entropy"][at] = teacher.entropy
             self.tokens["teacher_log_prob"][at] = teacher.chosen
             if settings.teacher_top_k is not None and settings.teacher_top_k < self.vocab:
-                top = rows.top_k_of_dense(teacher.log_p, q, settings.teacher_top_k, settings.top_k_tail)
+                top = eager.top_k_of_dense(teacher.log_p, q, settings.teacher_top_k, settings.top_k_tail)
         else:
             top = self._top_k_signal(at, z)
-        student = rows.side(z, targets, settings.loss_temperature, p, scratch)
+        student = eager.distributions(z, targets, settings.loss_temperature, p, scratch)
         self.tokens["student_entropy"][at] = student.entropy
         if self.ce_weights is not None:
             self.tokens["cross_entropy"][at] = -student.chosen
         if top is not None:
-            value, gradient, *kls = rows.top_k_rows(settings.divergence, student, top, settings.report_kls)
+            value, gradient, *kls = eager.top_k_divergence(settings.divergence, student, top, settings.report_kls)
         else:
             assert teacher is not None
-            kls = list(rows.both_kls(student.log_p, teacher.log_p, p, q)) if settings.report_kls else []
-            value, slope = settings.divergence.rows(student.log_p, teacher.log_p, p, q)
-            gradient = rows.softmax_gradient_(slope, p) if self.gradients.any else slope
+            kls = list(eager.both_kls(student.log_p, teacher.log_p, p, q)) if settings.report_kls else []
+            value, slope = settings.divergence.value_and_slope(student.log_p, teacher.log_p, p, q)
+            gradient = eager.softmax_gradient_(slope, p) if self.gradients.any else slope
         self.tokens["divergence"][at] = value
         for name, kl in zip(("forward_kl", "reverse_kl"), kls, strict=False):
             self.tokens[name][at] = kl
@@ -210,7 +210,9 @@ class Pass:
             if gradient.data_ptr() != z_student.data_ptr():
                 z_student.copy_(gradient)
 
-    def _finish_gradient(self, gradient: Tensor, at: slice, student: rows.Side, slope_of_cap: Tensor | None) -> None:
+    def _finish_gradient(
+        self, gradient: Tensor, at: slice, student: eager.Distributions, slope_of_cap: Tensor | None
+    ) -> None:
         if self.ce_weights is not None:
             share = self.ce_share[at, None]
             gradient.mul_(self.divergence_share[at, None]).addcmul_(student.p_at_one, share)
@@ -218,14 +220,14 @@ class Pass:
         if slope_of_cap is not None:
             gradient.mul_(slope_of_cap)
 
-    def _top_k_signal(self, at: slice, shifted: Tensor) -> rows.TopK:
+    def _top_k_signal(self, at: slice, shifted: Tensor) -> eager.TopK:
         assert isinstance(self.signal, TopKSignal)
         ids, log_q, targets = self.signal.ids[at], self.signal.log_probs[at].to(self.dtype), self.targets[at]
         k = self.settings.teacher_top_k
         if k is not None and k < ids.shape[1]:
             log_q, order = log_q.topk(k, dim=-1)
             ids = ids.gather(1, order)
-        exact = rows.top_k_of_signal(ids, log_q, self.vocab, "bucket")
+        exact = eager.top_k_of_signal(ids, log_q, self.vocab, "bucket")
         outcomes = log_q if exact.log_tail is None else torch.cat([log_q, exact.log_tail], dim=1)
         self.tokens["teacher_entropy"][at] = -(outcomes * outcomes.exp()).sum(dim=-1)
         hit = ids == targets[:, None]
@@ -235,7 +237,7 @@ class Pass:
         top = ids.gather(1, log_q.argmax(dim=-1, keepdim=True))
         self.tokens["agreement"][at] = shifted.gather(1, top)[:, 0].eq(0).to(self.dtype)
         tail = self.settings.top_k_tail
-        return exact if tail == "bucket" else rows.top_k_of_signal(ids, log_q, self.vocab, tail)
+        return exact if tail == "bucket" else eager.top_k_of_signal(ids, log_q, self.vocab, tail)
 
     def output(self) -> FusedOutput:
         tokens: dict[str, Any] = dict(self.tokens)

@@ -1,6 +1,6 @@
-"""The rows of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators, where traffic is the cost.
+"""The work of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators, where traffic is the cost.
 
-Shapes: C rows of a chunk, V vocabulary.
+Shapes: C tokens of a chunk, V vocabulary.
 
 Done step by step, the elementwise work reads and writes a [C, V] buffer some thirty times, which on a GPU takes longer
 than the matrix products around it. As one traced function it becomes a few kernels that read the logits and write the
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from gkd.loss.divergence import Divergence, Integrand
+from gkd.loss.integrand import Divergence, Integrand
 from gkd.loss.settings import LossSettings
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Spec:
+class Constants:
     """All that is constant during a run, and therefore compiled in.
 
     Attributes:
@@ -56,7 +56,7 @@ _failure: str | None = None
 
 
 class CannotCompileError(Exception):
-    """This machine cannot compile, and nobody asked for it by name: use the eager rows."""
+    """This machine cannot compile, and nobody asked for it by name: use the eager path."""
 
 
 def _pays(device: torch.device) -> bool:
@@ -64,14 +64,14 @@ def _pays(device: torch.device) -> bool:
 
 
 def can_compile(settings: LossSettings, device: torch.device, vocab: int) -> bool:
-    """Whether the compiled rows serve these settings: all of the vocabulary, a divergence that can be traced."""
+    """Whether the compiled path serves these settings: all of the vocabulary, a divergence that can be traced."""
     wanted = settings.compiled if settings.compiled is not None else _pays(device) and _failure is None
     whole = settings.teacher_top_k is None or settings.teacher_top_k >= vocab
     return wanted and whole and settings.divergence.phi_a is not None and settings.divergence.traceable
 
 
 def _logits(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Scaled and capped logits in fp32 (fp64 for fp64), shifted so that each row's largest is 0; the cap's slope."""
+    """Scaled and capped logits in fp32 (fp64 for fp64), shifted so that each token's largest is 0; the cap's slope."""
     z = raw.to(torch.promote_types(raw.dtype, torch.float32)) * scale
     slope = None
     if softcap is not None:
@@ -80,22 +80,27 @@ def _logits(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, T
     return z - z.amax(dim=-1, keepdim=True), slope
 
 
-def dense_rows(
-    raw: Tensor, raw_teacher: Tensor, targets: Tensor, share: Tensor | None, ce_share: Tensor | None, spec: Spec
+def chunk_results(
+    raw: Tensor,
+    raw_teacher: Tensor,
+    targets: Tensor,
+    share: Tensor | None,
+    ce_share: Tensor | None,
+    constants: Constants,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """What `Pass` needs of a chunk.
+    """What `FusedPass` needs of a chunk.
 
     Args:
         raw: [C, V] the student's products h W^T. raw_teacher: [C, V] the teacher's.
-        targets: [C]. share, ce_share: [C] parts of divergence and cross-entropy in a row's gradient, or None.
-        spec: constants.
+        targets: [C]. share, ce_share: [C] parts of divergence and cross-entropy in a token's gradient, or None.
+        constants: what is compiled in.
 
     Returns:
         The gradient [C, V] with respect to the student's capped logits times the cap's slope, in raw's dtype, or None;
         and the per-token results [C] by name.
     """
-    z, slope_of_cap = _logits(raw, spec.scale, spec.softcap)
-    zt, _ = _logits(raw_teacher, spec.teacher_scale, spec.teacher_softcap)
+    z, slope_of_cap = _logits(raw, constants.scale, constants.softcap)
+    zt, _ = _logits(raw_teacher, constants.teacher_scale, constants.teacher_softcap)
     log_p_one, log_q_one = z.log_softmax(dim=-1), zt.log_softmax(dim=-1)
     at = targets[:, None]
     tokens = {
@@ -104,22 +109,22 @@ def dense_rows(
         "teacher_entropy": -(log_q_one * log_q_one.exp()).sum(dim=-1),
         "teacher_log_prob": log_q_one.gather(1, at)[:, 0],
     }
-    if spec.cross_entropy:
+    if constants.cross_entropy:
         tokens["cross_entropy"] = -log_p_one.gather(1, at)[:, 0]
-    a = log_p_one if spec.temperature == 1 else (z / spec.temperature).log_softmax(dim=-1)
-    b = log_q_one if spec.teacher_temperature == 1 else (zt / spec.teacher_temperature).log_softmax(dim=-1)
-    tokens["divergence"] = spec.divergence.phi(a, b).sum(dim=-1)
-    if spec.kls:
+    a = log_p_one if constants.temperature == 1 else (z / constants.temperature).log_softmax(dim=-1)
+    b = log_q_one if constants.teacher_temperature == 1 else (zt / constants.teacher_temperature).log_softmax(dim=-1)
+    tokens["divergence"] = constants.divergence.phi(a, b).sum(dim=-1)
+    if constants.kls:
         p, q = a.exp(), b.exp()
         tokens["forward_kl"] = (q * (b - a) + p - q).sum(dim=-1)
         tokens["reverse_kl"] = (p * (a - b) + q - p).sum(dim=-1)
-    if not spec.gradient:
+    if not constants.gradient:
         return None, tokens
-    phi_a: Integrand | None = spec.divergence.phi_a
+    phi_a: Integrand | None = constants.divergence.phi_a
     assert phi_a is not None
     slope = phi_a(a, b)
     gradient = slope - a.exp() * slope.sum(dim=-1, keepdim=True)
-    if spec.cross_entropy:
+    if constants.cross_entropy:
         assert share is not None
         assert ce_share is not None
         chosen = torch.arange(z.shape[1], device=z.device)[None] == at
@@ -130,28 +135,28 @@ def dense_rows(
     return gradient.to(raw.dtype), tokens
 
 
-def compiled_rows(spec: Spec, optional: bool) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
-    """`dense_rows` compiled for one `Spec`. The vocabulary is compiled in, the number of rows is not.
+def compiled_chunk(constants: Constants, optional: bool) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
+    """`chunk_results` compiled for one `Constants`. The vocabulary is compiled in, the number of tokens is not.
 
     Args:
-        spec: constants.
+        constants: what is compiled in.
         optional: the default, not the user's wish: the first failure to compile is `CannotCompileError`, with one
             warning, and `can_compile` says no from then on. Every rank finds out by itself; the numbers are the same.
     """
 
     def run(raw: Tensor, raw_teacher: Tensor, *others: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
-        if not optional or spec in _WORKS:
-            return _compiled(spec)(raw, raw_teacher, *others)
+        if not optional or constants in _WORKS:
+            return _compiled(constants)(raw, raw_teacher, *others)
         if _failure is not None:
             raise CannotCompileError
         try:
-            found = _compiled(spec)(raw, raw_teacher, *others)
+            found = _compiled(constants)(raw, raw_teacher, *others)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # the device's trouble, not the compiler's
         except _COMPILER_ERRORS as error:
             _give_up(error)
             raise CannotCompileError from error
-        _WORKS.add(spec)
+        _WORKS.add(constants)
         return found
 
     return run
@@ -160,7 +165,7 @@ def compiled_rows(spec: Spec, optional: bool) -> Callable[..., tuple[Tensor | No
 # Dynamo's and Inductor's errors are RuntimeErrors, as is Triton's of a missing C compiler; one that runs and fails (no
 # Python.h) is a CalledProcessError; a missing library an ImportError or OSError.
 _COMPILER_ERRORS = (RuntimeError, subprocess.SubprocessError, ImportError, OSError)
-_WORKS: set[Spec] = set()  # specs that have compiled once: what they raise later is no matter of the compiler
+_WORKS: set[Constants] = set()  # those that have compiled once: what they raise later is no matter of the compiler
 
 
 def _give_up(error: BaseException) -> None:
@@ -176,14 +181,15 @@ def _give_up(error: BaseException) -> None:
 
 
 @lru_cache(maxsize=8)
-def _compiled(spec: Spec) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
-    def rows(
+def _compiled(constants: Constants) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
+    def results(
         raw: Tensor, raw_teacher: Tensor, targets: Tensor, share: Tensor | None, ce_share: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        return dense_rows(raw, raw_teacher, targets, share, ce_share, spec)
+        return chunk_results(raw, raw_teacher, targets, share, ce_share, constants)
 
-    # Dynamo counts recompilations per code object: with one of its own, a spec does not use up another's allowance.
-    own = FunctionType(rows.__code__.replace(), rows.__globals__, closure=rows.__closure__)
+    # Dynamo counts recompilations per code object: with one of its own, one set of constants does not use up another's
+    # allowance.
+    own = FunctionType(results.__code__.replace(), results.__globals__, closure=results.__closure__)
     compiled: Callable[..., Any] = torch.compile(own, fullgraph=True)
 
     def run(raw: Tensor, raw_teacher: Tensor, *others: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:

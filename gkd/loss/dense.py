@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from gkd.loss.divergence import check_beta
+from gkd.loss.divergences import check_beta
 
 
 def generalized_jsd_loss(

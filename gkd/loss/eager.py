@@ -1,8 +1,8 @@
-"""The arithmetic of a few rows of logits: softmax in place, statistics, the divergence and its gradient.
+"""The arithmetic of a few tokens' logits: softmax in place, statistics, the divergence and its gradient.
 
-Shapes: R rows of a block, V vocabulary, K top-k. Everything in fp32 (fp64 for fp64 inputs).
+Shapes: R tokens of a block, V vocabulary, K top-k. Everything in fp32 (fp64 for fp64 inputs).
 
-On a CPU this is a matter of memory traffic, not of arithmetic: blocks of a few rows stay in the cache, every step
+On a CPU this is a matter of memory traffic, not of arithmetic: blocks of a few tokens stay in the cache, every step
 writes into a buffer that is already there, and no step is done twice. Together they cost about a tenth of the matrix
 products around them.
 """
@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gkd.loss.divergence import Divergence, forward_kl, reverse_kl
+from gkd.loss.divergences import forward_kl, reverse_kl
+from gkd.loss.integrand import Divergence
 
 # TopKSignal log-probabilities are fp32: their sum is known to about one rounding of 1, and so is the tail's mass.
 _SMALLEST_TAIL = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class Distributions:
     """One model's distributions over a block: at the loss temperature, and statistics at temperature 1.
 
     Attributes:
@@ -38,7 +39,7 @@ class Side:
 
 
 def shift_(z: Tensor) -> Tensor:
-    """Subtract each row's maximum, in place: the largest logit becomes exactly 0."""
+    """Subtract each token's maximum, in place: the largest logit becomes exactly 0."""
     return z.sub_(z.amax(dim=-1, keepdim=True))
 
 
@@ -53,16 +54,16 @@ def log_softmax_(z: Tensor, p: Tensor) -> None:
     torch.exp(z, out=p)
 
 
-def side(z: Tensor, targets: Tensor, temperature: float, p: Tensor, scratch: Tensor) -> Side:
+def distributions(z: Tensor, targets: Tensor, temperature: float, p: Tensor, scratch: Tensor) -> Distributions:
     """Distributions of shifted logits z [R, V], which become log-probabilities in place; p and scratch are buffers."""
     if temperature == 1:
         log_softmax_(z, p)
-        return Side(z, p, p, _entropy(z, p, scratch), z.gather(1, targets[:, None])[:, 0])
+        return Distributions(z, p, p, _entropy(z, p, scratch), z.gather(1, targets[:, None])[:, 0])
     log_at_one, p_at_one = z.clone(), torch.empty_like(z)
     log_softmax_(log_at_one, p_at_one)
     entropy, chosen = _entropy(log_at_one, p_at_one, scratch), log_at_one.gather(1, targets[:, None])[:, 0]
     log_softmax_(z.div_(temperature), p)
-    return Side(z, p, p_at_one, entropy, chosen)
+    return Distributions(z, p, p_at_one, entropy, chosen)
 
 
 def _entropy(log_p: Tensor, p: Tensor, scratch: Tensor) -> Tensor:
@@ -70,14 +71,14 @@ def _entropy(log_p: Tensor, p: Tensor, scratch: Tensor) -> Tensor:
 
 
 def same_top(student: Tensor, teacher: Tensor, scratch: Tensor) -> Tensor:
-    """1.0 where two rows of shifted logits share a most likely token [R]: the only place where both are 0."""
+    """1.0 where both models' shifted logits have the same most likely token [R]: the only place where both are 0."""
     return torch.add(student, teacher, out=scratch).amax(dim=-1).eq(0).to(student.dtype)
 
 
 def both_kls(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward KL(teacher || student) and reverse KL(student || teacher) of each row; the arguments are left alone."""
-    forward, _ = forward_kl().rows(a.clone(), b.clone(), p, q.clone())
-    reverse, _ = reverse_kl().rows(a.clone(), b.clone(), p, q.clone())
+    """Forward KL(teacher || student) and reverse KL(student || teacher) by token; the arguments are left alone."""
+    forward, _ = forward_kl().value_and_slope(a.clone(), b.clone(), p, q.clone())
+    reverse, _ = reverse_kl().value_and_slope(a.clone(), b.clone(), p, q.clone())
     return forward, reverse
 
 
@@ -138,7 +139,7 @@ def _log(mass: Tensor) -> Tensor:
     return mass.clamp_min(torch.finfo(mass.dtype).tiny).log()
 
 
-def top_k_rows(divergence: Divergence, student: Side, top: TopK, kls: bool) -> tuple[Tensor, ...]:
+def top_k_divergence(divergence: Divergence, student: Distributions, top: TopK, kls: bool) -> tuple[Tensor, ...]:
     """Divergence [R] over K + 1 outcomes and its gradient [R, V] with respect to the student's z / T.
 
     The last outcome is "any other token". The student's mass there is added up over its own full softmax, and its
@@ -148,9 +149,9 @@ def top_k_rows(divergence: Divergence, student: Side, top: TopK, kls: bool) -> t
         D, gradient, and with `kls` the forward and the reverse KL of the same outcomes.
     """
     if top.tail == "renormalize_both":
-        return _rows_within(divergence, student, top, kls)
+        return _within_top_k(divergence, student, top, kls)
     if top.tail == "ignore":
-        return _rows_of_top_alone(divergence, student, top, kls)
+        return _top_k_alone(divergence, student, top, kls)
     top_p = student.p.gather(1, top.ids)
     a, b = student.log_p.gather(1, top.ids), top.log_q
     rest = None
@@ -160,7 +161,7 @@ def top_k_rows(divergence: Divergence, student: Side, top: TopK, kls: bool) -> t
         a, b = torch.cat([a, _log(rest)], dim=1), torch.cat([b, top.log_tail], dim=1)
     p, q = a.exp(), b.exp()
     extra = both_kls(a, b, p, q) if kls else ()
-    value, slope = divergence.rows(a.clone(), b.clone(), p, q)
+    value, slope = divergence.value_and_slope(a.clone(), b.clone(), p, q)
     total = slope.sum(dim=-1, keepdim=True)
     k = top.ids.shape[1]
     if rest is None:
@@ -171,18 +172,18 @@ def top_k_rows(divergence: Divergence, student: Side, top: TopK, kls: bool) -> t
     return (value, gradient, *extra)
 
 
-def _rows_within(divergence: Divergence, student: Side, top: TopK, kls: bool) -> tuple[Tensor, ...]:
+def _within_top_k(divergence: Divergence, student: Distributions, top: TopK, kls: bool) -> tuple[Tensor, ...]:
     """The same over K outcomes, both models given that it is one of them: other tokens have no gradient."""
     a, b = student.log_p.gather(1, top.ids), top.log_q
     a = a - a.logsumexp(dim=-1, keepdim=True)
     p, q = a.exp(), b.exp()
     extra = both_kls(a, b, p, q) if kls else ()
-    value, slope = divergence.rows(a.clone(), b.clone(), p, q)
+    value, slope = divergence.value_and_slope(a.clone(), b.clone(), p, q)
     gradient = torch.zeros_like(student.p).scatter_(1, top.ids, softmax_gradient_(slope, p))
     return (value, gradient, *extra)
 
 
-def _rows_of_top_alone(divergence: Divergence, student: Side, top: TopK, kls: bool) -> tuple[Tensor, ...]:
+def _top_k_alone(divergence: Divergence, student: Distributions, top: TopK, kls: bool) -> tuple[Tensor, ...]:
     """sum over the K tokens of q (log q - log p), and nothing of the others. Below 0 where the student holds more of
     its mass there than the teacher.
 

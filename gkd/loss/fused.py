@@ -3,7 +3,7 @@
 Shapes: N target tokens on this rank, V vocabulary, D hidden size (Ds student, Dt teacher), K top-k.
 
 The loss is a weighted sum over tokens whose weights are known in advance, so its gradient is taken in the forward
-pass: each head is projected once, a chunk of rows at a time, and no [N, V] tensor exists. A step costs three matrix
+pass: each head is projected once, a chunk of tokens at a time, and no [N, V] tensor exists. A step costs three matrix
 products (student logits, teacher logits, gradient back to the hidden states), and one more only when the student's
 head itself is trained. The backward pass multiplies the kept gradients by a scalar; it does not touch the heads.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd.loss import eager as rows
-from gkd.loss.chunks import Gradients, Pass, chunk_rows, even_cuts
+from gkd.loss import eager
+from gkd.loss.chunks import FusedPass, Gradients, default_chunk_size, even_cuts
 from gkd.loss.projection import Projection
 from gkd.loss.settings import FusedOutput, LossSettings
 from gkd.loss.signals import DenseSignal, Head, TeacherSignal, TopKSignal
@@ -71,7 +71,7 @@ def fused_divergence(
     dtype = student.dtype
     teacher = Projection(signal.hidden, signal.head, vocab, dtype) if isinstance(signal, DenseSignal) else None
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        work = Pass(
+        work = FusedPass(
             student,
             teacher,
             signal=signal,
@@ -120,13 +120,13 @@ def fused_cross_entropy(
     entropy, cross_entropy = torch.zeros(2, n, dtype=dtype, device=targets.device)
     weights = ce_weights.to(dtype)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        default = chunk_rows(vocab, dtype.itemsize, targets.device.type, gradients.weight is not None)
+        default = default_chunk_size(vocab, dtype.itemsize, targets.device.type, gradients.weight is not None)
         chunk = max(1, min(settings.chunk_size or default, n))
         buffer = student.buffer(chunk)
         for at in even_cuts(n, chunk):
             z, slope_of_cap = student.logits(student.project(at, buffer))
             gradient = torch.empty_like(z)
-            rows.log_softmax_(rows.shift_(z), gradient)
+            eager.log_softmax_(eager.shift_(z), gradient)
             own = targets[at, None]
             cross_entropy[at] = -z.gather(1, own)[:, 0]
             entropy[at] = -(z.mul_(gradient)).sum(dim=-1)
@@ -167,7 +167,7 @@ def _compared_vocabulary(
     n = hidden.shape[0]
     vocab = head.weight.shape[0]
     if isinstance(signal, DenseSignal):
-        teacher_vocab, rows_of_signal = signal.head.weight.shape[0], signal.hidden.shape[0]
+        teacher_vocab, signal_size = signal.head.weight.shape[0], signal.hidden.shape[0]
         if settings.shared_vocab is None and vocab != teacher_vocab:
             raise ValueError(
                 f"the student's head has {vocab} rows and the teacher's {teacher_vocab}: if their tokenizers agree on "
@@ -175,7 +175,7 @@ def _compared_vocabulary(
             )
         vocab = min(vocab, teacher_vocab)
     else:
-        rows_of_signal = signal.ids.shape[0]
+        signal_size = signal.ids.shape[0]
         if settings.loss_temperature != 1 or settings.teacher_temperature != 1:
             raise ValueError(
                 f"loss_temperature={settings.loss_temperature} (teacher {settings.teacher_temperature}) needs the "
@@ -185,8 +185,8 @@ def _compared_vocabulary(
         if settings.shared_vocab > vocab:
             raise ValueError(f"shared_vocab={settings.shared_vocab} is more than the {vocab} rows of the smaller head")
         vocab = settings.shared_vocab
-    if not n == rows_of_signal == targets.shape[0]:
-        raise ValueError(f"{n} hidden states, {rows_of_signal} rows of the signal and {targets.shape[0]} targets")
+    if not n == signal_size == targets.shape[0]:
+        raise ValueError(f"{n} hidden states, {signal_size} rows of the signal and {targets.shape[0]} targets")
     return vocab
 
 

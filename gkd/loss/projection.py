@@ -1,6 +1,6 @@
 """Hidden states times an output head, and back: which dtype the factors have, and which the products.
 
-Shapes: N target tokens, V vocabulary, D hidden size, C rows of a chunk.
+Shapes: N target tokens, V vocabulary, D hidden size, C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Projection:
         return torch.empty(chunk, self.weight.shape[0], dtype=dtype, device=self.hidden.device)
 
     def project(self, at: slice, out: Tensor | None) -> Tensor:
-        """h W^T + bias of the rows `at`, written into the first rows of `out` [C, V]."""
+        """h W^T + bias of the tokens `at`, written to the beginning of `out` [C, V]."""
         assert out is not None
         out = out[: at.stop - at.start]
         if self.wide or self.in_blocks:
@@ -103,7 +103,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> No
     if left.dtype == total.dtype:
         total.addmm_(left, right * scale)
     elif left.dtype == torch.bfloat16 and has_wide_products(total.device, left.dtype):
-        # On tensor cores. Not for fp16, whose range a row's factor may leave.
+        # On tensor cores. Not for fp16, whose range a token's factor may leave.
         torch.addmm(total, left, (right * scale).to(left.dtype), out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype) * scale)

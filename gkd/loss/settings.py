@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gkd.common.ranges import called, one_of, whole, within
-from gkd.loss.divergence import Divergence
+from gkd.loss.integrand import Divergence
 
 _TAILS = ("bucket", "renormalize", "renormalize_both", "ignore")
 
@@ -23,7 +23,7 @@ class LossSettings:
     """How the divergence of a target token is measured.
 
     Attributes:
-        divergence: from `gkd.loss.divergence.make_divergence`.
+        divergence: from `make_divergence`.
         loss_temperature: divides the student's logits, and the teacher's unless teacher_loss_temperature is given.
         scale_by_temperature_squared: multiply the divergence by loss_temperature^2 (Hinton et al., 2015).
         teacher_top_k: compare only the teacher's K most likely tokens and the rest; None = the whole vocabulary.
@@ -32,7 +32,7 @@ class LossSettings:
             "renormalize_both": the student's, too: only what the two say within the top K is compared. "ignore": the
             forward KL's terms of the top K alone, both normalised over the whole vocabulary.
         shared_vocab: compare only the first so many tokens (both renormalised); None = heads of equal size.
-        chunk_size: rows per chunk; None = from a byte budget.
+        chunk_size: tokens per chunk; None = from a byte budget.
         report_kls: also return the forward and the reverse KL of each token.
         compiled: run the elementwise work through `torch.compile` where it can be; None = on CUDA with Triton.
         names: what the user calls an attribute, where that is another name: for errors only.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd.common.text import shorten
-from gkd.loss.divergence import DIVERGENCES
+from gkd.loss import DIVERGENCES
 from gkd.report.repo import Repo
 
 CORE = (

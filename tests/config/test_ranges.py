@@ -8,7 +8,7 @@ import pytest
 from gkd.config.fields import GKDConfig
 from gkd.data.encoded import Answers, Limits
 from gkd.data.sources import Mixture
-from gkd.loss.divergence import make_divergence
+from gkd.loss import make_divergence
 from gkd.loss.settings import LossSettings
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hygiene import Hygiene

@@ -28,7 +28,7 @@ from gkd.evaluation.measures import (
 )
 from gkd.evaluation.subject import Conditions, LocalSubject, subject_of, token_nll
 from gkd.evaluation.task_score import TaskScore
-from gkd.loss.divergence import make_divergence
+from gkd.loss import make_divergence
 from gkd.loss.settings import LossSettings
 from gkd.models.head import head_of
 from gkd.report.comparison import as_dict, as_markdown, compare, format_estimate, samples_table, table

@@ -2,7 +2,7 @@
 
 
 tests/house/test_docs.py holds README's tables, links and files; tests/house/test_coming_from_trl.py the page about
-TRL; `python -m doctest docs/losses.md` runs in tests/loss/test_divergence.py.
+TRL; `python -m doctest docs/losses.md` runs in tests/loss/test_divergences.py.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from gkd.config.fields import GKDConfig
 from gkd.data.formats import canonical_row
 from gkd.data.row_values import Place
 from gkd.evaluation.measures import METRICS
-from gkd.loss.divergence import DIVERGENCES
+from gkd.loss import DIVERGENCES
 from gkd.recipe.capture import execute_recipe
 from gkd.recipe.settings import RunArguments, parse
 

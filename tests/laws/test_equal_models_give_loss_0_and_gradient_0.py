@@ -7,7 +7,7 @@ from tiny import tiny_model
 from training import change, losses, trainer_of
 from variants import ALL, IDS, VARIANTS, logits, softmax_gradient
 
-from gkd.loss.divergence import make_divergence
+from gkd.loss import make_divergence
 from gkd.loss.signals import DenseSignal, Head
 
 
@@ -38,7 +38,7 @@ def test_student_equal_to_teacher_has_exactly_no_loss_and_no_gradient(name, para
     for scale in (0.0, 1.0, 30.0):
         a = logits(4, 700, seed=5, scale=scale, dtype=dtype).log_softmax(-1)
         p = a.exp()
-        value, slope = divergence.rows(a.clone(), a.clone(), p, p.clone())
+        value, slope = divergence.value_and_slope(a.clone(), a.clone(), p, p.clone())
         assert torch.equal(value, torch.zeros_like(value))
         assert torch.equal(softmax_gradient(slope, p), torch.zeros_like(p))
         assert torch.equal(divergence(a, a.clone()), torch.zeros_like(value))

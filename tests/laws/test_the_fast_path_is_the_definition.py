@@ -17,7 +17,7 @@ from tiny import tiny_model
 from training import Remember, change, dense_loss, losses, trainer_of
 from variants import ALL
 
-from gkd.loss.divergence import DIVERGENCES
+from gkd.loss import DIVERGENCES
 
 
 @pytest.mark.parametrize("chunk", [1, 7, N, N + 3, None])

@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_cache
 
 from gkd.loss import compiled as fused_compiled
+from gkd.loss import make_divergence
 from gkd.loss.chunks import even_cuts
 from gkd.loss.compiled import can_compile
-from gkd.loss.divergence import make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 

@@ -9,7 +9,7 @@ from fused_case import Case, N, V
 from torch import nn
 from variants import ALL
 
-from gkd.loss.divergence import DIVERGENCES, Divergence, make_divergence
+from gkd.loss import DIVERGENCES, Divergence, make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import FusedOutput, LossSettings
 from gkd.loss.signals import DenseSignal, Head, TopKSignal

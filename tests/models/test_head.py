@@ -15,8 +15,8 @@ from training import trainer_of
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gkd.loss import make_divergence
 from gkd.loss.dense import generalized_jsd_loss
-from gkd.loss.divergence import make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, Head

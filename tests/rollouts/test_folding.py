@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.subject import Conditions, LocalSubject
-from gkd.loss.divergence import forward_kl
+from gkd.loss.divergences import forward_kl
 from gkd.loss.settings import LossSettings
 from gkd.models.adapters import merged
 from gkd.models.rounding import generator_for, stochastically_rounded

@@ -3,7 +3,7 @@
 import oracle
 import torch
 
-from gkd.loss.divergence import make_divergence
+from gkd.loss import make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, Head

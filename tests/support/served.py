@@ -8,7 +8,7 @@ from training import config
 from transformers import TrainerCallback
 
 from gkd.data.targets import target_mask
-from gkd.loss.divergence import make_divergence
+from gkd.loss import make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import Head

@@ -2,7 +2,7 @@
 
 import torch
 
-from gkd.loss.divergence import DIVERGENCES
+from gkd.loss import DIVERGENCES
 
 ALL = [(name, {}) for name in DIVERGENCES] + [
     ("jsd", {"beta": 0.0}),

@@ -29,7 +29,7 @@ from gkd.assembly.teacher import make_teacher, shared_base
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import TokenSequence, collate
 from gkd.data.targets import target_mask
-from gkd.loss.divergence import DIVERGENCES, make_divergence
+from gkd.loss import DIVERGENCES, make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, Head

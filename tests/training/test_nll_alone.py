@@ -7,7 +7,7 @@ from tiny import tiny_model, tiny_rows
 from training import change, losses, trainer_of
 
 from gkd.config.fields import GKDConfig
-from gkd.loss.divergence import make_divergence
+from gkd.loss import make_divergence
 from gkd.loss.fused import fused_cross_entropy
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import Head

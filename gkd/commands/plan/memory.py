@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gkd.loss.chunks import chunk_rows
+from gkd.loss.chunks import default_chunk_size
 
 GIB = 2**30
 # A CUDA context with its libraries' workspaces; a process on a CPU with torch, transformers and trl imported.
@@ -140,7 +140,7 @@ def activations(setup: Setup) -> int:
 def loss_buffers(setup: Setup) -> int:
     """The fused divergence: chunk buffers that do not grow with the batch, and the targets' hidden states."""
     vocab, trained_head = max(setup.student.vocab, setup.teacher.vocab), setup.lora_r is None
-    rows = min(chunk_rows(vocab, 4, setup.device, trained_head), setup.targets)
+    rows = min(default_chunk_size(vocab, 4, setup.device, trained_head), setup.targets)
     buffers = (6 if setup.device == "cuda" else 2.5) * rows * vocab * 4
     hidden = setup.targets * (setup.student.hidden * (setup.activation_bytes + 4) + setup.teacher.hidden * 4)
     head = vocab * setup.student.hidden * 4 if trained_head else 0

@@ -1,87 +1,20 @@
-r"""Divergences between the student's and the teacher's next-token distribution: an integrand and its derivative.
+"""Each divergence: its equation, its paper, `phi` and `phi_a` (see `gkd.loss.integrand`), and a quick form of both.
 
-Shapes: V outcomes (the vocabulary, or K + 1 with a tail bucket). `a` = log p_student, `b` = log p_teacher, both
-[..., V], normalised over the last dimension, in nats, fp32 or fp64. Write p = e^a (student) and q = e^b (teacher).
-
-Every divergence is a sum over the vocabulary, `D = sum_v phi(a_v, b_v)`. With `phi_a = d phi / d a`, its gradient with
-respect to the student's logits z (p = softmax(z / T)) is the same expression for all of them:
-
-    dD/dz_v = (phi_a(v) - p_v * sum_u phi_a(u)) / T
-
-so a divergence is two elementwise expressions, and `gkd.loss.fused` owns everything else (softmax, chunks, projection,
-weights, gradient). `phi` alone is enough: autograd then supplies `phi_a`, one small block of rows at a time.
-
-Two freedoms are used below. A multiple of `p - q` may be added to `phi` (it sums to zero) and a multiple of p to
-`phi_a` (it cancels in the formula above). They are chosen so that every `phi` is >= 0 for each v on its own, and
-`phi_a` is 0 wherever p = q. A sum of non-negative terms cannot come out negative by rounding, and a student equal to
-its teacher gets a loss and a gradient of exactly zero.
-
-Convention: GKD (Agarwal et al., arXiv 2306.13649, Eq. 1) writes P for the teacher and Q for the student and
-M = beta P + (1 - beta) Q; the formulas here say "teacher" and "student" in full.
+Notation as there: a = log p of the student, b = log q of the teacher, p = e^a, q = e^b.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-Integrand = Callable[[Tensor, Tensor], Tensor]
-RowsFn = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from gkd.loss.integrand import Divergence, Integrand
 
 # Near beta = 0 and 1 the loss shrinks like beta (1 - beta): at 0.05 it is about a twentieth of the KL it resembles.
 _BETA_EDGE = 0.05
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence of the student's from the teacher's distribution.
-
-    Attributes:
-        name: for messages and logs.
-        phi: `phi(a, b)` [..., V] -> [..., V]; summed over v it is the divergence in nats. Differentiable in `a` when
-            `phi_a` is left out.
-        phi_a: `d phi / d a`, or None: autograd derives it.
-        rows_fn: an equal but faster `(a, b, p, q) -> (D [...], phi_a [..., V])` that may overwrite a, b and q (never
-            p), or None. `phi` and `phi_a` remain the definition; a test compares the two.
-        needs_teacher_support: infinite where the teacher has no mass and the student has (reverse KL).
-        traceable: whether `torch.compile` can trace phi and phi_a: no branch in them depends on values.
-    """
-
-    name: str
-    phi: Integrand = field(repr=False)
-    phi_a: Integrand | None = field(default=None, repr=False)
-    rows_fn: RowsFn | None = field(default=None, repr=False)
-    needs_teacher_support: bool = False
-    traceable: bool = True
-
-    def rows(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Divergence of each row and `phi_a`; a, b and q are used up, p = e^a is left alone.
-
-        Args:
-            a: log p_student [R, V]. b: log p_teacher [R, V]. p: e^a. q: e^b.
-
-        Returns:
-            D [R] and phi_a [R, V].
-        """
-        if self.rows_fn is not None:
-            return self.rows_fn(a, b, p, q)
-        if self.phi_a is not None:
-            return self.phi(a, b).sum(-1), self.phi_a(a, b)
-        with torch.enable_grad():
-            leaf = a.detach().requires_grad_()
-            values = self.phi(leaf, b.detach()).sum(-1)
-            (slope,) = torch.autograd.grad(values.sum(), leaf)
-        return values.detach(), slope
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Divergence [...] of log-probabilities a (student) and b (teacher) [..., V]; differentiable through `phi`."""
-        return self.phi(a, b).sum(-1)
 
 
 def kl_to_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
@@ -121,7 +54,7 @@ def _forward_phi_a(a: Tensor, b: Tensor) -> Tensor:
     return a.exp() - b.exp()
 
 
-def _forward_rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_fast(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     value_terms = b.sub_(a).mul_(q)
     slope = torch.sub(p, q, out=a)
     return value_terms.add_(slope).sum(-1), slope
@@ -129,7 +62,7 @@ def _forward_rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, T
 
 def forward_kl() -> Divergence:
     """KL(teacher || student) = sum q (log q - log p): mean-seeking, the classic distillation loss. GKD's beta -> 0."""
-    return Divergence("forward_kl", _forward_phi, _forward_phi_a, _forward_rows)
+    return Divergence("forward_kl", _forward_phi, _forward_phi_a, _forward_fast)
 
 
 def _reverse_phi(a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +74,7 @@ def _reverse_phi_a(a: Tensor, b: Tensor) -> Tensor:
     return a.exp() * (a - b)
 
 
-def _reverse_rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse_fast(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     slope = a.sub_(b).mul_(p)
     value = torch.add(slope, q.sub_(p), out=b).sum(-1)
     return value, slope
@@ -149,7 +82,7 @@ def _reverse_rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, T
 
 def reverse_kl() -> Divergence:
     """KL(student || teacher) = sum p (log p - log q): mode-seeking, the usual on-policy loss. GKD's beta -> 1."""
-    return Divergence("reverse_kl", _reverse_phi, _reverse_phi_a, _reverse_rows, needs_teacher_support=True)
+    return Divergence("reverse_kl", _reverse_phi, _reverse_phi_a, _reverse_fast, needs_teacher_support=True)
 
 
 def symmetric_kl(symmetric_kl_weight: float = 0.5) -> Divergence:
@@ -176,7 +109,7 @@ def symmetric_kl(symmetric_kl_weight: float = 0.5) -> Divergence:
     def phi_a(a: Tensor, b: Tensor) -> Tensor:
         return forward * _forward_phi_a(a, b) + reverse * _reverse_phi_a(a, b)
 
-    def rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def fast(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         gap, ratio = torch.sub(p, q), a.sub_(b)
         weighted = torch.mul(ratio, p, out=b)  # p (log p - log q)
         # forward: gap - q ratio. reverse: p ratio - gap. Both are >= 0 for each token on its own.
@@ -186,7 +119,7 @@ def symmetric_kl(symmetric_kl_weight: float = 0.5) -> Divergence:
         return of_teacher.mul_(forward).add_(of_student, alpha=reverse), slope
 
     name = f"symmetric_kl(symmetric_kl_weight={symmetric_kl_weight})"
-    return Divergence(name, phi, phi_a, rows, needs_teacher_support=True)
+    return Divergence(name, phi, phi_a, fast, needs_teacher_support=True)
 
 
 # --- generalized Jensen-Shannon ----------------------------------------
@@ -213,7 +146,7 @@ def jsd(beta: float = 0.5) -> Divergence:
     def phi_a(a: Tensor, b: Tensor) -> Tensor:  # (1 - beta) p (log p - log m), up to a multiple of p that cancels
         return (1 - beta) * kl_to_mixture(a.exp(), b.exp(), beta)
 
-    def rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def fast(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         # log(p / m) instead of log1p: a third of the time, as exact at p = q, and 1e-7 p away from it next to it.
         tiny = torch.finfo(p.dtype).tiny
         above_zero = torch.clamp_min(p, tiny, out=a)
@@ -222,7 +155,7 @@ def jsd(beta: float = 0.5) -> Divergence:
         of_teacher = torch.div(q, mixture, out=b).log_().mul_(q).sum(-1)
         return slope.sum(-1).add_(of_teacher, alpha=beta), slope
 
-    return Divergence(f"jsd(beta={beta})", phi, phi_a, rows)
+    return Divergence(f"jsd(beta={beta})", phi, phi_a, fast)
 
 
 # --- skewed KL (DistiLLM, arXiv 2402.03898) ----------------------------------------
@@ -344,7 +277,7 @@ def adaptive_kl(akl_mu: float = 0.5) -> Divergence:
     def phi_a(a: Tensor, b: Tensor) -> Tensor:
         return blend(a, b, _forward_phi_a, _reverse_phi_a)
 
-    def rows(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def fast(a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         share = _head_gap_share(p, q, akl_mu)
         gap = p - q
         ratio = a.sub_(b)
@@ -352,7 +285,7 @@ def adaptive_kl(akl_mu: float = 0.5) -> Divergence:
         return value, gap.mul_(share).add_(ratio.mul_(p).mul_(1 - share))
 
     name = f"adaptive_kl(akl_mu={akl_mu})"
-    return Divergence(name, phi, phi_a, rows, needs_teacher_support=True, traceable=False)
+    return Divergence(name, phi, phi_a, fast, needs_teacher_support=True, traceable=False)
 
 
 # --- alpha-beta divergence (Cichocki et al., Entropy 2011; for distillation: ABKD, arXiv 2505.04560) ---
@@ -383,56 +316,3 @@ def alpha_beta(ab_alpha: float = 0.5, ab_beta: float = 0.5) -> Divergence:
         return (ab_beta * a).exp() * ((ab_alpha * a).exp() - (ab_alpha * b).exp()) / ab_alpha
 
     return Divergence(f"alpha_beta(ab_alpha={ab_alpha}, ab_beta={ab_beta})", phi, phi_a)
-
-
-# --- by name ----------------------------------------
-
-#: Name -> factory. To add a divergence, add a line; the factory's keyword parameters are those of `make_divergence`.
-DIVERGENCES: dict[str, Callable[..., Divergence]] = {
-    "jsd": jsd,
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-    "adaptive_kl": adaptive_kl,
-    "alpha_beta": alpha_beta,
-    "symmetric_kl": symmetric_kl,
-}
-
-
-def make_divergence(
-    name: str,
-    *,
-    beta: float = 0.5,
-    skew_lambda: float = 0.1,
-    ab_alpha: float = 0.5,
-    ab_beta: float = 0.5,
-    akl_mu: float = 0.5,
-    symmetric_kl_weight: float = 0.5,
-) -> Divergence:
-    """The divergence called `name` with those of the parameters that it has.
-
-    Raises:
-        ValueError: an unknown name; a parameter that this divergence does not have and that is not at its default
-            (it would be ignored); a parameter out of range.
-    """
-    if name not in DIVERGENCES:
-        raise ValueError(f"divergence={name!r} is unknown: choose one of {', '.join(sorted(DIVERGENCES))}")
-    given = {
-        "beta": beta,
-        "skew_lambda": skew_lambda,
-        "ab_alpha": ab_alpha,
-        "ab_beta": ab_beta,
-        "akl_mu": akl_mu,
-        "symmetric_kl_weight": symmetric_kl_weight,
-    }
-    known = inspect.signature(make_divergence).parameters
-    takes = inspect.signature(DIVERGENCES[name]).parameters
-    for parameter, value in given.items():
-        if parameter not in takes and value != known[parameter].default:
-            raise ValueError(
-                f"{parameter}={value} has no effect on divergence={name!r}: leave it at {known[parameter].default}, "
-                "or choose a divergence that has it"
-            )
-    return DIVERGENCES[name](**{parameter: value for parameter, value in given.items() if parameter in takes})

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from trl.experimental.gkd import GKDTrainer as TRLTrainer
 from variants import IDS, VARIANTS, logits, softmax_gradient
 
+from gkd.loss import DIVERGENCES, Divergence, make_divergence
 from gkd.loss.dense import generalized_jsd_loss
-from gkd.loss.divergence import DIVERGENCES, Divergence, make_divergence
 
 
 @pytest.mark.parametrize(("name", "parameters"), VARIANTS, ids=IDS)
@@ -31,7 +31,7 @@ def test_value_and_gradient_are_the_definition(name, parameters, vocab):
     torch.testing.assert_close(softmax_gradient(divergence.phi_a(a, b), a.exp()), gradient, rtol=1e-9, atol=1e-12)
 
     p, kept = a.exp(), a.exp()
-    value, slope = divergence.rows(a.clone(), b.clone(), p, b.exp())
+    value, slope = divergence.value_and_slope(a.clone(), b.clone(), p, b.exp())
     torch.testing.assert_close(value, expected.detach(), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(softmax_gradient(slope, p), gradient, rtol=1e-9, atol=1e-12)
     assert torch.equal(p, kept), "rows() must leave p alone"
@@ -57,7 +57,7 @@ def test_extreme_logits_stay_finite(name, parameters):
     a, b = z.log_softmax(-1), zt.log_softmax(-1)
     divergence = make_divergence(name, **parameters)
     for value, slope in (
-        divergence.rows(a.clone(), b.clone(), a.exp(), b.exp()),
+        divergence.value_and_slope(a.clone(), b.clone(), a.exp(), b.exp()),
         (divergence(a, b), divergence.phi_a(a, b)),
     ):
         assert torch.isfinite(value).all()
@@ -82,7 +82,7 @@ def test_never_negative_and_right_in_single_precision(variant, vocab, scale, gap
     zt = z + gap * logits(3, vocab, seed=seed + 1, scale=1.0)
     z, zt = z.float(), zt.float()
     a, b = z.log_softmax(-1), zt.log_softmax(-1)
-    value, _ = make_divergence(name, **parameters).rows(a.clone(), b.clone(), a.exp(), b.exp())
+    value, _ = make_divergence(name, **parameters).value_and_slope(a.clone(), b.clone(), a.exp(), b.exp())
     assert (value >= -1e-6).all()
     if name == "adaptive_kl":
         return  # where two masses straddle mu, one rounding moves a token between head and tail
@@ -134,7 +134,7 @@ def test_a_new_divergence_is_an_integrand_and_a_line(monkeypatch):
     (gradient,) = torch.autograd.grad(expected.sum(), z)
     a, b = z.detach().log_softmax(-1), zt.log_softmax(-1)
     for name in ("chi_squared", "chi_squared_by_autograd"):
-        value, slope = make_divergence(name).rows(a.clone(), b.clone(), a.exp(), b.exp())
+        value, slope = make_divergence(name).value_and_slope(a.clone(), b.clone(), a.exp(), b.exp())
         torch.testing.assert_close(value, expected.detach())
         torch.testing.assert_close(softmax_gradient(slope, a.exp()), gradient)
 
