@@ -7,7 +7,7 @@ from tiny import tiny_model, tiny_tokenizer
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import METRICS, Estimate
 from gkd.evaluation.subject import Conditions, LocalSubject, ServedSubject, subject_of
-from gkd.loss.divergence import make_divergence
+from gkd.loss.registry import make_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import TopKSignal
 from gkd.rollouts.base import Rollout, SamplingSettings
