@@ -12,6 +12,7 @@ from gkd.assembly.evaluator import evaluator_of
 from gkd.common.launcher import end_with_the_launcher
 from gkd.config.fields import GKDConfig
 from gkd.data.held_out import hold_out, warn_of_overlap, with_held_out
+from gkd.data.teacher_rows import View
 from gkd.evaluation.task_score import CorpusScore, Score
 from gkd.recipe.build import build_trainer, student_name
 from gkd.recipe.capture import Recipe, count_call, hand_over, is_captured
@@ -42,6 +43,7 @@ def run(
     defaults: dict[str, Any] | None = None,
     score: Score | None = None,
     corpus_score: CorpusScore | None = None,
+    teacher_view: View | None = None,
     description: str = "",
     argv: list[str] | None = None,
 ) -> None:
@@ -56,14 +58,20 @@ def run(
         score: (completion, row) -> task score of one prompt row, optional.
         corpus_score: (completions, rows) -> one number for all of them (corpus BLEU), optional; its error comes from
             resampling the rows.
+        teacher_view: row -> the row whose prompt the teacher reads in its place, optional; the student sees nothing of
+            it.
         description: what the recipe does, for `--help`.
         argv: instead of `sys.argv[1:]`.
     """
     count_call()
+
+    def recipe() -> Recipe:
+        return Recipe(parse(defaults or {}, argv, description), load_data, score, corpus_score, teacher_view)
+
     if is_captured():
-        hand_over(Recipe(parse(defaults or {}, argv, description), load_data, score, corpus_score))
+        hand_over(recipe())
     with mistakes_in_one_line():
-        _run(Recipe(parse(defaults or {}, argv, description), load_data, score, corpus_score))
+        _run(recipe())
 
 
 def _run(recipe: Recipe) -> None:
@@ -85,7 +93,7 @@ def _train(recipe: Recipe) -> None:
     settings, args = recipe.settings, recipe.settings.training
     measure = settings.run.evaluate_before_and_after
     data = recipe_data(recipe.load_data, settings)
-    trainer = build_trainer(settings, data)
+    trainer = build_trainer(settings, data, recipe.teacher_view)
     evaluator = None
     if measure:
         evaluator = evaluator_of(trainer, data, settings.run, score=recipe.score, corpus_score=recipe.corpus_score)

@@ -18,6 +18,7 @@ from gkd.assembly.rollouts import encoding_options
 from gkd.assembly.rows import prepare_rows
 from gkd.assembly.student import check_named
 from gkd.config.fields import GKDConfig
+from gkd.data.teacher_rows import TeacherReading
 from gkd.models.zero import join_ranks_on_cpu
 
 
@@ -35,6 +36,7 @@ class Given:
     evaluation: Dataset | dict[str, Dataset] | None = None
     collator: Any = None
     formatting_func: Callable[..., Any] | None = None
+    teacher_view: Callable[[dict[str, Any]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
     teacher = resolve_teacher(student, given.teacher, args)
     tokenizer = resolve_tokenizer(given.tokenizer, student, args)
     encoding = encoding_options(student, tokenizer, args, loading_options(args))
+    encoding["reading"] = TeacherReading(given.teacher_view)
     train, evaluation, collator = prepare_rows(
         args,
         tokenizer,

@@ -58,6 +58,11 @@ def prepare_rows(
                 "teacher_adapters does not go with a data_collator of your own, which does not say whose a row is: "
                 "leave one of them out"
             )
+        if encoding["reading"].differs:
+            raise ValueError(
+                "teacher_view does not go with a data_collator of your own, which does not say what the teacher "
+                "reads: leave one of them out"
+            )
         return train, evaluation, collator
     common = {**row_options(args), "formatting_func": formatting_func, **encoding}
     if train is not None:

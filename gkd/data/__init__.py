@@ -15,12 +15,15 @@ left_out: what a row holds and its chat template does not write: told, since it 
     word
 prepare: data sets: rows of any format become ids and labels, with a report of every row that could not be
     used as it is
+prepared_row: one row of a data set: read, put into ids for student and teacher, and held to the limits
 row_report: what became of a data set's rows: kept, dropped, cut, noted, and what in them nothing reads
 row_values: values of a row: where they stand (for messages), what is JSON as text, and the nulls that
     Arrow puts in
 sequences: token sequences: what a row has become, joined with a completion, cut, and padded to a batch
 sources: where each sequence of an optimizer step comes from: the data set, the student, or the teacher
 targets: target tokens: which positions of a padded batch are trained on, and the weight of each
+teacher_rows: a row as its teacher reads it, where that is not as the student does: another prompt, system
+    turn or template
 template_day: what a chat template takes for today, where it writes a date (`strftime_now`: Llama-3.2,
     gpt-oss and others)
 templates: chat templates: rendering, whatever form a template wants a text in and whatever day it is

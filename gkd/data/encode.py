@@ -9,8 +9,9 @@ end-of-turn token, which is trained; what a template writes after it is cut off.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 
 from transformers import PreTrainedTokenizerBase
@@ -231,11 +232,18 @@ class RowEncoder:
         return self._with_stop(encoded, None)
 
     def _tokens(self, row: TokenRow, place: Place) -> Encoded:
-        known = max(self.tokenizer.get_vocab().values())
-        for column, ids in (("input_ids", row.input_ids), ("prompt_ids", row.prompt_ids)):
-            if wrong := [i for i in ids if not 0 <= i <= known]:
-                place.bad(column, f"holds the id {wrong[0]}, but the tokenizer's ids end at {known}")
+        self.check_ids(row.input_ids, "input_ids", place)
+        self.check_ids(row.prompt_ids, "prompt_ids", place)
         return Encoded(row.input_ids, row.labels, row.prompt_length, prompt_ids=list(row.prompt_ids))
+
+    @cached_property
+    def _last_id(self) -> int:
+        return int(max(self.tokenizer.get_vocab().values()))
+
+    def check_ids(self, ids: Sequence[int], column: str, place: Place) -> None:
+        """Raises ValueError for ids that the tokenizer does not have."""
+        if wrong := [i for i in ids if not 0 <= i <= self._last_id]:
+            place.bad(column, f"holds the id {wrong[0]}, but the tokenizer's ids end at {self._last_id}")
 
 
 def _is_empty(message: Message) -> bool:

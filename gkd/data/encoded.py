@@ -14,6 +14,9 @@ class Encoded:
     """One row in ids; `notes` are keys of `gkd.data.row_report.NOTES`.
 
     A rollout starts from `prompt`: `prompt_ids` where the row begins otherwise, else `input_ids[:prompt_length]`.
+
+    The teacher reads `teacher_context` in front of the completion where that is not `input_ids[:prompt_length]`, and
+    writes from `teacher_prompt`: `teacher_prompt_ids` where that is neither `teacher_context` nor (without) `prompt`.
     """
 
     input_ids: list[int]
@@ -21,6 +24,8 @@ class Encoded:
     prompt_length: int
     notes: tuple[str, ...] = ()
     prompt_ids: list[int] = field(default_factory=list)
+    teacher_context: list[int] = field(default_factory=list)
+    teacher_prompt_ids: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> list[int]:
@@ -34,6 +39,21 @@ class Encoded:
         """With this prompt for rollouts, which is kept beside the row only where the row does not begin with it."""
         same = self.input_ids[: self.prompt_length] == prompt
         return replace(self, prompt_ids=[] if same else prompt)
+
+    @property
+    def teacher_prompt(self) -> list[int]:
+        return self.teacher_prompt_ids or self.teacher_context or self.prompt
+
+    @property
+    def has_view(self) -> bool:
+        """Whether the teacher reads or writes from something of its own."""
+        return bool(self.teacher_context or self.teacher_prompt_ids)
+
+    def read_by_teacher(self, context: list[int], prompt: list[int]) -> Encoded:
+        """With what the teacher reads in front of the completion, and writes from; each is kept only where it differs
+        from the student's."""
+        own = [] if context == self.input_ids[: self.prompt_length] else context
+        return replace(self, teacher_context=own, teacher_prompt_ids=[] if prompt == (own or self.prompt) else prompt)
 
     def noted(self, note: str, **changes: Any) -> Encoded:
         return replace(self, notes=(*self.notes, note), **changes)

@@ -8,52 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jinja2
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from gkd._version import __version__
-from gkd.common.text import printable
 from gkd.data.encode import RowEncoder
-from gkd.data.encoded import Answers, Encoded, Limits
-from gkd.data.formats import ChatRow, Row, TextRow, canonical_row
-from gkd.data.kinds import Transform, as_stored, check_kind, transformed
-from gkd.data.row_report import (
-    DROPPED,
-    NOTES_OF_THE_ANSWER,
-    OF_THE_ANSWER,
-    UNREAD,
-    DataReport,
-    read_notes,
-    row_numbers,
-)
-from gkd.data.row_values import Place, without_arrow_nulls
+from gkd.data.encoded import Answers, Limits
+from gkd.data.kinds import as_stored, check_kind, transformed
+from gkd.data.prepared_row import PREPARED, Preparation, prepared_row
+from gkd.data.row_report import DataReport, read_notes, row_numbers
+from gkd.data.row_values import Place
 from gkd.data.targets import IGNORE
-from gkd.data.unread import refuse_other_than_text, unread
+from gkd.data.teacher_rows import IDS, TeacherReading, TeacherRows
 
 logger = logging.getLogger(__name__)
 
-# What tokenizers and chat templates raise over a single row.
-_STUMBLES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-PREPARED = {"input_ids", "labels", "prompt_length", "row"}  # columns that say that rows have been prepared
 _COLUMNS = Features(
     {
         "input_ids": Sequence(Value("int64")),
         "labels": Sequence(Value("int64")),
         "prompt_length": Value("int64"),
         "prompt_ids": Sequence(Value("int64")),
+        **{name: Sequence(Value("int64")) for name in IDS},
         "row": Value("int64"),
         "notes": Sequence(Value("string")),
         "targets": Value("int64"),
@@ -61,24 +38,6 @@ _COLUMNS = Features(
         "served": Value("int64"),
     }
 )
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What `_encode_batch` needs beside the tokenizer; see `prepare_dataset`."""
-
-    name: str
-    limits: Limits
-    answers: Answers = field(default_factory=Answers)
-    prompt_only_ok: bool = False
-    prompts_needed: bool = True
-    formatting_func: Callable[[dict[str, Any]], Any] | None = None
-    teachers: tuple[str, ...] = ()
-    features: Features | None = None  # of the data set as it is stored; None: not known
-    transform: Transform | None = None
-    stop_ids: tuple[int, ...] = ()
-    today: str | None = None
-    version: str = __version__  # only there for the key of `datasets.map`'s cache: another one may tokenize otherwise
 
 
 def prepare_dataset(
@@ -99,6 +58,7 @@ def prepare_dataset(
     teachers: Collection[str] = (),
     stop_ids: Collection[int] = (),
     today: str | None = None,
+    reading: TeacherReading | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Tokenizes a data set once, before training.
 
@@ -124,12 +84,14 @@ def prepare_dataset(
         teachers: names that the column `teacher` may hold, when there are several teachers.
         stop_ids: at which the model stops beside the tokenizer's eos (`gkd.data.vocabulary.configured_stop_ids`).
         today: what a chat template writes as today's date, as YYYY-MM-DD; None = the clock's day.
+        reading: how teachers read the rows, beside what the columns `teacher_prompt` and `teacher_system` say of it.
 
     Returns:
         The data set with `input_ids`, `labels` (-100 off target; all of them -100 for a prompt-only row),
         `prompt_length`, `prompt_ids` (what a rollout starts from where `input_ids[:prompt_length]` is not that, else
         empty: `gkd.data.sequences.prompt_of`), `row` (number in `dataset`) and, with `teachers`, `teacher` (number in
-        their order), and the report.
+        their order), and the report. Where the teacher reads a prompt of its own in some row, also `teacher_context`
+        and `teacher_prompt_ids` (`gkd.data.encoded.Encoded`), empty where it reads the student's; no limit cuts them.
 
     Raises:
         ValueError: no data set with rows of known length; a malformed row (number and column are named); rows without
@@ -149,6 +111,7 @@ def prepare_dataset(
         transform=transform,
         stop_ids=tuple(sorted(stop_ids)),
         today=today,
+        reading=reading or TeacherReading(),
     )
     return _usable(_tokenized(plain, tokenizer, preparation, num_proc), plain, preparation)
 
@@ -181,7 +144,8 @@ def _usable(encoded: Dataset, plain: Dataset, preparation: Preparation) -> tuple
         raise ValueError(_without_answers(prompt_only, plain, name, generates=generates))
     if report.dropped:
         encoded = encoded.select(kept)
-    return encoded.remove_columns(["notes", "targets", "length", "served"]), report
+    views = () if report.views else IDS  # without any, the rows are what they always were
+    return encoded.remove_columns(["notes", "targets", "length", "served", *views]), report
 
 
 def _without_answers(rows: list[int], dataset: Dataset, name: str, generates: bool) -> str:
@@ -204,6 +168,7 @@ def _encode_batch(
     columns: dict[str, list[Any]], numbers: list[int], tokenizer: PreTrainedTokenizerBase, preparation: Preparation
 ) -> dict[str, list[Any]]:
     encoder = RowEncoder(tokenizer, preparation.answers.assistant_turns, preparation.stop_ids, preparation.today)
+    readers = TeacherRows(preparation.reading, encoder, preparation.today)
     batch = transformed(columns, preparation.transform, preparation.name)
     rows, teacher_numbers = [], []
     for i, number in enumerate(numbers):
@@ -211,12 +176,14 @@ def _encode_batch(
         raw = {column: values[i] for column, values in batch.items()}
         if preparation.teachers:
             teacher_numbers.append(_teacher_number(raw, preparation.teachers, place))
-        rows.append(prepared_row(raw, place, encoder, preparation))
+        teacher = teacher_numbers[-1] if teacher_numbers else 0
+        rows.append(prepared_row(raw, place, readers, preparation, teacher))
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
         "prompt_length": [row.prompt_length for row in rows],
         "prompt_ids": [row.prompt_ids for row in rows],
+        **{name: [getattr(row, name) for row in rows] for name in IDS},
         "row": list(numbers),
         "notes": [list(row.notes) for row in rows],
         "targets": [sum(label != IGNORE for label in row.labels[1:]) for row in rows],
@@ -224,47 +191,6 @@ def _encode_batch(
         "served": [len(row.prompt) for row in rows],
         **({"teacher": teacher_numbers} if preparation.teachers else {}),
     }
-
-
-def prepared_row(raw: Mapping[str, Any], place: Place, encoder: RowEncoder, preparation: Preparation) -> Encoded:
-    """One row in ids, within the limits, with notes of all that became of it."""
-    template = encoder.tokenizer.chat_template
-    exact: Collection[str] = ()
-    if preparation.formatting_func is not None:
-        raw = _formatted(preparation.formatting_func(dict(raw)), place)
-    elif preparation.features is not None:
-        raw = {column: without_arrow_nulls(value, preparation.features[column]) for column, value in raw.items()}
-        exact = raw.keys()
-    refuse_other_than_text(raw, place)
-    row = canonical_row(raw, place, bool(template), exact)
-    honoured = ("teacher",) if preparation.teachers else ()
-    ignored = [UNREAD + name for name in unread(raw, row, str(template or ""), honoured)]
-    if preparation.prompts_needed and isinstance(row, TextRow) and not row.prompt:
-        place.bad(
-            "text",
-            "running text has no prompt to continue: give rows a `prompt` and a `completion` (a formatting_func "
-            "may return such a row, as a dict), or train on the data only with lmbda=0",
-        )
-    if isinstance(row, ChatRow) and not preparation.prompt_only_ok and preparation.answers.unanswered_rows == "cut":
-        row = row.up_to_last_answer()
-    encoded = _encoded(encoder, row, place)
-    if preparation.prompts_needed and encoded.prompt_length == 0:
-        place.bad("input_ids", "has no prompt: its first id is a target already")
-    encoded = replace(encoded, notes=(*row.notes, *encoded.notes, *ignored))
-    return _fitted(encoded, encoder.tokenizer.bos_token_id, preparation)
-
-
-def _fitted(row: Encoded, bos: int | None, preparation: Preparation) -> Encoded:
-    """The row within the limits; a prompt where only its answer is at fault and none is needed."""
-    if not preparation.prompt_only_ok and row.prompt_only and not DROPPED.keys() & set(row.notes):
-        dropped = preparation.answers.unanswered_rows == "drop"
-        return row.noted("unanswered") if dropped else preparation.limits.fit(row, bos)
-    fitted = row if DROPPED.keys() & set(row.notes) else preparation.limits.fit(row, bos)
-    if preparation.prompt_only_ok and OF_THE_ANSWER & set(fitted.notes):
-        notes = tuple(note for note in row.notes if note not in OF_THE_ANSWER | NOTES_OF_THE_ANSWER)
-        prompt = Encoded(row.prompt, [IGNORE] * len(row.prompt), len(row.prompt), notes)
-        return preparation.limits.fit(prompt, bos)
-    return fitted
 
 
 def _teacher_number(raw: Mapping[str, Any], teachers: tuple[str, ...], place: Place) -> int:
@@ -275,25 +201,3 @@ def _teacher_number(raw: Mapping[str, Any], teachers: tuple[str, ...], place: Pl
         found = "is missing" if name is None else f"is {name!r}, which no teacher is called"
         place.bad("teacher", f"{found}: every row names one of {', '.join(teachers)} (teacher_adapters)")
     return teachers.index(name)
-
-
-def _encoded(encoder: RowEncoder, row: Row, place: Place) -> Encoded:
-    """The row's ids; where a tokenizer or its chat template stumbles over a row, the row is named."""
-    try:
-        return encoder.encode(row, place)
-    except _STUMBLES as error:
-        if str(error).startswith(str(place)):  # it is ours, and says where
-            raise
-        what = printable(" ".join(f"{type(error).__name__}: {error}".split()))
-        raise ValueError(f"{place}: cannot be tokenized ({what})") from error
-
-
-def _formatted(result: Any, place: Place) -> Mapping[str, Any]:
-    if isinstance(result, str):
-        return {"text": result}
-    if isinstance(result, Mapping):
-        return result
-    raise ValueError(
-        f"formatting_func returned {type(result).__name__} for row {place.number} of the {place.dataset} data set; it "
-        f"should return a row of a known format (a dict such as {{'prompt': ..., 'completion': ...}}) or one text"
-    )

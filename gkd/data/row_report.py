@@ -22,6 +22,7 @@ DROPPED = {
 OF_THE_ANSWER = {"row_too_long", "no_room", "empty_answer", "untrained"}
 NOTES_OF_THE_ANSWER = {"eos_appended", "prompt_not_prefix", "turn_not_found", "prompt_twice"}
 NOTES_OF_THE_ANSWER |= {"answer_shortened", "thought_left_out", "empty_thought"}
+VIEW = "teacher_view"  # the note of a row of which the teacher reads a prompt of its own
 UNREAD = "unread:"  # before the name of a column that nothing reads, as a note of a row
 NOTES = {
     "question_left_out": "cut: what stands behind the last answer, a question without one",
@@ -50,7 +51,7 @@ NAMED = 10  # row numbers named per line of a report
 class DataReport:
     """What became of a data set's rows. `rows_with` maps each key of DROPPED and NOTES to row numbers (all of them);
     `unread` maps columns, and keys of turns, that hold something which nothing reads; token counts are of the kept
-    rows."""
+    rows, and so are `views`, the rows of which the teacher reads a prompt of its own."""
 
     name: str
     limits: Limits
@@ -61,6 +62,7 @@ class DataReport:
     target_tokens: int = 0
     longest_prompt: int = 0
     longest_row: int = 0
+    views: int = 0
     rows_with: dict[str, list[int]] = field(default_factory=dict)
     unread: dict[str, list[int]] = field(default_factory=dict)
 
@@ -75,6 +77,8 @@ class DataReport:
             f"  {self.target_tokens:,} target tokens, {self.prompt_tokens:,} prompt tokens; longest prompt "
             f"{self.longest_prompt:,}, longest row {self.longest_row:,}",
         ]
+        if self.views:
+            lines.append(f"  {self.views:,} rows of which the teacher reads a prompt of its own")
         return "\n".join(lines + [f"  {line}" for line in self.remarks()])
 
     def remarks(self) -> list[str]:
@@ -106,6 +110,8 @@ def read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[in
     prompt_only: list[int] = []
     for number, row in enumerate(encoded.select_columns(["notes", "targets", "length", "served"])):
         for note in row["notes"]:
+            if note == VIEW:
+                continue
             if note.startswith(UNREAD):
                 report.unread.setdefault(note.removeprefix(UNREAD), []).append(number)
             else:
@@ -113,6 +119,7 @@ def read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[in
         if DROPPED.keys() & set(row["notes"]):
             continue
         kept.append(number)
+        report.views += VIEW in row["notes"]
         if row["targets"] == 0:
             prompt_only.append(number)
         report.target_tokens += row["targets"]

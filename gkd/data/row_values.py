@@ -13,16 +13,17 @@ from datasets import Json
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands: the data set's name and the row's number, for messages."""
+    """Where a row stands: the data set's name and the row's number, for messages; `reader`: in whose reading."""
 
     dataset: str
     number: int
+    reader: str = ""
 
     def bad(self, column: str, problem: str) -> NoReturn:
         raise ValueError(f"{self}, column '{column}': {problem}")
 
     def __str__(self) -> str:
-        return f"{self.dataset} data set, row {self.number}"
+        return f"{self.dataset} data set, row {self.number}" + (f", {self.reader}" if self.reader else "")
 
 
 def shown(value: Any) -> str:

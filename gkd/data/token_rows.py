@@ -13,18 +13,21 @@ from gkd.data.row_values import Place, is_empty, shown
 # 1 on what is trained: TRL's two, their singular, verl's.
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
 READ = {"input_ids", "labels", "attention_mask", "prompt_length", "prompt_ids", "position_ids", "seq_lengths", *MASKS}
+READ |= {"teacher_context", "teacher_prompt_ids"}
 
 
 @dataclass(frozen=True)
 class TokenRow:
     """Token ids that come with their labels (-100 off target). A rollout starts from `prompt_ids`, or, where they are
-    empty, at `prompt_length`."""
+    empty, at `prompt_length`. The last two are as in `gkd.data.encoded.Encoded`."""
 
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
     prompt_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    teacher_context: tuple[int, ...] = ()
+    teacher_prompt_ids: tuple[int, ...] = ()
 
 
 def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
@@ -56,9 +59,12 @@ def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
         length = start
     elif isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(ids):
         place.bad("prompt_length", f"should be a number of input_ids (0 to {len(ids)}), got {shown(length)}")
-    prompt = [] if row.get("prompt_ids") is None else _integers(row, "prompt_ids", place)
+    prompt, context, teacher_prompt = (
+        () if row.get(name) is None else tuple(_integers(row, name, place))
+        for name in ("prompt_ids", "teacher_context", "teacher_prompt_ids")
+    )
     masked = not targets and any(name in columns for name in MASKS)
-    return TokenRow(ids[:end], labels[:end], length, tuple(prompt), ("masked",) if masked else ())
+    return TokenRow(ids[:end], labels[:end], length, prompt, ("masked",) if masked else (), context, teacher_prompt)
 
 
 def _labels(ids: list[int], columns: Mapping[str, list[int]], place: Place) -> list[int]:

@@ -45,7 +45,9 @@ def refuse_other_than_text(row: Mapping[str, Any], place: Place) -> None:
             )
 
 
-def unread(row: Mapping[str, Any], made: Row, template: str | None, honoured: Iterable[str] = ()) -> list[str]:
+def unread(
+    row: Mapping[str, Any], made: Row, template: str | None, honoured: Iterable[str] = (), beside: Row | None = None
+) -> list[str]:
     """Names of what nothing reads: columns, and keys of turns (as `messages[].key`).
 
     Args:
@@ -53,12 +55,13 @@ def unread(row: Mapping[str, Any], made: Row, template: str | None, honoured: It
         made: what became of it.
         template: the chat template's source.
         honoured: columns that are read elsewhere.
+        beside: what became of it for the teacher, where that differs.
     """
     read = {*honoured, *_reads(row, made)}
     rest = [column for column, value in row.items() if column not in read and not is_empty(value)]
     if not rest and not isinstance(made, ChatRow):
         return []
-    said = "\0".join(_texts(made))
+    said = "\0".join((*_texts(made), *_texts(beside)))
     names = [str(column) for column in rest if not _stands_in(row[column], said)]
     return names + (_unread_keys(made, template or "") if isinstance(made, ChatRow) else [])
 
@@ -78,6 +81,8 @@ def _texts(made: Any) -> Iterable[str]:
     """Every text in what became of a row."""
     if isinstance(made, ChatRow):
         yield from _texts(made.messages)
+    elif isinstance(made, TokenRow):
+        return
     elif isinstance(made, TextRow):
         yield from (made.prompt, made.completion or "")
     elif isinstance(made, Mapping):

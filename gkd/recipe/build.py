@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from trl import get_peft_config, get_quantization_config
 
 from gkd.config.fields import GKDConfig
+from gkd.data.teacher_rows import View
 from gkd.models.loading import load_tokenizer
 from gkd.recipe.settings import Settings
 from gkd.training.progress import ProgressBar
@@ -75,7 +76,9 @@ TRAIN_ROWS = 256  # of the training set, which only the set-up of a trainer need
 
 
 @contextmanager
-def measuring_trainer(settings: Settings, data: dict[str, Any]) -> Iterator[GKDTrainer]:
+def measuring_trainer(
+    settings: Settings, data: dict[str, Any], teacher_view: View | None = None
+) -> Iterator[GKDTrainer]:
     """The trainer of a run, with its models, tokenizer and sampling, that leaves nothing behind on disk or Hub; nor in
     `settings`, of which it has a copy."""
     train, settings = data["train"], copied(settings)
@@ -83,11 +86,12 @@ def measuring_trainer(settings: Settings, data: dict[str, Any]) -> Iterator[GKDT
         args = settings.training
         args.output_dir, args.push_to_hub, args.report_to, args.teacher_cache_dir = folder, False, [], "off"
         args.teacher_scores_dir, args.log_completions = None, False
-        yield build_trainer(settings, {**data, "train": train.select(range(min(len(train), TRAIN_ROWS)))})
+        rows = train.select(range(min(len(train), TRAIN_ROWS)))
+        yield build_trainer(settings, {**data, "train": rows}, teacher_view)
 
 
-def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
-    """Tokenizer, models and trainer from the settings."""
+def build_trainer(settings: Settings, data: dict[str, Any], teacher_view: View | None = None) -> GKDTrainer:
+    """Tokenizer, models and trainer from the settings; `teacher_view` is the recipe's."""
     args, model = loading_arguments(settings), settings.model
     trainer = GKDTrainer(
         model=model.model_name_or_path,
@@ -96,6 +100,7 @@ def build_trainer(settings: Settings, data: dict[str, Any]) -> GKDTrainer:
         eval_dataset=data.get("eval") if args.eval_strategy != "no" else None,
         processing_class=student_tokenizer(settings),
         peft_config=get_peft_config(model),
+        teacher_view=teacher_view,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

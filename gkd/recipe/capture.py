@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from gkd.common.redact import harmless
 
 if TYPE_CHECKING:
+    from gkd.data.teacher_rows import View
     from gkd.evaluation.task_score import CorpusScore, Score
     from gkd.recipe.settings import LoadData, Settings
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -32,6 +33,7 @@ class Recipe:
     load_data: LoadData
     score: Score | None
     corpus_score: CorpusScore | None = None
+    teacher_view: View | None = None
 
     def __post_init__(self) -> None:
         for name, example in _FUNCTIONS.items():
@@ -45,6 +47,7 @@ class Recipe:
 
 # How `run` calls what a recipe gives it.
 _FUNCTIONS = {"load_data": "(settings)", "score": "(completion, row)", "corpus_score": "(completions, rows)"}
+_FUNCTIONS |= {"teacher_view": "(row)"}
 
 
 class _Captured(BaseException):

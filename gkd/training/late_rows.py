@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from gkd.assembly.rows import prepare_rows
-from gkd.data.prepare import PREPARED
+from gkd.data.prepared_row import PREPARED
 from gkd.data.sequences import PaddingCollator
 
 

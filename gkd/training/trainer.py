@@ -77,6 +77,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         teacher_processing_class: the teacher's tokenizer, to compare token maps with; None loads it by the teacher's
             name where it has one.
         quantization_config: a `BitsAndBytesConfig` with which to load a student that is given by name.
+        teacher_view: row -> the row whose prompt the teacher reads in its place (of any known format, with the columns
+            that the row has in the data set); the student sees nothing of it.
 
     Raises:
         ValueError: a combination that cannot be honoured; the message names the field, the values and the remedy.
@@ -103,9 +105,17 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         formatting_func: Callable[..., Any] | None = None,
         teacher_processing_class: Any = None,
         quantization_config: Any = None,
+        teacher_view: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         given = Given(
-            model, teacher_model, processing_class, train_dataset, eval_dataset, data_collator, formatting_func
+            student=model,
+            teacher=teacher_model,
+            tokenizer=processing_class,
+            train=train_dataset,
+            evaluation=eval_dataset,
+            collator=data_collator,
+            formatting_func=formatting_func,
+            teacher_view=teacher_view,
         )
         ready = training_materials(args, given, quantization_config)
         args = ready.args

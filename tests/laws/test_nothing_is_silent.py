@@ -23,9 +23,10 @@ from prepared import (
 from gkd.config.fields import GKDConfig
 from gkd.data.encode import RowEncoder
 from gkd.data.encoded import Limits
-from gkd.data.prepare import Preparation, prepared_row
+from gkd.data.prepared_row import Preparation, prepared_row
 from gkd.data.row_report import UNREAD
 from gkd.data.row_values import Place
+from gkd.data.teacher_rows import TeacherReading, TeacherRows
 from gkd.recipe.settings import parse
 
 OWN = sorted(vars(GKDConfig)["__annotations__"].keys() - {"_VALID_DICT_FIELDS"})
@@ -164,7 +165,7 @@ def leaves(value):
 NO_TEXT = ("role", "from", "type", "tool_calls", "tools", "functions", "chat_template_kwargs")
 
 
-ENCODER = RowEncoder(TOKENIZER)
+READERS = TeacherRows(TeacherReading(), RowEncoder(TOKENIZER))
 
 
 ANY = Preparation("train", Limits(), prompt_only_ok=True, prompts_needed=False, formatting_func=lambda row: row)
@@ -174,7 +175,7 @@ ANY = Preparation("train", Limits(), prompt_only_ok=True, prompts_needed=False, 
 @given(row=any_row)
 def test_any_row_is_prepared_with_all_of_its_text_or_named(row):
     try:
-        prepared, problem = prepared_row(row, Place("train", 0), ENCODER, ANY), ""
+        prepared, problem = prepared_row(row, Place("train", 0), READERS, ANY), ""
     except ValueError as error:
         prepared, problem = None, str(error)
     if prepared is None:

@@ -24,6 +24,7 @@ from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.view import Diagnosis
 from gkd.common.environment import describe_hardware, installed_versions
 from gkd.data.sequences import prompt_of
+from gkd.data.teacher_rows import TeacherReading
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, shared_vocabulary
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
@@ -67,28 +68,24 @@ def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
     data = _attempt(out, "Data", lambda: recipe_data(recipe.load_data, settings))
     if data is None or tokenizers is None:
         return out
-    prepared = _attempt(out, "Rows", lambda: _rows(out, settings, data["train"], tokenizers[0]))
+    args = settings.training
+    encoding = _attempt(out, "Rows", lambda: _encoding(recipe, tokenizers[0]))
+    if encoding is None:
+        return out
+    prepared = _attempt(out, "Rows", lambda: examine_rows(out, data["train"], tokenizers[0], args, encoding))
     if prepared is not None:
-        _attempt(out, "Held out", lambda: _held_out(out, settings, data, prepared, tokenizers[0]))
+        _attempt(out, "Held out", lambda: examine_held_out(out, data, prepared, tokenizers[0], args, encoding))
     if prepared is None or not out.passed:
         return out
-    _attempt(out, "Models", lambda: _models(out, settings, data, prepared))
+    _attempt(out, "Models", lambda: _models(out, recipe, data, prepared))
     return out
 
 
-def _rows(out: Diagnosis, settings: Settings, train: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    return examine_rows(out, train, tokenizer, settings.training, _encoding(settings, tokenizer))
-
-
-def _held_out(
-    out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    examine_held_out(out, data, prepared, tokenizer, settings.training, _encoding(settings, tokenizer))
-
-
-def _encoding(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    settings = recipe.settings
     source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
-    return encoding_options(student_name(settings), tokenizer, settings.training, source, write=False)
+    options = encoding_options(student_name(settings), tokenizer, settings.training, source, write=False)
+    return {**options, "reading": TeacherReading(recipe.teacher_view)}
 
 
 def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:
@@ -179,13 +176,14 @@ def _chat_templates(out: Diagnosis, student: PreTrainedTokenizerBase, teacher: P
 # -------------------------------------------------------------------------------------------------- with weights
 
 
-def _models(out: Diagnosis, settings: Settings, data: dict[str, Any], prepared: Dataset) -> None:
+def _models(out: Diagnosis, recipe: Recipe, data: dict[str, Any], prepared: Dataset) -> None:
     """Load both models as a run does, let them answer, and make two steps."""
-    args, schedule = timed_steps(settings.training, len(prepared))
+    args, schedule = timed_steps(recipe.settings.training, len(prepared))
     number = max(ROWS_MEASURED, STEPS * schedule.timed * args.per_device_train_batch_size)
     usable = data["train"].select(spread(prepared, number))
     out.doing("loading both models")
-    with measuring_trainer(replace(settings, training=args), {**data, "train": usable}) as trainer:
+    settings = replace(recipe.settings, training=args)
+    with measuring_trainer(settings, {**data, "train": usable}, recipe.teacher_view) as trainer:
         _sizes(out, trainer)
         out.doing(f"letting both models answer {ROLLOUTS} prompts")
         _attempt(out, "Rollouts", lambda: _measure(out, trainer, data, prepared))

@@ -136,7 +136,13 @@ def prepare(recipe: Recipe) -> Work:
         )
     data = recipe_data(recipe.load_data, settings)
     asked = data.get("eval") if args.eval_strategy != "no" else None
-    given = Given(student, tokenizer=student_tokenizer(settings), train=data["train"], evaluation=asked)
+    given = Given(
+        student,
+        tokenizer=student_tokenizer(settings),
+        train=data["train"],
+        evaluation=asked,
+        teacher_view=recipe.teacher_view,
+    )
     ready = materials(args, given)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
     if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
