@@ -120,7 +120,7 @@ def _train(recipe: Recipe) -> None:
         trainer.card_extras = facts or {}
         results.write("README.md", lambda _: trainer.create_model_card())
         report.show(Console())
-        results.tell()
+        results.raise_for_failures()
         print(f"saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.script.dataset_name)

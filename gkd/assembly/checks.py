@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.config.fields import GKDConfig
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids
-from gkd.models.facts import positions
+from gkd.models.facts import position_limit
 from gkd.models.zero import zero_stage
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
     Raises:
         ValueError: a prompt with its rollout, or a row, is longer than a model can take.
     """
-    rooms = {who: positions(model.config) for who, model in models.items() if getattr(model, "config", None)}
+    rooms = {who: position_limit(model.config) for who, model in models.items() if getattr(model, "config", None)}
     known = {who: (room, binds) for who, (room, binds) in rooms.items() if room is not None}
     generates = args.student_writes or args.teacher_writes
     bounds_rollouts = args.max_length is None or args.max_prompt_length or args.max_length > args.max_new_tokens
@@ -110,16 +110,16 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
                 f"max_new_tokens={args.max_new_tokens}: with the longest prompt, of {prompt} tokens, that makes "
                 f"{prompt + args.max_new_tokens}, and the {who} has {room} positions (max_position_embeddings)"
             )
-            _tell(text, "lower max_new_tokens or max_prompt_length, or take a model for longer texts", binds)
+            _raise_or_warn(text, "lower max_new_tokens or max_prompt_length, or take a model for longer texts", binds)
         if args.reads_answers and row > room:
             text = (
                 f"max_length={args.max_length}: the longest row has {row} tokens, and the {who} has {room} positions "
                 "(max_position_embeddings)"
             )
-            _tell(text, f"set max_length={room}, or take a model for longer texts", binds)
+            _raise_or_warn(text, f"set max_length={room}, or take a model for longer texts", binds)
 
 
-def _tell(text: str, remedy: str, binds: bool) -> None:
+def _raise_or_warn(text: str, remedy: str, binds: bool) -> None:
     if binds:
         raise ValueError(f"{text}: {remedy}")
     logger.warning("%s; its positions are stretched, so it goes on: see that the model is good at this length", text)

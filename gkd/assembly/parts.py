@@ -19,7 +19,7 @@ from gkd.assembly.teacher import make_teacher, shared_base
 from gkd.config.settings import hygiene, loss_settings
 from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.loss.settings import LossSettings
-from gkd.models.facts import head_rows, vocabulary_rows
+from gkd.models.facts import head_size, vocabulary_rows
 from gkd.models.loading import generation_config_of
 from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.routed import routed
@@ -160,10 +160,10 @@ def _shared_ids(
 def _heads(ready: Materials, student: LoadedStudent | None, teacher_model: Any) -> dict[str, int]:
     """Rows of both output heads; of a teacher that is elsewhere, the student's."""
     if student is not None:
-        own = head_rows(student.model)
+        own = head_size(student.model)
     else:
         chosen = loading_options(ready.args)
         own = vocabulary_rows(
             ready.student, trust_remote_code=chosen["trust_remote_code"], revision=chosen.get("revision")
         )
-    return {"student": own, "teacher": own if teacher_model is None else head_rows(teacher_model)}
+    return {"student": own, "teacher": own if teacher_model is None else head_size(teacher_model)}

@@ -23,7 +23,7 @@ from gkd.models.fingerprint import fingerprint
 from gkd.models.loading import generation_config_of
 from gkd.rollouts.base import Rollout, RolloutOrder, backend
 from gkd.rollouts.batch_size import rollout_rows
-from gkd.rollouts.kept import CachedRollout, key_of
+from gkd.rollouts.kept import KeptRollout, key_of
 from gkd.rollouts.store import open_store
 from gkd.servers.checks import Server
 from gkd.teachers.absent import AbsentTeacher, as_absent
@@ -110,7 +110,7 @@ def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> R
 
 def keep_completions(
     rollout: Rollout, args: GKDConfig, model: nn.Module | Server | AbsentTeacher, accelerator: Accelerator
-) -> CachedRollout:
+) -> KeptRollout:
     """A rollout of the frozen `model` (a server's is known by its name only) that samples each prompt once and
     keeps the completion on disk.
 
@@ -132,4 +132,4 @@ def keep_completions(
         name, revision = model_name(teacher), revision_of(teacher, args.teacher_model_init_kwargs)
     key = key_of(rollout.settings, args.seed, mark)
     notes = {"teacher": name, "revision": revision, "versions": installed_versions()}
-    return CachedRollout(rollout, open_store(folder, key, notes), accelerator)
+    return KeptRollout(rollout, open_store(folder, key, notes), accelerator)

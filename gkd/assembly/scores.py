@@ -27,15 +27,13 @@ from gkd.models.zero import gathered, zero_stage
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
 from gkd.teachers.absent import AbsentTeacher, as_absent, remember
-from gkd.teachers.kept import CachedTeacher
+from gkd.teachers.kept import KeptTeacher
 from gkd.teachers.store import ScoreStore, open_scores, row_key
 
 logger = logging.getLogger(__name__)
 
 
-def with_scores(
-    args: GKDConfig, model: Any, accelerator: Accelerator, make_live: Callable[[Any], Any]
-) -> CachedTeacher:
+def with_scores(args: GKDConfig, model: Any, accelerator: Accelerator, make_live: Callable[[Any], Any]) -> KeptTeacher:
     """A teacher whose hidden states are kept in `teacher_scores_dir`. All ranks call this.
 
     Args:
@@ -54,13 +52,13 @@ def with_scores(
         head = absent.store.read_head(accelerator.device)
         if int(sum_over_ranks(accelerator, torch.tensor(int(head is None)))) == 0:
             load = partial(_load, absent, make_live)
-            return CachedTeacher(
+            return KeptTeacher(
                 absent.store, load, head, accelerator, together=together, sources=sources, absent=absent
             )
         model = absent.load()
     live = make_live(model)
     store = _store_of(args, live, accelerator)
-    return CachedTeacher(store, lambda: live, None, accelerator, together=together, sources=sources)
+    return KeptTeacher(store, lambda: live, None, accelerator, together=together, sources=sources)
 
 
 def _load(absent: AbsentTeacher, make_live: Callable[[Any], Any]) -> Any:

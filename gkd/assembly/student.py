@@ -140,14 +140,14 @@ def with_own_adapter(model: Any, args: GKDConfig, peft_config: Any) -> tuple[Any
     sharded = is_deepspeed_zero3_enabled() and not getattr(student, "is_quantized", False)
     found = load_adapter(student, model, "model_name_or_path", trained=True, fp32=not sharded)
     if peft_config is not None:
-        _tell_of_other_settings(model, found.active_peft_config, peft_config)
+        _warn_of_other_settings(model, found.active_peft_config, peft_config)
     return found, None
 
 
 _ABOUT_AN_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping"}
 
 
-def _tell_of_other_settings(name: str, own: Any, asked: Any) -> None:
+def _warn_of_other_settings(name: str, own: Any, asked: Any) -> None:
     """Warn of what was asked for a new adapter and the one that goes on does not have."""
     differ = []
     for field in sorted(set(vars(own)) & set(vars(asked)) - {*_ABOUT_AN_ADAPTER, "peft_version"}):

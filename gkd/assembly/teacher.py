@@ -14,7 +14,7 @@ from torch import nn
 from gkd.assembly.scores import with_scores
 from gkd.config.fields import GKDConfig
 from gkd.models.adapters import load_adapter
-from gkd.models.facts import head_rows
+from gkd.models.facts import head_size
 from gkd.models.shared_weights import base_of_student, is_new, second_model
 from gkd.servers.checks import Server
 from gkd.teachers.base import Teacher
@@ -48,7 +48,7 @@ class TeacherOrder:
 def _on_server(order: TeacherOrder) -> Teacher:
     assert order.server is not None
     assert order.args.teacher_top_k is not None
-    vocabulary = head_rows(order.student)
+    vocabulary = head_size(order.student)
     return ServerTeacher(order.server.client, order.server.served, order.args.teacher_top_k, vocabulary)
 
 

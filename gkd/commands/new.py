@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from gkd.commands.new_look import CHARACTERS_PER_TOKEN, Look, look_at
+from gkd.commands.new_look import CHARACTERS_PER_TOKEN, DataLook, look_at
 from gkd.common.text import printable
 from gkd.models.loading import load_tokenizer
 from gkd.recipe.rows import load_rows
@@ -84,7 +84,7 @@ def _has_chat_template(student: str) -> bool:
 # ---------------------------------------------------------------------------------------------------- the file
 
 
-def render(name: str, data: str, split: str, *, student: str, teacher: str, look: Look, path: Path) -> str:
+def render(name: str, data: str, split: str, *, student: str, teacher: str, look: DataLook, path: Path) -> str:
     """The recipe's text. Local files and folders are written with their whole path: it is run from anywhere."""
     short = [Path(part).name.replace('"', "'") for part in (student, teacher, data)]
     title = f"GKD of {short[0]} from {short[1]} on {short[2]} ({look.rows:,} rows)."
@@ -112,7 +112,7 @@ def render(name: str, data: str, split: str, *, student: str, teacher: str, look
     return _TEMPLATE.format(title=title, path=path.as_posix(), values=values, load=_load_data(look))
 
 
-def _method(look: Look) -> list[tuple[str, Any, str]]:
+def _method(look: DataLook) -> list[tuple[str, Any, str]]:
     if look.running_text:
         return [("lmbda", 0.0, "running text has no prompt to continue"), ("max_length", 1024, "")]
     tokens = 128 if not look.answered else 64 * -(-(look.answer_length // CHARACTERS_PER_TOKEN + 1) // 64)
@@ -142,11 +142,11 @@ def _literal(value: Any) -> str:
     return repr(value)
 
 
-def _column(name: str, look: Look) -> str:
+def _column(name: str, look: DataLook) -> str:
     return f"str(row[{_literal(name)}])" if name in look.numbers else f"row[{_literal(name)}]"
 
 
-def _load_data(look: Look) -> str:
+def _load_data(look: DataLook) -> str:
     if look.running_text:
         return _RUNNING_TEXT
     if look.pair is None:

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from gkd.common.text import printable
 from gkd.data.formats import ChatRow, Row, TextRow, canonical_row
-from gkd.data.row_values import Place, shown
+from gkd.data.row_values import RowPlace, describe
 from gkd.data.token_rows import TokenRow
 from gkd.data.unread import unread
 
@@ -35,7 +35,7 @@ CHARACTERS_PER_TOKEN = 3  # on the safe side of the usual 4 for English
 
 
 @dataclass(frozen=True)
-class Look:
+class DataLook:
     """What the rows are. `pair` are columns to rename, answer None: prompts only; None: rows are taken as they are.
     `numbers` are those of them that hold numbers, which become texts; `turns` those that hold lists of turns.
     `template` makes the prompt of several columns. `unused` are columns of text that go nowhere."""
@@ -58,7 +58,7 @@ def look_at(
     has_template: bool,
     columns: tuple[str, str | None] | None = None,
     template: str | None = None,
-) -> Look:
+) -> DataLook:
     """Read the format off the first rows.
 
     Raises:
@@ -71,13 +71,13 @@ def look_at(
     turns = frozenset(name for name in named if template is None and _is_chat(rows[0][name]))
     kinds, unused = [], []
     for number, raw in enumerate(rows.select(range(min(_LOOKED_AT, len(rows))))):
-        place = Place("train", number)
+        place = RowPlace("train", number)
         row = raw if pair is None else _renamed(raw, pair, template, numbers | turns, has_template, place)
         kinds.append(canonical_row(row, place, has_template))
         unused += [name for name in unread(raw, kinds[-1], None) if name not in unused and _is_text(raw.get(name))]
     answers = sorted(len(text) for kind in kinds if (text := _answer(kind)) is not None)
     chats = [kind for kind in kinds if isinstance(kind, ChatRow)]
-    return Look(
+    return DataLook(
         rows=len(rows),
         pair=pair,
         template=template,
@@ -160,7 +160,7 @@ def _renamed(
     template: str | None,
     as_they_are: frozenset[str],
     chat: bool,
-    place: Place,
+    place: RowPlace,
 ) -> dict[str, Any]:
     """As the written recipe's `as_row` does it; what is no text there is named by the data's own column."""
     question, answer = pair
@@ -171,7 +171,7 @@ def _renamed(
         if row[name] is None:
             place.bad(printable(name), "is None; leave such rows out in load_data")
         if name not in as_they_are and not isinstance(row[name], (str, int, float) if name in used else str):
-            place.bad(printable(name), f"should be text, got {shown(row[name])}; make it text in load_data")
+            place.bad(printable(name), f"should be text, got {describe(row[name])}; make it text in load_data")
     values = {
         name: value if value is None or isinstance(value, (str, list)) else str(value) for name, value in row.items()
     }

@@ -67,7 +67,7 @@ def fit(name: str, value: Any, members: tuple[Any, ...]) -> Any:
             return _as(kind, value)
         except _UnfitError:
             continue
-    leave = f"{name} is empty" if value is None else f"{name}={shown(value)}"
+    leave = f"{name} is empty" if value is None else f"{name}={describe(value)}"
     raise ValueError(f"{leave}: it should be {wanted(members)}")
 
 
@@ -78,7 +78,7 @@ def wanted(members: tuple[Any, ...]) -> str:
     return " or ".join([*words, "none"] if type(None) in members else words)
 
 
-def shown(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value in an error: short, on one line."""
     return redact_value(" ".join(reprlib.repr(value).split()))
 

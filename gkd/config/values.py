@@ -11,7 +11,7 @@ from transformers.trainer_utils import SchedulerType
 
 from gkd.common.ranges import one_of, whole, within
 from gkd.common.redact import redact_value
-from gkd.config.field_types import shown
+from gkd.config.field_types import describe
 from gkd.rollouts.base import BACKENDS
 from gkd.rollouts.batch_size import check_batch_size
 
@@ -59,9 +59,9 @@ def check_dicts(config: Any) -> None:
                     f"{name}={redact_value(repr(value))} is no JSON ({error}): write for example {_FORM}"
                 ) from error
         if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{name}={shown(value)} is no dictionary: write for example {_FORM}")
+            raise ValueError(f"{name}={describe(value)} is no dictionary: write for example {_FORM}")
         if value is not None and not all(isinstance(key, str) for key in value):
-            raise ValueError(f"{name}={shown(value)}: its keys should be texts, for example {_FORM}")
+            raise ValueError(f"{name}={describe(value)}: its keys should be texts, for example {_FORM}")
         if isinstance(getattr(config, name, None), str):
             setattr(config, name, None if value is None else json.dumps(value))  # without spaces around it
 
@@ -146,6 +146,6 @@ def _check_schedule(config: Any) -> None:
         if argument not in takes:
             known = f"it takes {', '.join(sorted(takes))}" if takes else "it takes none"
             raise ValueError(
-                f"lr_scheduler_kwargs={shown(given)}: {argument!r} has no effect with "
+                f"lr_scheduler_kwargs={describe(given)}: {argument!r} has no effect with "
                 f"lr_scheduler_type={name.value!r}: {known}"
             )

@@ -20,7 +20,7 @@ from gkd.common.text import printable
 from gkd.data.encoded import Answers, Encoded
 from gkd.data.formats import ChatRow, Row, TextRow
 from gkd.data.left_out import has_empty_thought, left_out
-from gkd.data.row_values import Place
+from gkd.data.row_values import RowPlace
 from gkd.data.targets import IGNORE
 from gkd.data.templates import STUMBLES, ChatTemplate, common_prefix
 from gkd.data.token_rows import TokenRow
@@ -57,7 +57,7 @@ class RowEncoder:
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and [bos] == tokenizer("a")["input_ids"][:1] != self._raw("a")[:1]
 
-    def encode(self, row: Row, place: Place) -> Encoded:
+    def encode(self, row: Row, place: RowPlace) -> Encoded:
         """Ids and labels of a row, of any length. Raises ValueError when the template or the ids are at fault."""
         if isinstance(row, ChatRow):
             return self._chat(row, place)
@@ -135,7 +135,7 @@ class RowEncoder:
 
     # ---------------------------------------------------------------------------------------------------- chats
 
-    def _chat(self, row: ChatRow, place: Place) -> Encoded:
+    def _chat(self, row: ChatRow, place: RowPlace) -> Encoded:
         if self.template is None:
             raise ValueError(
                 f"{place} is a chat, but the tokenizer has no chat template: use "
@@ -172,7 +172,7 @@ class RowEncoder:
         return self._with_stop(encoded, "eos_appended")
 
     def _render(
-        self, template: ChatTemplate, row: ChatRow, messages: list[Message], place: Place, generate: bool = False
+        self, template: ChatTemplate, row: ChatRow, messages: list[Message], place: RowPlace, generate: bool = False
     ) -> str:
         try:
             return template.render(messages, generate, row.tools, row.template_kwargs)
@@ -231,7 +231,7 @@ class RowEncoder:
             encoded = encoded.noted("empty_answer")
         return self._with_stop(encoded, None)
 
-    def _tokens(self, row: TokenRow, place: Place) -> Encoded:
+    def _tokens(self, row: TokenRow, place: RowPlace) -> Encoded:
         self.check_ids(row.input_ids, "input_ids", place)
         self.check_ids(row.prompt_ids, "prompt_ids", place)
         return Encoded(row.input_ids, row.labels, row.prompt_length, prompt_ids=list(row.prompt_ids))
@@ -240,7 +240,7 @@ class RowEncoder:
     def _last_id(self) -> int:
         return int(max(self.tokenizer.get_vocab().values()))
 
-    def check_ids(self, ids: Sequence[int], column: str, place: Place) -> None:
+    def check_ids(self, ids: Sequence[int], column: str, place: RowPlace) -> None:
         """Raises ValueError for ids that the tokenizer does not have."""
         if wrong := [i for i in ids if not 0 <= i <= self._last_id]:
             place.bad(column, f"holds the id {wrong[0]}, but the tokenizer's ids end at {self._last_id}")

@@ -157,7 +157,7 @@ def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(value):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}: should be an object with columns, is a {type(row).__name__}")
-    _tell_twice(twice, path, lines=False)
+    _warn_of_repeated_keys(twice, path, lines=False)
     return value
 
 
@@ -180,7 +180,7 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: should be an object with columns, is a {type(row).__name__}")
         rows.append(row)
-    _tell_twice(twice, path, lines=True)
+    _warn_of_repeated_keys(twice, path, lines=True)
     return rows
 
 
@@ -197,7 +197,7 @@ def _parsed(text: str, line: int, twice: dict[str, list[int]]) -> Any:
     return json.loads(text, object_pairs_hook=object_of)
 
 
-def _tell_twice(twice: dict[str, list[int]], path: Path, lines: bool) -> None:
+def _warn_of_repeated_keys(twice: dict[str, list[int]], path: Path, lines: bool) -> None:
     for key, where in twice.items():
         place = f" (line {where[0]}{', and more' if len(where) > 1 else ''})" if lines else ""
         logger.warning("%s: the key %r stands twice in one object%s; its last value counts", path, key, place)

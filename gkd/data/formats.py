@@ -19,11 +19,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gkd.data.row_values import Place, from_json, shown, text_of, without_none
+from gkd.data.row_values import RowPlace, describe, from_json, text_of, without_none
 from gkd.data.token_rows import TokenRow, token_row
 from gkd.data.turns import Message, Turn, chat_as_text, read_turns
 
-__all__ = ["LEADING", "ChatRow", "Message", "Place", "Row", "TextRow", "TokenRow", "canonical_row", "leading_column"]
+__all__ = [
+    "LEADING",
+    "ChatRow",
+    "Message",
+    "Row",
+    "RowPlace",
+    "TextRow",
+    "TokenRow",
+    "canonical_row",
+    "leading_column",
+]
 
 _LONG_PROMPT = 20  # characters; an answer that begins with a shorter prompt may mean it
 LEADING = ("input_ids", "messages", "conversations", "prompt", "instruction", "text")
@@ -76,7 +86,9 @@ def leading_column(row: Mapping[str, Any]) -> str | None:
     return next((column for column in LEADING if row.get(column) is not None), None)
 
 
-def canonical_row(row: Mapping[str, Any], place: Place, has_chat_template: bool, exact: Collection[str] = ()) -> Row:
+def canonical_row(
+    row: Mapping[str, Any], place: RowPlace, has_chat_template: bool, exact: Collection[str] = ()
+) -> Row:
     """Reads a row of any format of the table above. `exact`: columns whose None entries are the user's, not Arrow's.
 
     Raises:
@@ -108,7 +120,7 @@ class _Reader:
     """Reads the columns of one row."""
 
     row: Mapping[str, Any]
-    place: Place
+    place: RowPlace
     exact: Collection[str]
 
     def turns(self, value: Any, column: str) -> list[Turn]:
@@ -117,7 +129,7 @@ class _Reader:
     def chat(self, turns: list[Turn], column: str, notes: tuple[str, ...] = ()) -> ChatRow:
         system = self.row.get("system")
         if system is not None and not isinstance(system, str):
-            self.place.bad("system", f"should be text, got {shown(system)}")
+            self.place.bad("system", f"should be text, got {describe(system)}")
         if system and turns[0].role != "system":
             turns = [Turn({"role": "system", "content": system}), *turns]
         answer = len(turns) - 1 if turns[-1].role == "assistant" else None
@@ -132,18 +144,18 @@ class _Reader:
     def tools(self) -> list[Any] | None:
         tools = self.parsed("tools")
         if tools is not None and not isinstance(tools, (list, tuple)):
-            self.place.bad("tools", f"should be a list of tool descriptions, got {shown(tools)}")
+            self.place.bad("tools", f"should be a list of tool descriptions, got {describe(tools)}")
         for tool in tools or ():
             if not isinstance(tool, Mapping) or not tool:
-                self.place.bad("tools", f"should hold descriptions of tools, holds {shown(tool)}")
+                self.place.bad("tools", f"should hold descriptions of tools, holds {describe(tool)}")
         if tools or self.row.get("functions") is None:
             return list(tools) if tools else None
         functions = self.parsed("functions")
         if not isinstance(functions, (list, tuple)):
-            self.place.bad("functions", f"should be a list of function descriptions, got {shown(functions)}")
+            self.place.bad("functions", f"should be a list of function descriptions, got {describe(functions)}")
         for function in functions:
             if not isinstance(function, Mapping) or not function:
-                self.place.bad("functions", f"should hold descriptions of functions, holds {shown(function)}")
+                self.place.bad("functions", f"should hold descriptions of functions, holds {describe(function)}")
         return [{"type": "function", "function": function} for function in functions] or None
 
     def template_kwargs(self) -> dict[str, Any]:
@@ -151,7 +163,7 @@ class _Reader:
         if values is None:
             return {}
         if not isinstance(values, Mapping):
-            self.place.bad("chat_template_kwargs", f"should be a dict, got {shown(values)}")
+            self.place.bad("chat_template_kwargs", f"should be a dict, got {describe(values)}")
         if taken := sorted(_RESERVED & values.keys()):
             self.place.bad("chat_template_kwargs", f"may not set {', '.join(taken)}")
         return dict(values)
@@ -229,7 +241,7 @@ class _Reader:
         rounds = self.parsed("history") or []
         for pair in rounds if isinstance(rounds, (list, tuple)) else [rounds]:
             if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
-                self.place.bad("history", f"should hold pairs of question and answer, holds {shown(pair)}")
+                self.place.bad("history", f"should hold pairs of question and answer, holds {describe(pair)}")
         return [(question, answer) for question, answer in rounds]
 
 

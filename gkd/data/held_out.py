@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset
 
 from gkd.data.formats import ChatRow, canonical_row
-from gkd.data.row_values import Place
+from gkd.data.row_values import RowPlace
 from gkd.data.token_rows import TokenRow
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def prompt_key(row: Mapping[str, Any], number: int = 0) -> str:
     """Equal for rows with the same prompt: what `gkd.data.formats` makes of it, without white space around its texts;
     the whole row where that knows no format (or finds a fault, which is reported when the row is prepared)."""
     try:
-        known = canonical_row(row, Place("train", number), True)
+        known = canonical_row(row, RowPlace("train", number), True)
     except ValueError:
         return json.dumps(dict(row), default=str, sort_keys=True)
     prompt: Any

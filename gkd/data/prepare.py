@@ -18,7 +18,7 @@ from gkd.data.encoded import Answers, Limits
 from gkd.data.kinds import as_stored, check_kind, transformed
 from gkd.data.prepared_row import PREPARED, Preparation, prepared_row
 from gkd.data.row_report import DataReport, read_notes, row_numbers
-from gkd.data.row_values import Place
+from gkd.data.row_values import RowPlace
 from gkd.data.targets import IGNORE
 from gkd.data.teacher_rows import IDS, TeacherReading, TeacherRows
 
@@ -172,7 +172,7 @@ def _encode_batch(
     batch = transformed(columns, preparation.transform, preparation.name)
     rows, teacher_numbers = [], []
     for i, number in enumerate(numbers):
-        place = Place(preparation.name, number)
+        place = RowPlace(preparation.name, number)
         raw = {column: values[i] for column, values in batch.items()}
         if preparation.teachers:
             teacher_numbers.append(_teacher_number(raw, preparation.teachers, place))
@@ -193,7 +193,7 @@ def _encode_batch(
     }
 
 
-def _teacher_number(raw: Mapping[str, Any], teachers: tuple[str, ...], place: Place) -> int:
+def _teacher_number(raw: Mapping[str, Any], teachers: tuple[str, ...], place: RowPlace) -> int:
     name = raw.get("teacher")
     if raw.keys() >= PREPARED and isinstance(name, int) and 0 <= name < len(teachers):
         return name  # rows that have been prepared before

@@ -16,7 +16,7 @@ from gkd.data.encoded import Answers, Encoded, Limits
 from gkd.data.formats import ChatRow, TextRow, canonical_row
 from gkd.data.kinds import Transform
 from gkd.data.row_report import DROPPED, NOTES_OF_THE_ANSWER, OF_THE_ANSWER, UNREAD, VIEW
-from gkd.data.row_values import Place, without_arrow_nulls
+from gkd.data.row_values import RowPlace, without_arrow_nulls
 from gkd.data.targets import IGNORE
 from gkd.data.teacher_rows import COLUMNS, Raw, TeacherReading, TeacherRows
 from gkd.data.unread import refuse_other_than_text, unread
@@ -55,7 +55,7 @@ class Preparation:
 
 
 def prepared_row(
-    raw: Mapping[str, Any], place: Place, readers: TeacherRows, preparation: Preparation, teacher: int = 0
+    raw: Mapping[str, Any], place: RowPlace, readers: TeacherRows, preparation: Preparation, teacher: int = 0
 ) -> Encoded:
     """One row in ids, within the limits, with notes of all that became of it.
 
@@ -93,7 +93,7 @@ def prepared_row(
     return _fitted(encoded, encoder.tokenizer.bos_token_id, preparation)
 
 
-def _given(raw: Mapping[str, Any], place: Place, preparation: Preparation) -> Raw:
+def _given(raw: Mapping[str, Any], place: RowPlace, preparation: Preparation) -> Raw:
     """The row's columns without Arrow's nulls, and what the user's function makes of them."""
     stored = raw
     exact: Collection[str] = ()
@@ -122,7 +122,7 @@ def _fitted(row: Encoded, bos: int | None, preparation: Preparation) -> Encoded:
 
 
 @contextmanager
-def _stumbles_named(place: Place) -> Iterator[None]:
+def _stumbles_named(place: RowPlace) -> Iterator[None]:
     """Where a tokenizer or its chat template stumbles over a row, the row is named."""
     try:
         yield
@@ -133,7 +133,7 @@ def _stumbles_named(place: Place) -> Iterator[None]:
         raise ValueError(f"{place}: cannot be tokenized ({what})") from error
 
 
-def _formatted(result: Any, place: Place) -> Mapping[str, Any]:
+def _formatted(result: Any, place: RowPlace) -> Mapping[str, Any]:
     if isinstance(result, str):
         return {"text": result}
     if isinstance(result, Mapping):

@@ -12,7 +12,7 @@ from datasets import Json
 
 
 @dataclass(frozen=True)
-class Place:
+class RowPlace:
     """Where a row stands: the data set's name and the row's number, for messages; `reader`: in whose reading."""
 
     dataset: str
@@ -26,15 +26,15 @@ class Place:
         return f"{self.dataset} data set, row {self.number}" + (f", {self.reader}" if self.reader else "")
 
 
-def shown(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value for a message, with its type."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"
 
 
-def text_of(row: Mapping[str, Any], column: str, place: Place) -> str:
+def text_of(row: Mapping[str, Any], column: str, place: RowPlace) -> str:
     if not isinstance(row[column], str):
-        place.bad(column, f"should be text, got {shown(row[column])}")
+        place.bad(column, f"should be text, got {describe(row[column])}")
     return str(row[column])
 
 
@@ -69,7 +69,7 @@ def without_arrow_nulls(value: Any, feature: Any) -> Any:
     return value
 
 
-def from_json(value: Any, column: str, place: Place) -> Any:
+def from_json(value: Any, column: str, place: RowPlace) -> Any:
     """A value that may be JSON text, because Arrow wants one type for all rows; blank text is None."""
     if not isinstance(value, str):
         return value

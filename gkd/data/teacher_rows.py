@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.data.encode import RowEncoder
 from gkd.data.encoded import Encoded
 from gkd.data.formats import ChatRow, Row, TextRow, canonical_row
-from gkd.data.row_values import Place, is_empty, shown
+from gkd.data.row_values import RowPlace, describe, is_empty
 from gkd.data.targets import IGNORE
 from gkd.data.token_rows import TokenRow
 from gkd.data.turns import Message, chat_as_text, read_turns
@@ -99,7 +99,7 @@ class TeacherRows:
         self.reading, self.student, self._today = reading, encoder, today
         self._encoders: dict[int, RowEncoder] = {}
 
-    def row(self, raw: Raw, row: Row, place: Place, teacher: int = 0) -> Row | None:
+    def row(self, raw: Raw, row: Row, place: RowPlace, teacher: int = 0) -> Row | None:
         """What becomes of a row for its teacher; None when nothing says that it differs from the student's `row`.
 
         Raises:
@@ -128,7 +128,7 @@ class TeacherRows:
             )
         return read
 
-    def encoded(self, student: Encoded, row: Row, read: Row | None, place: Place, teacher: int = 0) -> Encoded:
+    def encoded(self, student: Encoded, row: Row, read: Row | None, place: RowPlace, teacher: int = 0) -> Encoded:
         """The student's row with what its teacher reads in front of the completion, and writes from.
 
         Args:
@@ -174,7 +174,7 @@ class TeacherRows:
 
 
 def _front(
-    encoder: RowEncoder, student: Encoded, read: Row, place: Place, end_map: tuple[int, int] | None
+    encoder: RowEncoder, student: Encoded, read: Row, place: RowPlace, end_map: tuple[int, int] | None
 ) -> tuple[list[int], list[int]]:
     """What stands in front of the student's completion for the teacher, and what it writes from.
 
@@ -216,12 +216,13 @@ def _answered(read: Row, row: Row) -> Row:
 # ------------------------------------------------------------------------------------------------------ a function's
 
 
-def _returned(made: Any, row: Row, place: Place, has_template: bool, exact: bool) -> Row:
+def _returned(made: Any, row: Row, place: RowPlace, has_template: bool, exact: bool) -> Row:
     """The row that a `teacher_view` has returned."""
     if not isinstance(made, Mapping):
         raise ValueError(
-            f"teacher_view returned {shown(made)} for row {place.number} of the {place.dataset} data set; it should "
-            "return a row of a known format (the row as it got it, where the teacher reads what the student does)"
+            f"teacher_view returned {describe(made)} for row {place.number} of the {place.dataset} data set; it "
+            "should return a row of a known format (the row as it got it, where the teacher reads what the student "
+            "does)"
         )
     there = replace(place, reader="as teacher_view returned it")
     refuse_other_than_text(made, there)
@@ -244,7 +245,7 @@ def _say_the_same(one: Message, other: Message) -> bool:
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
-def _of_columns(raw: Raw, row: Row, place: Place) -> Row:
+def _of_columns(raw: Raw, row: Row, place: RowPlace) -> Row:
     """The row with what the columns say of its teacher; the same object when they say nothing."""
     prompt, system = (raw.row.get(name) for name in COLUMNS)
     if not is_empty(prompt):
@@ -254,13 +255,13 @@ def _of_columns(raw: Raw, row: Row, place: Place) -> Row:
     return row
 
 
-def _with_prompt(row: Row, prompt: Any, place: Place, exact: bool) -> Row:
+def _with_prompt(row: Row, prompt: Any, place: RowPlace, exact: bool) -> Row:
     if isinstance(prompt, str) and not chat_as_text(prompt):
         if isinstance(row, ChatRow):
             return _of_messages([{"role": "user", "content": prompt}], row)
         return TextRow(prompt, row.completion if isinstance(row, TextRow) else None)
     if not isinstance(prompt, (str, list, tuple)):
-        place.bad("teacher_prompt", f"should be a text or a list of turns, got {shown(prompt)}")
+        place.bad("teacher_prompt", f"should be a text or a list of turns, got {describe(prompt)}")
     turns = read_turns(prompt, place, "teacher_prompt", exact)
     if turns[-1].role == "assistant":
         place.bad("teacher_prompt", "ends with an assistant turn; the answer is the row's own, so leave that turn out")
@@ -275,9 +276,9 @@ def _of_messages(prompt: list[Message], row: Row) -> ChatRow:
     return replace(row, messages=[*prompt, *answer], answer=len(prompt) if answer else None, untrained=frozenset())
 
 
-def _with_system(row: Row, system: Any, place: Place) -> ChatRow:
+def _with_system(row: Row, system: Any, place: RowPlace) -> ChatRow:
     if not isinstance(system, str):
-        place.bad("teacher_system", f"should be text, got {shown(system)}")
+        place.bad("teacher_system", f"should be text, got {describe(system)}")
     if not isinstance(row, ChatRow):
         kind = "token ids" if isinstance(row, TokenRow) else "plain text"
         place.bad("teacher_system", f"is for chats, and this row is {kind}: give all that it reads as teacher_prompt")

@@ -8,7 +8,7 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
-from gkd.data.row_values import Place, is_empty, shown
+from gkd.data.row_values import RowPlace, describe, is_empty
 
 # 1 on what is trained: TRL's two, their singular, verl's.
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
@@ -30,7 +30,7 @@ class TokenRow:
     teacher_prompt_ids: tuple[int, ...] = ()
 
 
-def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
+def token_row(row: Mapping[str, Any], place: RowPlace) -> TokenRow:
     """Raises ValueError with row and column: no integers, lengths that differ, packed rows, shifted labels."""
     ids = _integers(row, "input_ids", place)
     columns = {
@@ -58,7 +58,7 @@ def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
     if length is None:
         length = start
     elif isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(ids):
-        place.bad("prompt_length", f"should be a number of input_ids (0 to {len(ids)}), got {shown(length)}")
+        place.bad("prompt_length", f"should be a number of input_ids (0 to {len(ids)}), got {describe(length)}")
     prompt, context, teacher_prompt = (
         () if row.get(name) is None else tuple(_integers(row, name, place))
         for name in ("prompt_ids", "teacher_context", "teacher_prompt_ids")
@@ -67,7 +67,7 @@ def token_row(row: Mapping[str, Any], place: Place) -> TokenRow:
     return TokenRow(ids[:end], labels[:end], length, prompt, ("masked",) if masked else (), context, teacher_prompt)
 
 
-def _labels(ids: list[int], columns: Mapping[str, list[int]], place: Place) -> list[int]:
+def _labels(ids: list[int], columns: Mapping[str, list[int]], place: RowPlace) -> list[int]:
     """The given labels, or the ids, where every mask is 1; nothing is a target in a row without either."""
     masks = [columns[name] for name in MASKS if name in columns]
     labels = columns.get("labels", ids if masks else [-100] * len(ids))
@@ -78,7 +78,7 @@ def _labels(ids: list[int], columns: Mapping[str, list[int]], place: Place) -> l
     return [label if all(mask[j] for mask in masks) else -100 for j, label in enumerate(labels)]
 
 
-def _refuse_packed(row: Mapping[str, Any], real: list[int], place: Place) -> None:
+def _refuse_packed(row: Mapping[str, Any], real: list[int], place: RowPlace) -> None:
     """Several texts in one row would be read as one."""
     for name in ("position_ids", "seq_lengths"):
         if is_empty(row.get(name)):
@@ -92,13 +92,13 @@ def _refuse_packed(row: Mapping[str, Any], real: list[int], place: Place) -> Non
             place.bad(name, "says that there are several texts in the row: packed rows are not supported, unpack them")
 
 
-def _integers(row: Mapping[str, Any], column: str, place: Place, masks: bool = False) -> list[int]:
+def _integers(row: Mapping[str, Any], column: str, place: RowPlace, masks: bool = False) -> list[int]:
     values = row[column]
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)) or not all(
         isinstance(value, Integral) and (masks or not isinstance(value, bool)) for value in values
     ):
-        place.bad(column, f"should be a list of integers, got {shown(values)}")
+        place.bad(column, f"should be a list of integers, got {describe(values)}")
     numbers = [int(value) for value in values]
     if masks and (wrong := [value for value in numbers if value not in (0, 1)]):
         place.bad(column, f"should hold 0 and 1 only, holds {wrong[0]}")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gkd.data.row_values import Place, from_json, is_empty, shown, without_none
+from gkd.data.row_values import RowPlace, describe, from_json, is_empty, without_none
 
 Message = dict[str, Any]
 
@@ -42,7 +42,7 @@ class Turn:
         return str(self.message["role"])
 
 
-def read_turns(turns: Any, place: Place, column: str, exact: bool = False) -> list[Turn]:
+def read_turns(turns: Any, place: RowPlace, column: str, exact: bool = False) -> list[Turn]:
     """The turns of a chat, checked. `exact`: its None entries are the user's own, not Arrow's.
 
     Raises:
@@ -51,7 +51,7 @@ def read_turns(turns: Any, place: Place, column: str, exact: bool = False) -> li
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns, exact = from_json(turns, column, place), True
     if not isinstance(turns, (list, tuple)):
-        place.bad(column, f"should be a list of turns, got {shown(turns)}")
+        place.bad(column, f"should be a list of turns, got {describe(turns)}")
     if not turns:
         place.bad(column, "has no turns")
     read = [_Reader(place, column, i, exact).turn(turn) for i, turn in enumerate(turns)]
@@ -99,7 +99,7 @@ def _merged_calls(read: list[Turn], raw: Any) -> list[Turn]:
 class _Reader:
     """Reads turn `i` of a column."""
 
-    place: Place
+    place: RowPlace
     column: str
     i: int
     exact: bool
@@ -109,7 +109,7 @@ class _Reader:
 
     def turn(self, turn: Any) -> Turn:
         if not isinstance(turn, Mapping):
-            self.bad(f"should be a dict with 'role' and 'content', got {shown(turn)}")
+            self.bad(f"should be a dict with 'role' and 'content', got {describe(turn)}")
         sharegpt = turn.get("role") is None and "from" in turn
         role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
         role, content = turn.get(role_key), turn.get(content_key)
@@ -126,7 +126,7 @@ class _Reader:
         if content is None and calls:
             content = ""
         if not isinstance(content, str):
-            problem = "has no" if content is None else f"has {shown(content)} as its"
+            problem = "has no" if content is None else f"has {describe(content)} as its"
             self.place.bad(self.column, f"turn {self.i} ({role}) {problem} '{content_key}'; it should be text")
         message = {"role": ROLES[role], "content": content, **rest, **({"tool_calls": calls} if calls else {})}
         return Turn(message, self._flag(turn))
@@ -144,7 +144,7 @@ class _Reader:
         said = {key: turn[key] for key in TRAINING_FLAGS if turn.get(key) is not None}
         for key, value in said.items():
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-                self.bad(f"has {shown(value)} as its '{key}'; it should be 1 or 0, for trained on or not")
+                self.bad(f"has {describe(value)} as its '{key}'; it should be 1 or 0, for trained on or not")
         if len({bool(value) for value in said.values()}) > 1:
             self.bad(f"is to be trained on by one of {', '.join(said)} and not by another")
         return bool(next(iter(said.values()))) if said else None
@@ -154,7 +154,7 @@ class _Reader:
         for part in parts:
             wrong = not isinstance(part, Mapping) or not isinstance(part.get("text"), str)
             if wrong or part.get("type", "text") not in (None, *_TEXT_PARTS):
-                self.bad(f"has a part that is not text: {shown(part)}; only text can be trained on")
+                self.bad(f"has a part that is not text: {describe(part)}; only text can be trained on")
             if more := sorted(str(k) for k, v in part.items() if k not in ("type", "text") and not is_empty(v)):
                 self.bad(f"has a part of text with more in it, which nothing reads: {', '.join(more)}")
         return "".join(part["text"] for part in parts)
@@ -166,7 +166,7 @@ class _Reader:
         exact = self.exact or isinstance(calls, str)
         calls = from_json(calls, self.column, self.place) or []
         if not isinstance(calls, (list, tuple)):
-            self.bad(f"has {shown(calls)} as its 'tool_calls'; it should be a list of calls")
+            self.bad(f"has {describe(calls)} as its 'tool_calls'; it should be a list of calls")
         read = [self._call(call, "tool_calls", exact) for call in calls]
         older = turn.get("function_call")
         return read if older is None else [*read, *self._calls_in(older, "function_call")]
@@ -184,7 +184,7 @@ class _Reader:
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
-            self.bad(f"has a call in '{key}' without a name and arguments: {shown(call)}")
+            self.bad(f"has a call in '{key}' without a name and arguments: {describe(call)}")
         arguments = function.get("arguments")
         plain = dict(call) if exact else without_none(call)
         if not isinstance(arguments, str):

@@ -12,7 +12,7 @@ from typing import Any
 
 from gkd.data import token_rows
 from gkd.data.formats import ChatRow, Row, TextRow, leading_column
-from gkd.data.row_values import Place, is_empty, shown
+from gkd.data.row_values import RowPlace, describe, is_empty
 from gkd.data.token_rows import TokenRow
 
 NOT_TEXT = (
@@ -34,13 +34,13 @@ _BESIDE_IDS |= {"special_tokens_mask", "token_type_ids"}
 _KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", "tool_call_id", "id"}
 
 
-def refuse_other_than_text(row: Mapping[str, Any], place: Place) -> None:
+def refuse_other_than_text(row: Mapping[str, Any], place: RowPlace) -> None:
     """Raises ValueError for a row with images, video or sound: its text alone is another task."""
     for column in NOT_TEXT:
         if column in row and not is_empty(row[column]):
             place.bad(
                 column,
-                f"holds {shown(row[column])}, but only text is trained on: take these rows out, or the column "
+                f"holds {describe(row[column])}, but only text is trained on: take these rows out, or the column "
                 f"(remove_columns) if the text says all without it",
             )
 

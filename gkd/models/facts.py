@@ -61,12 +61,12 @@ def vocabulary_rows(
     return int(config.get_text_config().vocab_size)
 
 
-def head_rows(model: Any) -> int:
-    """Rows of a model's output head; the config's number, which also holds for a sharded model."""
+def head_size(model: Any) -> int:
+    """How many tokens a model's output head is for; the config's number, which also holds for a sharded model."""
     return int(model.config.get_text_config().vocab_size)
 
 
-def positions(config: Any) -> tuple[int | None, bool]:
+def position_limit(config: Any) -> tuple[int | None, bool]:
     """How many positions a model has, and whether that binds.
 
     Args:

@@ -41,7 +41,7 @@ def load_errors_named(what: str, remedy: str) -> Iterator[None]:
 
 
 _WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
-_IS_A_MODEL = "name a folder with the whole model, or a model on the Hub"
+_NAME_A_MODEL = "name a folder with the whole model, or a model on the Hub"
 
 
 def adapter_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
@@ -82,7 +82,7 @@ def load_tokenizer(
     Raises:
         ValueError: there is none under that name; with the remedy.
     """
-    with load_errors_named(f"the tokenizer of {name!r}", f"save it beside the model, or {_IS_A_MODEL}"):
+    with load_errors_named(f"the tokenizer of {name!r}", f"save it beside the model, or {_NAME_A_MODEL}"):
         try:
             return _tokenizer(name, trust_remote_code, revision)
         except (OSError, ValueError, KeyError):
@@ -116,7 +116,7 @@ def load_config(name: str, *, field: str = "model_name_or_path", **options: Any)
                 f"teacher_adapter_name_or_path={name!r}"
             )
         name, options = base, {**options, "revision": adapter.get("revision")}
-    with load_errors_named(f"{field}={name!r}", _IS_A_MODEL):
+    with load_errors_named(f"{field}={name!r}", _NAME_A_MODEL):
         return AutoConfig.from_pretrained(name, **options)
 
 

@@ -44,7 +44,7 @@ def with_quantization(kwargs: dict[str, Any], dtype: torch.dtype, field: str) ->
     if isinstance(rest.get("quantization_config"), BitsAndBytesConfig):
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(f"{field} asks for 4 or 8 bits, and bitsandbytes is missing: pip install bitsandbytes")
-        _say_once("bitsandbytes.autograd._functions")
+        _log_once("bitsandbytes.autograd._functions")
     return rest
 
 
@@ -88,7 +88,7 @@ class _Once(logging.Filter):
         return new
 
 
-def _say_once(name: str) -> None:
+def _log_once(name: str) -> None:
     """Each message of this logger once: some come with every layer of every forward pass."""
     logger = logging.getLogger(name)
     if not any(isinstance(own, _Once) for own in logger.filters):

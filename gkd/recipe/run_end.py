@@ -104,7 +104,7 @@ class Results:
             self.failed[what] = error
             return None
 
-    def tell(self) -> None:
+    def raise_for_failures(self) -> None:
         """At the end.
 
         Raises:

@@ -99,7 +99,7 @@ def _eval_results(info: CardInfo) -> list[EvalResult]:
             metric_type=row["key"],
             metric_name=row["label"] + (f" ({row['unit']})" if row["unit"] else ""),
             metric_value=row["after"]["value"],
-            dataset_name=data.shown,
+            dataset_name=data.display_name,
             dataset_type=data.hub_id or "local",
             dataset_revision=data.revision,
         )
@@ -118,8 +118,8 @@ def _section(title: str, text: str) -> str:
 def _link(repo: Repo, kind: str = "") -> str:
     at = f" at revision {inline_code(repo.revision)}" if repo.revision else ""
     if repo.hub_id:
-        return f"[{repo.shown}](https://huggingface.co/{kind}{repo.hub_id}){at}"
-    return f"{escape_cell(repo.shown)}{at}"
+        return f"[{repo.display_name}](https://huggingface.co/{kind}{repo.hub_id}){at}"
+    return f"{escape_cell(repo.display_name)}{at}"
 
 
 def _introduction(info: CardInfo) -> str:
@@ -159,7 +159,7 @@ def _quick_start(info: CardInfo) -> str:
     note = ""
     if info.lora is not None and info.student.hub_id is None:
         note = (
-            f"The adapter needs its base model, {inline_code(info.student.shown)}, which was a local one: set "
+            f"The adapter needs its base model, {inline_code(info.student.display_name)}, which was a local one: set "
             "`base_model_name_or_path` in `adapter_config.json` to where it stands on your machine.\n\n"
         )
     return _section("Quick start", note + fenced("\n".join(lines), "python"))

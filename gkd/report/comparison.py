@@ -27,7 +27,7 @@ CAPPED_NOTE = "cut off: most completions reach max_new_tokens, which then decide
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedMetric:
     """One metric of the three models. `verdict` is `"better"`, `"worse"`, `"same"` or, lacking a value, `"unknown"`.
 
     `clear` says whether the change exceeds two standard errors of the paired difference; None without an error.
@@ -52,7 +52,7 @@ class Row:
 
 def compare(
     before: Measures, after: Measures, teacher: Measures | None = None, keys: Sequence[str] | None = None
-) -> list[Row]:
+) -> list[ComparedMetric]:
     """One row for each metric that was measured before or after, in the order of METRICS (or of `keys`).
 
     Raises:
@@ -81,9 +81,9 @@ def _mostly_cut_off(model: Measures) -> bool:
     return ended is not None and ended.value < 0.5
 
 
-def _row(metric: Metric, before: Estimate | None, after: Estimate | None, teacher: Estimate | None) -> Row:
+def _row(metric: Metric, before: Estimate | None, after: Estimate | None, teacher: Estimate | None) -> ComparedMetric:
     if before is None or after is None or not math.isfinite(after.value - before.value):
-        return Row(metric, before, after, teacher, None, None, "unknown", None)
+        return ComparedMetric(metric, before, after, teacher, None, None, "unknown", None)
     change = difference_estimate(after, before)
     gain = _gain(metric.goal, before.value, after.value, teacher.value if teacher else math.nan)
     clear = None if change.error is None else abs(change.value) > 2 * change.error
@@ -93,7 +93,7 @@ def _row(metric: Metric, before: Estimate | None, after: Estimate | None, teache
         verdict = "same"
     else:
         verdict = "better" if gain > 0 else "worse"
-    return Row(metric, before, after, teacher, change.value, change.error, verdict, clear)
+    return ComparedMetric(metric, before, after, teacher, change.value, change.error, verdict, clear)
 
 
 def _gain(goal: str, before: float, after: float, teacher: float) -> float:
@@ -128,7 +128,7 @@ def _format_large(value: float, error: float | None) -> str:
     return text if error is None else f"{text} ± {error / size:.{digits}f}{letter}"
 
 
-def format_verdict(row: Row) -> str:
+def format_verdict(row: ComparedMetric) -> str:
     """`yes`, `no`, `same` or a dash; a change within two standard errors says so, as does one that is the cap's."""
     if row.capped:
         return "– (cut off)"
@@ -201,7 +201,7 @@ def _sample_dict(models: Mapping[str, Measures], i: int) -> dict[str, str]:
     return {"prompt": models["before"].samples[i][0], **texts}
 
 
-def _row_dict(row: Row) -> dict[str, Any]:
+def _row_dict(row: ComparedMetric) -> dict[str, Any]:
     estimates = {"before": row.before, "after": row.after, "teacher": row.teacher}
     return {
         "key": row.metric.key,

@@ -138,7 +138,7 @@ def _readme(rows: Dataset, record: Mapping[str, Any]) -> str:
     teacher = Repo(str(record["teacher"]), record.get("teacher_revision"))
     facts = [
         ("rows", f"{len(rows):,}"),
-        ("teacher", teacher.shown),
+        ("teacher", teacher.display_name),
         ("revision", teacher.revision),
         ("date", record["date"]),
         *((name, shorten(str(value), 80)) for name, value in record["key"]["sampling"].items()),
@@ -155,7 +155,7 @@ def _readme(rows: Dataset, record: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-            f"# Completions of {teacher.shown}",
+            f"# Completions of {teacher.display_name}",
             "Written by a language model, token by token as sampled, for sequence-level knowledge distillation (Kim & "
             "Rush, 2016). Training on `input_ids` and `labels` needs no tokenizer and loses no token:",
             fenced("gkd run RECIPE --dataset_name THIS_DATA_SET --seq_kd false --lmbda 0", "bash"),

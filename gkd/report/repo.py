@@ -48,7 +48,7 @@ class Repo:
         return self.name if looks_like_one else None
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """The id, or for a path its last part only: folders of this machine are nobody's business."""
         is_path = self.hub_id is None and (os.sep in self.name or "\\" in self.name)
         return re.split(r"[/\\]", self.name.rstrip("/\\"))[-1] or self.name if is_path else self.name

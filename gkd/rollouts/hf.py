@@ -20,7 +20,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from gkd.common.devices import sum_dtype
-from gkd.models.facts import positions
+from gkd.models.facts import position_limit
 from gkd.models.generation_mode import generation_mode
 from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, row_uniforms
 from gkd.rollouts.batch_size import check_batch_size
@@ -100,7 +100,7 @@ class HFRollout(Rollout):
             generation_mode(self.get_model(), self.accelerator) as model,
             self._folded(model, prompts, step),
         ):
-            room, binds = positions(model.config)
+            room, binds = position_limit(model.config)
             self._check_prompts(prompts, step, rows, room if binds else None, limit=f"the model's {room} positions")
             size = self.batch_size(model.config, model.device) if callable(self.batch_size) else self.batch_size
             for chunk in self._chunks(prompts, size):

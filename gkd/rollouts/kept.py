@@ -23,7 +23,7 @@ from gkd.rollouts.base import Rollout, SamplingSettings
 from gkd.rollouts.store import SequenceStore, prompt_number
 
 
-class CachedRollout(Rollout):
+class KeptRollout(Rollout):
     """Answers from the store, and asks `inner` for what is not there yet.
 
     Args:

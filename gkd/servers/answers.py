@@ -45,15 +45,15 @@ def served_model_of(body: Any) -> ServedModel:
     cards = _list(_field(body, "data"), "data")
     bases = [card for card in cards if not _field(card, "parent", None)]
     if not bases:
-        raise ServerError(f"it serves no base model: {_shown(cards)}")
+        raise ServerError(f"it serves no base model: {_describe(cards)}")
     name, root = _field(bases[0], "id"), _field(bases[0], "root", None)
     longest = _field(bases[0], "max_model_len", None)
     if not isinstance(name, str) or not name:
-        raise ServerError(f"a model is called {_shown(name)}, which is no name")
+        raise ServerError(f"a model is called {_describe(name)}, which is no name")
     if not (root is None or isinstance(root, str)):
-        raise ServerError(f"the root of {name!r} is {_shown(root)}, which is no path")
+        raise ServerError(f"the root of {name!r} is {_describe(root)}, which is no path")
     if not (longest is None or (_is_whole(longest) and longest > 0)):
-        raise ServerError(f"max_model_len is {_shown(longest)}, which is no length")
+        raise ServerError(f"max_model_len is {_describe(longest)}, which is no length")
     return ServedModel(name, root or name, longest)
 
 
@@ -67,7 +67,9 @@ def is_unfinished(body: Any) -> str | None:
     choices = body.get("choices") if isinstance(body, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     reason = choice.get("finish_reason") if isinstance(choice, dict) else None
-    return f"finish_reason={_shown(reason)}" if isinstance(reason, str) and reason not in ("stop", "length") else None
+    return (
+        f"finish_reason={_describe(reason)}" if isinstance(reason, str) and reason not in ("stop", "length") else None
+    )
 
 
 def completion_of(body: Any, model: str, prompt: Sequence[int], *, log_probs: bool) -> Completion:
@@ -82,9 +84,9 @@ def completion_of(body: Any, model: str, prompt: Sequence[int], *, log_probs: bo
         raise ServerError(f"{len(choices)} choices, where one was asked for")
     index, reason = _field(choices[0], "index", 0), _field(choices[0], "finish_reason", None)
     if not _is_whole(index) or index != 0:
-        raise ServerError(f"the choice with index {_shown(index)}, where one was asked for")
+        raise ServerError(f"the choice with index {_describe(index)}, where one was asked for")
     if not isinstance(reason, str):
-        raise ServerError(f"finish_reason={_shown(reason)}")
+        raise ServerError(f"finish_reason={_describe(reason)}")
     if _field(choices[0], "token_ids", None) is None or _field(choices[0], "prompt_token_ids", None) is None:
         raise ServerError("no token_ids and prompt_token_ids: it needs vLLM 0.10.2 or newer")
     ids = _ids(_field(choices[0], "token_ids"), "token_ids")
@@ -109,7 +111,7 @@ def prompt_scores_of(body: Any, model: str, ids: Sequence[int]) -> list[Entry]:
         choices = _list(_field(body, "choices", None), "choices")
         scores = _field(choices[0], "prompt_logprobs", None) if choices else None
     if not isinstance(scores, list):
-        raise ServerError(f"the answer holds no prompt_logprobs ({_shown(scores)})")
+        raise ServerError(f"the answer holds no prompt_logprobs ({_describe(scores)})")
     if len(scores) != len(ids):
         raise ServerError(f"{len(scores)} positions for {len(ids)} tokens")
     places = range(1, len(ids))
@@ -155,7 +157,9 @@ _REQUIRED: Any = object()
 
 def _check_model(answered: Any, asked: str) -> None:
     if answered != asked:
-        raise ServerError(f"asked for {asked!r}, the answer is from {_shown(answered)}; is there a proxy in between?")
+        raise ServerError(
+            f"asked for {asked!r}, the answer is from {_describe(answered)}; is there a proxy in between?"
+        )
 
 
 _SHORT = reprlib.Repr()  # answers may be deep and long
@@ -164,35 +168,35 @@ _SHORT.maxstring = _SHORT.maxother = 120
 
 def _field(value: Any, name: str, default: Any = _REQUIRED) -> Any:
     if not isinstance(value, dict):
-        raise ServerError(f"{_shown(value)} stands where an object with {name!r} should be")
+        raise ServerError(f"{_describe(value)} stands where an object with {name!r} should be")
     if name not in value and default is _REQUIRED:
-        raise ServerError(f"the answer has no {name!r}: {_shown(value)}")
+        raise ServerError(f"the answer has no {name!r}: {_describe(value)}")
     return value.get(name, default)
 
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ServerError(f"{name!r} is {_shown(value)}, which is no list")
+        raise ServerError(f"{name!r} is {_describe(value)}, which is no list")
     return value
 
 
 def _ids(value: Any, name: str) -> list[int]:
     for token in _list(value, name):
         if not _is_whole(token) or token < 0:
-            raise ServerError(f"{name!r} holds {_shown(token)}, which is no token id")
+            raise ServerError(f"{name!r} holds {_describe(token)}, which is no token id")
     return list(value)
 
 
 def _id_of(text: str, where: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and text == str(int(text))):
-        raise ServerError(f"{where}: {_shown(text)} is no token id")
+        raise ServerError(f"{where}: {_describe(text)} is no token id")
     return int(text)
 
 
 def _log_prob(value: Any, where: str) -> float:
     number = isinstance(value, float) or _is_whole(value)
     if not number or not math.isfinite(value) or value > MOST_ABOVE_ONE:
-        raise ServerError(f"{where}: {_shown(value)} is no log-probability")
+        raise ServerError(f"{where}: {_describe(value)} is no log-probability")
     return float(value)
 
 
@@ -200,5 +204,5 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64
 
 
-def _shown(value: Any) -> str:
+def _describe(value: Any) -> str:
     return harmless(_SHORT.repr(value)[:200])

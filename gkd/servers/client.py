@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0  # a host that does not answer the connection attempt within this is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between attempts, doubled each time
-_AGAIN = frozenset({408, 425, 429, 502, 503, 504})  # HTTP statuses of a server that may answer later
+_RETRY_STATUSES = frozenset({408, 425, 429, 502, 503, 504})  # HTTP statuses of a server that may answer later
 _ATTEMPTS_AT_500 = 7  # about 6 s: longer than a dying engine takes to close its port, shorter than a fault's patience
 ANSWER_BYTES = 16 << 20  # of an answer whose size the caller does not know
 _REASON_BYTES = 1 << 16  # of a refusal, which is read for its reason
@@ -227,7 +227,7 @@ class VLLMClient:
         except ValueError as error:
             return None, f"the answer cannot be read: {harmless(error)}"
         status = response.status_code
-        if status in _AGAIN:
+        if status in _RETRY_STATUSES:
             return None, f"HTTP {status}: {_reason(response, body)}"
         if status != 200:
             return None, RefusedError(url, path, status, _reason(response, body))

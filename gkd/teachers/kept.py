@@ -34,7 +34,7 @@ from gkd.teachers.store import ScoreStore, row_key
 logger = logging.getLogger(__name__)
 
 
-class CachedTeacher(Teacher):
+class KeptTeacher(Teacher):
     """Scores from the store, and asks the live teacher about what is not there.
 
     Args:
@@ -165,7 +165,7 @@ class CachedTeacher(Teacher):
 class KeepScores(TrainerCallback):
     """What was scored is on disk before a checkpoint says that its step is done, so a resumed run finds it there."""
 
-    def __init__(self, teacher: CachedTeacher) -> None:
+    def __init__(self, teacher: KeptTeacher) -> None:
         self.teacher = teacher
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from gkd.models.facts import revision_of
 from gkd.report.card import CardInfo
 from gkd.report.repo import Repo
 from gkd.teachers.base import Teacher
-from gkd.training.card_settings import shown_settings
+from gkd.training.card_settings import settings_for_card
 
 
 def card_info(
@@ -32,7 +32,7 @@ def card_info(
         "model_name": model_name or args.output_dir.rstrip("/").split("/")[-1],
         "student": Repo(name_of(student) or "in memory", revision_of(student, args.model_init_kwargs)),
         "teacher": _teacher(trainer.teacher, args.teacher_model_init_kwargs),
-        "settings": shown_settings(args),
+        "settings": settings_for_card(args),
         "lora": _lora(student),
         "ledger": trainer.ledger.as_dict(),
         "hardware": describe_hardware(),
@@ -72,9 +72,11 @@ def _about_teacher(args: Any) -> list[str]:
     if args.share_base_model:
         about.append("The teacher is the student's base model, without the student's adapter.")
     if args.teacher_adapter_name_or_path is not None:
-        about.append(f"The teacher carries the adapter `{Repo(args.teacher_adapter_name_or_path).shown}`.")
+        about.append(f"The teacher carries the adapter `{Repo(args.teacher_adapter_name_or_path).display_name}`.")
     if args.teacher_adapters:
-        names = {name: Repo(path).shown if path else "no adapter" for name, path in args.teacher_adapters.items()}
+        names = {
+            name: Repo(path).display_name if path else "no adapter" for name, path in args.teacher_adapters.items()
+        }
         listed = ", ".join(f"{name} (`{path}`)" for name, path in names.items())
         about.append(f"Several teachers, each an adapter on that model; every row has its own: {listed}.")
     return about

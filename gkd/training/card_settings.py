@@ -61,7 +61,7 @@ _PREFIXES, _SUFFIXES = ("hub_", "trackio_"), ("_url", "_dir", "_proxy")
 _LONGEST = 200  # characters of a value
 
 
-def shown_settings(args: Any) -> dict[str, Any]:
+def settings_for_card(args: Any) -> dict[str, Any]:
     """Field -> value, ready for a table: CORE with the length of the training and the divergence's own parameters,
     then every other field that is not at its default."""
     length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
@@ -100,5 +100,5 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, str):
         is_path = os.path.isabs(value) or os.path.exists(value)
-        return Repo(value, on_hub=False).shown if is_path else value
+        return Repo(value, on_hub=False).display_name if is_path else value
     return value if value is None or isinstance(value, bool | int | float) else str(value)

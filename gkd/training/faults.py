@@ -174,7 +174,7 @@ class FaultGuard(TrainerCallback):
             name = signal.Signals(self.stopped_by).name
             if state.is_world_process_zero:
                 text = f"stopped by {name} after step {state.global_step} of {state.max_steps}, saved {checkpoint}: "
-                self.request._say(text + "go on with resume_from_checkpoint=true\n")
+                self.request.write_line(text + "go on with resume_from_checkpoint=true\n")
             raise TrainingStopped(128 + self.stopped_by)
         if self._too_many:
             raise NotFiniteError(

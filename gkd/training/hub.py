@@ -69,7 +69,7 @@ def pushed_if_possible() -> Iterator[None]:
         logger.warning("a push to the Hub failed, the training goes on: %s", _brief(error))
 
 
-def tell_failed_pushes(in_progress: Any) -> None:
+def warn_of_failed_pushes(in_progress: Any) -> None:
     """A push in the background (`push_in_progress`) keeps its exception to itself: tell it, once."""
     jobs = getattr(in_progress, "jobs", [])
     for job in [job for job in jobs if job.done() and job.exception() is not None]:

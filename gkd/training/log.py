@@ -59,7 +59,7 @@ class TrainingLog:
         """Keep what a training micro-batch shows: `output` of the fused divergence, `sources` and `places` [N]."""
         if self.completions is not None:
             self.completions.add(output.divergence)
-        self._record.positions.add(output.divergence, sources, places, state.global_step, state.max_steps)
+        self._record.profile.add(output.divergence, sources, places, state.global_step, state.max_steps)
 
     def flush(self, mode: str) -> dict[str, float]:
         """The means since the last time, "train" or "eval". A collective."""
@@ -68,7 +68,7 @@ class TrainingLog:
     def add_to(self, logs: dict[str, float], is_training: bool) -> None:
         """Add our metrics to what the Trainer is about to log. It does so on every rank, so the reduction meets."""
         if "loss" in logs or "train_runtime" in logs:
-            self._record.positions.flush(self._sum)
+            self._record.profile.flush(self._sum)
         if "loss" in logs and is_training:
             logs.update(self.flush("train"))
             self._warn_of_truncation(logs)

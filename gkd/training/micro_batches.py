@@ -20,7 +20,7 @@ from gkd.data.targets import Targets, per_target, select_targets, target_weights
 from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.loss.settings import FusedOutput
 from gkd.loss.signals import TeacherSignal, TopKSignal
-from gkd.models.facts import head_rows
+from gkd.models.facts import head_size
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.hidden import instead_of_logits
 from gkd.models.precision import mixed_precision
@@ -80,7 +80,7 @@ class MicroBatches:
         """
         trainer, args = self._trainer, self._args
         batches = [collate(rows, trainer._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
-        compared = trainer.loss_settings.shared_vocab or head_rows(self._accelerator.unwrap_model(trainer.model))
+        compared = trainer.loss_settings.shared_vocab or head_size(self._accelerator.unwrap_model(trainer.model))
         for batch in batches:
             ids_in_range("target", batch["target_ids"], compared)
         if args.teacher_placement == "cpu_offload" and len(batches) > 1 and not args.trains_on_nll_alone:

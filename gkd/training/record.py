@@ -37,14 +37,14 @@ class Record:
     """What the run has done so far, over resumes and all ranks.
 
     Attributes:
-        positions: the divergence along the position.
+        profile: the divergence along the position.
         ledger: what was trained on.
         tokens: of all sequences of all windows, prompts included.
         nonfinite_steps: skipped, for a loss or gradient that was not finite.
         empty_steps: left out, for want of a target.
     """
 
-    positions: PositionProfile
+    profile: PositionProfile
     ledger: Ledger = field(default_factory=Ledger)
     tokens: int = 0
     nonfinite_steps: int = 0
@@ -55,7 +55,7 @@ class Record:
         return {
             "ledger": self.ledger.as_dict(),
             "num_tokens": self.tokens,
-            "positions": self.positions.as_dict(),
+            "positions": self.profile.as_dict(),
             "nonfinite_steps": self.nonfinite_steps,
             "empty_steps": self.empty_steps,
         }
@@ -64,7 +64,7 @@ class Record:
         """Go on from what `as_dict` gave, after a resume."""
         self.ledger.load(state["ledger"])
         if "positions" in state:
-            self.positions.load(state["positions"])
+            self.profile.load(state["positions"])
         self.tokens = state["num_tokens"]
         self.nonfinite_steps = state.get("nonfinite_steps", 0)
         self.empty_steps = state.get("empty_steps", 0)

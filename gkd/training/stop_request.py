@@ -47,13 +47,13 @@ class StopRequest:
         name = signal.Signals(number).name
         if self.signum is None:
             self.signum, self._since = number, now
-            self._say(f"{name}: finishing this step, then saving; once more ends it at once\n")
+            self.write_line(f"{name}: finishing this step, then saving; once more ends it at once\n")
         elif now - self._since > (_ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0):
-            self._say(f"{name} again: ending without a checkpoint\n")
+            self.write_line(f"{name} again: ending without a checkpoint\n")
             os._exit(128 + number)
 
     @staticmethod
-    def _say(text: str) -> None:
+    def write_line(text: str) -> None:
         """Not print or logging: the handler may have interrupted one of them."""
         if os.environ.get("RANK", "0") == "0":
             start = "\n" if os.isatty(2) else ""  # the line may hold a progress bar

@@ -346,7 +346,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self.training_log.add_to(logs, self.model.training)
         super().log(logs, start_time)
         if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
-            self.state.log_history[-1]["divergence_by_position"] = self.record.positions.as_dict()
+            self.state.log_history[-1]["divergence_by_position"] = self.record.profile.as_dict()
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -421,13 +421,13 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.checkpoints.is_saving:
             return  # the Trainer pushes at the end of its own save: here it is pushed once it is complete
-        hub.tell_failed_pushes(getattr(self, "push_in_progress", None))  # before the base class forgets them
+        hub.warn_of_failed_pushes(getattr(self, "push_in_progress", None))  # before the base class forgets them
         with hub.pushed_if_possible():
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        hub.tell_failed_pushes(getattr(self, "push_in_progress", None))
+        hub.warn_of_failed_pushes(getattr(self, "push_in_progress", None))
 
     # ------------------------------------------------------------------------------------------------- the end
 

@@ -6,7 +6,7 @@ from tiny import tiny_model
 from training import logged, trainer_of
 from transformers import AutoConfig
 
-from gkd.models.facts import positions
+from gkd.models.facts import position_limit
 
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -30,7 +30,7 @@ def rows(prompt, answer, number=8):
     ],
 )
 def test_what_a_config_says_of_positions(kind, values, expected):
-    assert positions(AutoConfig.for_model(kind, **values)) == expected
+    assert position_limit(AutoConfig.for_model(kind, **values)) == expected
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])

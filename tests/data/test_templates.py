@@ -13,7 +13,7 @@ from gkd.data.encode import RowEncoder
 from gkd.data.formats import canonical_row
 from gkd.data.last_turn import LastTurn
 from gkd.data.prepare import prepare_dataset
-from gkd.data.row_values import Place
+from gkd.data.row_values import RowPlace
 from gkd.data.vocabulary import end_of_turn
 
 
@@ -76,7 +76,7 @@ def encoder_of(name, turns):
 
 
 def encoded(name, row, turns="last"):
-    return encoder_of(name, turns).encode(canonical_row(row, Place("train", 0), True), Place("train", 0))
+    return encoder_of(name, turns).encode(canonical_row(row, RowPlace("train", 0), True), RowPlace("train", 0))
 
 
 def targets(name, row):

@@ -24,7 +24,7 @@ from trl import ModelConfig, ScriptArguments
 from gkd.cli import _parser
 from gkd.config.fields import GKDConfig
 from gkd.data.formats import canonical_row
-from gkd.data.row_values import Place
+from gkd.data.row_values import RowPlace
 from gkd.evaluation.measures import METRICS
 from gkd.loss import DIVERGENCES
 from gkd.recipe.capture import execute_recipe
@@ -168,7 +168,7 @@ def test_yaml_and_json_blocks_are_settings_and_rows(page, tmp_path):
                 assert parsed[name] == (float(value) if isinstance(parsed[name], float) else value), name
         if language == "json":
             for number, line in enumerate(block.splitlines()):
-                canonical_row(json.loads(line), Place(page.name, number), has_chat_template=True)
+                canonical_row(json.loads(line), RowPlace(page.name, number), has_chat_template=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))

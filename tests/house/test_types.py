@@ -50,7 +50,7 @@ def type_tests(tree: ast.AST, members: set[str]) -> list[int]:
 
 def test_nobody_asks_a_teacher_or_a_rollout_for_its_type():
     known = members()
-    assert {"LocalTeacher", "AbsentTeacher", "CachedTeacher", "VLLMRollout", "ServedSubject"} <= known
+    assert {"LocalTeacher", "AbsentTeacher", "KeptTeacher", "VLLMRollout", "ServedSubject"} <= known
     found = [f"{path.relative_to(PACKAGE)}:{line}" for path, tree in TREES.items() for line in type_tests(tree, known)]
     assert len(found) <= MOST, found
 

@@ -20,7 +20,7 @@ from gkd.report.card import CardInfo, create_card, write_card
 from gkd.report.comparison import as_dict
 from gkd.report.markdown import escape_cell, fenced, markdown_table
 from gkd.report.repo import Repo, is_repo_id
-from gkd.training.card_settings import CORE, ELSEWHERE, FILLED_IN, shown_settings
+from gkd.training.card_settings import CORE, ELSEWHERE, FILLED_IN, settings_for_card
 
 TOKEN = "hf_" + "aB3dE6gH9" * 4
 
@@ -143,9 +143,9 @@ def test_what_can_be_a_repository(name, expected):
 
 def test_a_repo_may_say_where_it_lives():
     assert Repo("gpt2", on_hub=False).hub_id is None
-    assert Repo("/some/where/model/").shown == "model"
-    assert Repo("C:\\models\\x").shown == "x"
-    assert Repo("in memory").shown == "in memory"
+    assert Repo("/some/where/model/").display_name == "model"
+    assert Repo("C:\\models\\x").display_name == "x"
+    assert Repo("in memory").display_name == "in memory"
 
 
 # --------------------------------------------------------------------------------------------------------- text
@@ -188,7 +188,7 @@ def test_a_long_list_of_modules_is_summed_up():
 
 def test_every_setting_that_differs_from_its_default_is_shown(tmp_path):
     args = GKDConfig(str(tmp_path / "out"), report_to="none")
-    plain = shown_settings(args)
+    plain = settings_for_card(args)
     assert plain["beta"] == 0.5
     assert plain["num_train_epochs"] == 3.0
     assert set(plain) == {*CORE, "beta", "num_train_epochs"}
@@ -197,7 +197,7 @@ def test_every_setting_that_differs_from_its_default_is_shown(tmp_path):
         setattr(changed, one.name, 7 if getattr(args, one.name) != 7 else 8)
         if one.name == "divergence":
             changed.divergence = "reverse_kl"
-        told = shown_settings(changed) != plain
+        told = settings_for_card(changed) != plain
         machine = one.name in ELSEWHERE | FILLED_IN or one.name.startswith(("hub_", "trackio_"))
         assert told != (machine or one.name.endswith(("_url", "_dir", "_proxy"))), one.name
 
@@ -216,7 +216,7 @@ def test_settings_say_what_happened_and_nothing_of_this_machine(tmp_path):
         chat_template_path=str(tmp_path / "mine.jinja"),
         report_to="none",
     )
-    shown = shown_settings(args)
+    shown = settings_for_card(args)
     assert (shown["ab_alpha"], shown["ab_beta"], shown["scale_by_temperature_squared"]) == (0.5, 0.5, True)
     assert (shown["max_steps"], shown["optim"], shown["seed"]) == (7, "adafactor", 5)
     assert not {"num_train_epochs", "data_seed", "beta", "output_dir"} & set(shown)

@@ -22,7 +22,7 @@ from gkd.config.fields import GKDConfig
 from gkd.models.fingerprint import fingerprint
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hf import HFRollout
-from gkd.rollouts.kept import CachedRollout, key_of
+from gkd.rollouts.kept import KeptRollout, key_of
 from gkd.rollouts.store import open_store, prompt_number
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +146,7 @@ def cached(folder, model=None, seed=0, batch_size=None, **settings):
     inner = HFRollout(
         lambda: model, None, SamplingSettings(**values), seed=seed, source="teacher", batch_size=batch_size
     )
-    return CachedRollout(inner, open_store(folder, key_of(inner.settings, seed, fingerprint(model))))
+    return KeptRollout(inner, open_store(folder, key_of(inner.settings, seed, fingerprint(model))))
 
 
 def test_each_prompt_is_asked_once_and_always_answered_alike(tmp_path, asked):

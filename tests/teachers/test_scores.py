@@ -19,7 +19,7 @@ from gkd.cli import main
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import TokenSequence, collate
 from gkd.teachers import store as score_store
-from gkd.teachers.kept import CachedTeacher
+from gkd.teachers.kept import KeptTeacher
 from gkd.teachers.local import LocalTeacher
 from gkd.teachers.store import open_scores, row_key
 from gkd.training.trainer import GKDTrainer
@@ -76,9 +76,7 @@ def sequences(number=6, seed=0):
 
 def cached(folder, model, sources=("data", "teacher")):
     live = LocalTeacher(model, Accelerator(cpu=True))
-    return CachedTeacher(
-        open_scores(folder, {}), lambda: live, None, live.accelerator, together=False, sources=sources
-    )
+    return KeptTeacher(open_scores(folder, {}), lambda: live, None, live.accelerator, together=False, sources=sources)
 
 
 # ------------------------------------------------------------------------------------------------------ one batch

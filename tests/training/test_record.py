@@ -15,8 +15,8 @@ def made():
     record.ledger.add(COUNTS)
     record.ledger.add(COUNTS)
     record.tokens, record.nonfinite_steps, record.empty_steps = 75, 3, 1
-    record.positions.add(torch.tensor([0.5]), torch.tensor([1]), torch.tensor([4]), 0, 2)
-    record.positions.flush(lambda values: values)
+    record.profile.add(torch.tensor([0.5]), torch.tensor([1]), torch.tensor([4]), 0, 2)
+    record.profile.flush(lambda values: values)
     return record
 
 

@@ -16,7 +16,7 @@ from gkd.data.formats import ChatRow, Row, canonical_row
 from gkd.data.held_out import overlap
 from gkd.data.prepare import prepare_dataset
 from gkd.data.row_report import DataReport
-from gkd.data.row_values import Place
+from gkd.data.row_values import RowPlace
 from gkd.data.sequences import prompt_of
 from gkd.data.targets import IGNORE
 from gkd.data.token_rows import TokenRow
@@ -97,7 +97,7 @@ def examine_held_out(
 
 def _formats(out: Diagnosis, train: Dataset, has_template: bool, assistant_turns: str) -> None:
     looked_at = train.select(range(min(_LOOKED_AT, len(train))))
-    kinds = [canonical_row(row, Place("train", number), has_template) for number, row in enumerate(looked_at)]
+    kinds = [canonical_row(row, RowPlace("train", number), has_template) for number, row in enumerate(looked_at)]
     formats = Counter(map(_format, kinds))
     listed = ", ".join(f"{number:,} {name}" for name, number in formats.most_common())
     if has_template and {"pairs of texts", "plain prompts"} & formats.keys():

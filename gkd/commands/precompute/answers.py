@@ -38,7 +38,7 @@ from gkd.recipe.rows import recipe_data
 from gkd.report.dataset_folder import check_folder, push_folder, write_folder
 from gkd.report.repo import Repo
 from gkd.rollouts.hygiene import Hygiene
-from gkd.rollouts.kept import CachedRollout
+from gkd.rollouts.kept import KeptRollout
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ _COLUMNS = Features(
 
 
 @dataclass
-class Work:
+class Precomputation:
     """What is to be done: the training rows (and those of the evaluation), the teacher, and what a sound answer is.
 
     `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server;
@@ -68,14 +68,14 @@ class Work:
     evaluation: list[Dataset]
     tokenizer: PreTrainedTokenizerBase
     teacher: Any
-    answers: CachedRollout | None
+    answers: KeptRollout | None
     hygiene: Hygiene
     accelerator: Accelerator
     batch_size: int
     held_out: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def rollout(self) -> CachedRollout:
+    def rollout(self) -> KeptRollout:
         assert self.answers is not None, "the teacher writes nothing without seq_kd"
         return self.answers
 
@@ -125,7 +125,7 @@ def _training_command(recipe: Recipe, output: str) -> str:
     return shlex.join(["gkd", "run", file, "--dataset_name", output, "--seq_kd", "false", *more])
 
 
-def prepare(recipe: Recipe) -> Work:
+def prepare(recipe: Recipe) -> Precomputation:
     """Rows, tokenizer and teacher exactly as training has them; the student itself is not loaded."""
     settings = recipe.settings
     args, student = loading_arguments(settings), student_name(settings)
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe) -> Work:
     if server is None:
         batch_size = rows_at_a_time(args, parts.teacher_model.config, accelerator.device)
     assert ready.train is not None
-    return Work(
+    return Precomputation(
         rows=ready.train,
         evaluation=evaluation_sets(ready.evaluation),
         tokenizer=ready.tokenizer,
@@ -168,7 +168,7 @@ def prepare(recipe: Recipe) -> Work:
     )
 
 
-def fill(work: Work) -> None:
+def fill(work: Precomputation) -> None:
     """Let the teacher answer what is not answered yet, each prompt once, longest first. All ranks call this."""
     store, accelerator = work.rollout.store, work.accelerator
     prompts = [list(prompt) for prompt in dict.fromkeys(tuple(p) for p in _prompts(work.rows))]
@@ -190,7 +190,7 @@ def fill(work: Work) -> None:
     store.refresh()
 
 
-def answered_rows(work: Work) -> tuple[Dataset, dict[str, int]]:
+def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
     """The rows with the teacher's answers, in the order of the recipe's data set, and how many are left out and why.
 
     Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out,
@@ -233,19 +233,19 @@ def _prompts(rows: Dataset) -> Iterable[list[int]]:
     return (prompt_of(row) for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]))
 
 
-def provenance(recipe: Recipe, work: Work, kept: int, left_out: dict[str, int]) -> dict[str, Any]:
+def provenance(recipe: Recipe, work: Precomputation, kept: int, left_out: dict[str, int]) -> dict[str, Any]:
     """How the rows were made, as JSON: models, sampling, data, date, versions, command."""
     script, args = recipe.settings.script, recipe.settings.training
     made = work.rollout.store.about()
     return {
         "rows": kept,
         "left_out": left_out,
-        "teacher": _shown(made["notes"]["teacher"]) or "in memory",
+        "teacher": _public_name(made["notes"]["teacher"]) or "in memory",
         "teacher_revision": made["notes"]["revision"],
         "key": made["key"],
-        "tokenizer": _shown(recipe.settings.model.model_name_or_path),
+        "tokenizer": _public_name(recipe.settings.model.model_name_or_path),
         "prompts": {
-            "dataset": _shown(script.dataset_name),
+            "dataset": _public_name(script.dataset_name),
             "config": script.dataset_config,
             "split": script.dataset_train_split,
             "max_prompt_length": args.prompt_limit,
@@ -256,6 +256,6 @@ def provenance(recipe: Recipe, work: Work, kept: int, left_out: dict[str, int]) 
     }
 
 
-def _shown(name: str | None) -> str | None:
+def _public_name(name: str | None) -> str | None:
     """A repository's id, or the last part of a path: the record may be pushed."""
-    return Repo(name).shown if name else None
+    return Repo(name).display_name if name else None

@@ -17,29 +17,29 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from gkd.assembly.scores import written
-from gkd.commands.precompute.answers import Work, fill, prepare
+from gkd.commands.precompute.answers import Precomputation, fill, prepare
 from gkd.data.sequences import TokenSequence, collate, prompt_of
 from gkd.data.targets import IGNORE
 from gkd.recipe.capture import Recipe
-from gkd.teachers.kept import CachedTeacher
+from gkd.teachers.kept import KeptTeacher
 from gkd.teachers.store import ROOM, row_key
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Todo:
-    """A row that is not scored yet: its number in `Rows`, its length and its targets."""
+class Unscored:
+    """A row that is not scored yet: its number in `SequencesToScore`, its length and its targets."""
 
     number: int
     length: int
     targets: int
 
 
-class Rows:
+class SequencesToScore:
     """Everything that training will ask the teacher about, by number; the token ids stay in their data sets."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Precomputation) -> None:
         answers = work.answers
         writes = [answers is not None, *([False] * len(work.evaluation))]
         columns = ["input_ids", "labels", "prompt_length", "prompt_ids"]
@@ -105,26 +105,26 @@ def precompute_scores(recipe: Recipe) -> None:
         print(f"the scores of {number:,} rows are in {work.teacher.store.path}")
 
 
-def fill_scores(work: Work, batch_size: int) -> int:
+def fill_scores(work: Precomputation, batch_size: int) -> int:
     """Let the teacher score what is not scored yet, each sequence once, longest first. All ranks call this.
 
     Returns:
         The number of rows with a target, all of which are scored now.
     """
     teacher, accelerator = work.teacher, work.accelerator
-    store, rows = teacher.store, Rows(work)
+    store, rows = teacher.store, SequencesToScore(work)
     if not store.writable:
         raise ValueError(f"teacher_scores_dir: {store.path} cannot be written to: name another folder")
-    todo, number = _todo(rows, teacher)
-    logger.info("%s of %s rows are scored already", f"{number - len(todo):,}", f"{number:,}")
-    if not todo:
+    unscored, number = _find_unscored(rows, teacher)
+    logger.info("%s of %s rows are scored already", f"{number - len(unscored):,}", f"{number:,}")
+    if not unscored:
         return number
-    _check_room(rows, todo, teacher, accelerator)
+    _check_room(rows, unscored, teacher, accelerator)
     size, ranks, rank = batch_size, accelerator.num_processes, accelerator.process_index
     try:
-        with tqdm(total=len(todo), unit="row", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
-            for start in range(0, len(todo), size * ranks):
-                share = todo[start : start + size * ranks]
+        with tqdm(total=len(unscored), unit="row", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+            for start in range(0, len(unscored), size * ranks):
+                share = unscored[start : start + size * ranks]
                 mine = share[rank::ranks]
                 if mine or teacher.together:  # a model that is split up runs on all ranks or on none
                     scored = _score(teacher, [rows[row.number] for row in mine or share[:1]])
@@ -137,37 +137,37 @@ def fill_scores(work: Work, batch_size: int) -> int:
     return number
 
 
-def _todo(rows: Rows, teacher: CachedTeacher) -> tuple[list[Todo], int]:
+def _find_unscored(rows: SequencesToScore, teacher: KeptTeacher) -> tuple[list[Unscored], int]:
     """What is to be scored, longest first, and the number of rows with a target; the main process's view counts,
     since other runs may add to the store meanwhile."""
-    found: dict[bytes, Todo] = {}
+    found: dict[bytes, Unscored] = {}
     number = 0
     for place, sequence in enumerate(rows):
         if sequence is not None:
             number += 1
             key = row_key(sequence.input_ids, sequence.labels)
             if key not in teacher.store:
-                found.setdefault(key, Todo(place, len(sequence.input_ids), sequence.num_targets))
-    todo = sorted(found.values(), key=lambda row: row.length, reverse=True)
-    result: tuple[list[Todo], int] = broadcast_object_list([(todo, number)])[0]
+                found.setdefault(key, Unscored(place, len(sequence.input_ids), sequence.num_targets))
+    unscored = sorted(found.values(), key=lambda row: row.length, reverse=True)
+    result: tuple[list[Unscored], int] = broadcast_object_list([(unscored, number)])[0]
     return result
 
 
-def _score(teacher: CachedTeacher, sequences: list[TokenSequence]) -> dict[bytes, torch.Tensor]:
+def _score(teacher: KeptTeacher, sequences: list[TokenSequence]) -> dict[bytes, torch.Tensor]:
     batch = {name: values.to(teacher.accelerator.device) for name, values in collate(sequences, 0).items()}
     hidden = teacher.live.score(batch).hidden.split([sequence.num_targets for sequence in sequences])
     keys = [row_key(sequence.input_ids, sequence.labels) for sequence in sequences]
     return dict(zip(keys, hidden, strict=True))
 
 
-def _check_room(rows: Rows, todo: list[Todo], teacher: CachedTeacher, accelerator: Any) -> None:
+def _check_room(rows: SequencesToScore, unscored: list[Unscored], teacher: KeptTeacher, accelerator: Any) -> None:
     """Say how much will be written, from the size of one row, and refuse what does not fit."""
-    (row,) = _score(teacher, [rows[todo[-1].number]]).values()
-    tokens, width, item = sum(t.targets for t in todo), row.shape[1], row.element_size()
+    (row,) = _score(teacher, [rows[unscored[-1].number]]).values()
+    tokens, width, item = sum(t.targets for t in unscored), row.shape[1], row.element_size()
     needed = tokens * width * item
     folder = teacher.store.path
     free = broadcast_object_list([shutil.disk_usage(folder).free])[0]
-    text = f"{len(todo):,} rows: {tokens:,} target tokens x {width:,} x {item} bytes = {_bytes(needed)}"
+    text = f"{len(unscored):,} rows: {tokens:,} target tokens x {width:,} x {item} bytes = {_bytes(needed)}"
     if accelerator.is_main_process:
         print(f"{text} to write; {_bytes(free)} are free in {folder}", flush=True)
     if needed + ROOM > free:
