@@ -12,7 +12,7 @@ from gkd.common.launcher import end_with_the_launcher
 from gkd.config.fields import GKDConfig
 from gkd.models.zero import zero_stage
 
-# Who starts tasks -> what each of them is told about their number, in the order in which accelerate asks.
+# Who starts tasks -> the variables that give their number, in the order in which accelerate asks.
 _TASKS = {"mpirun": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), "srun": ("SLURM_STEP_NUM_TASKS",)}
 _SIZES = ("tp_size", "cp_size", "sp_size", "dp_shard_size")
 

@@ -134,7 +134,7 @@ def evaluation_sets(rows: Any) -> list[Any]:
 
 
 def keys_of(rows: Any) -> Iterator[bytes | None]:
-    """The key of each prepared row; b"" for one that cannot be told beforehand, None for one without a target."""
+    """The key of each prepared row; b"" for one that is not known beforehand, None for one without a target."""
     if not isinstance(rows, Dataset) or not {"input_ids", "labels", "prompt_length"} <= set(rows.column_names):
         yield b""
         return

@@ -149,7 +149,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(rows: Dataset, name: str) -> bool:
-    """Whether a column holds numbers, one in every row: what is missing is no text and shall be told."""
+    """Whether a column holds numbers, one in every row: what is missing is no text, and is reported."""
     numeric = str(getattr(rows.features[name], "dtype", "")).startswith(("int", "uint", "float"))
     return numeric and rows.data.column(name).null_count == 0
 

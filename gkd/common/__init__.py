@@ -1,7 +1,7 @@
 """What every package may need and what knows none of them.
 
 devices: the dtype in which a device takes sums: float64 where there is one
-disk: files that are whole or not there, and a full disk told so that it can be mended: what, where, what to
+disk: files that are whole or not there, and the error of a full disk: what, where, what to
     do
 environment: what a run ran on: package versions and hardware, for the card and the doctor
 errors: how a training ends that cannot or must not go on

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and a full disk told so that it can be mended: what, where, what to do."""
+"""Files that are whole or not there, and the error of a full disk: what, where, what to do."""
 
 from __future__ import annotations
 

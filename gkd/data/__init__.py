@@ -11,8 +11,7 @@ kinds: kinds of data set objects: which have rows that can be counted, and how t
     are stored
 last_turn: the last question of a prompt, for tables: without the system turn and the signs that a chat
     template writes
-left_out: what a row holds and its chat template does not write: told, since it would be lost without a
-    word
+left_out: what a row holds and its chat template does not write: counted, and named in the report
 prepare: data sets: rows of any format become ids and labels, with a report of every row that could not be
     used as it is
 prepared_row: one row of a data set: read, put into ids for student and teacher, and held to the limits
@@ -34,6 +33,6 @@ tokenizer: `eos_token` and `chat_template_path`: options of `SFTConfig` about th
 turn_spans: where the earlier assistant turns of a chat stand in its rendering
 turns: turns of a chat, in any spelling of data sets, as the `role`/`content` messages that chat templates
     read
-unread: what a row holds and nothing reads: told, column by column; images and sound refused
+unread: what a row holds and nothing reads: counted, column by column; images and sound refused
 vocabulary: vocabularies: may these two models be compared token by token, and which ids end an answer?
 """

@@ -10,7 +10,7 @@
 
 The first of these whose leading column is not None decides, row by row. `tools` (or OpenAI's older `functions`),
 `chat_template_kwargs` and `system` (a system turn, when the chat has none) are honoured beside a chat. What else a
-row holds is told (`gkd.data.unread`). A row that fits none raises `ValueError` with its number and column.
+row holds is counted (`gkd.data.unread`). A row that fits none raises `ValueError` with its number and column.
 """
 
 from __future__ import annotations

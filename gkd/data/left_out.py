@@ -1,4 +1,4 @@
-"""What a row holds and its chat template does not write: told, since it would be lost without a word.
+"""What a row holds and its chat template does not write: counted, and named in the report.
 
 Each finding is a key of `gkd.data.row_report.NOTES`. That earlier turns lose their thoughts is how thinking models are
 served: that is no finding.

@@ -7,7 +7,7 @@ it says, the token that ends it, the next header. The header is what the generat
     <|im_end|>\n<|im_start|>assistant\n<think>\n               the generation prompt behind a question
     <|im_end|>\n<|im_start|>assistant\nSeven.<|im_end|>\n<|im_start|>user\n        what stands in the chat
 
-The end is told by what follows an answer (`EndOfTurn`), by the turn rendered alone, or by the last stop token. All of
+The end is found by what follows an answer (`EndOfTurn`), by the turn rendered alone, or by the last stop token. All of
 it takes a number of renderings that does not grow with the number of turns, of short chats for turns with tool calls.
 """
 

@@ -1,4 +1,4 @@
-"""What a row holds and nothing reads: told, column by column; images and sound refused.
+"""What a row holds and nothing reads: counted, column by column; images and sound refused.
 
 A column counts as read when the row's format reads it, or when all of its text stands in the row that came of it, as
 it does for columns that a recipe or a `formatting_func` has made the row from.

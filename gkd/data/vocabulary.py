@@ -44,7 +44,7 @@ def shared_vocabulary(
 
     Returns:
         None when the heads have equally many rows (nothing to restrict), else the smaller number of rows: both
-        distributions are then restricted to these ids and renormalised, which one log line tells.
+        distributions are then restricted to these ids and renormalised, which one log line says.
 
     Raises:
         ValueError: an id stands for different tokens.

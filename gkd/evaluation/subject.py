@@ -1,7 +1,7 @@
 """A model under measurement, in this process or on a server: it writes, it is compared with the teacher at the targets
 of (context, text) pairs, and it says -log p of their tokens.
 
-What a server tells exactly: its completions, the log-probability of a given token (so its perplexity), and its K most
+What a server gives exactly: its completions, the log-probability of a given token (so its perplexity), and its K most
 likely tokens with the mass of the rest. So a divergence is that of K + 1 outcomes, a lower bound of the one over the
 whole vocabulary (`gkd.teachers.server`), and the table's footnote says so.
 
@@ -88,7 +88,7 @@ class Subject(ABC):
     """A model under measurement. Two subjects of the same model are equal.
 
     Attributes:
-        top_k: how many tokens of a position it tells about; None is all of them.
+        top_k: how many tokens it scores at a position; None is all of them.
     """
 
     top_k: int | None = None
@@ -116,7 +116,7 @@ class Subject(ABC):
         tick: Callable[[int], None],
     ) -> list[Tensor] | None:
         """`compare` of the targets of each sequence, in float64 on the CPU; None for one that can only be the teacher
-        itself. `tick` is told how many sequences have been read."""
+        itself. `tick` gets how many sequences have been read."""
 
     @abstractmethod
     def nll(self, sequences: Sequence[Pair], how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:

@@ -10,8 +10,8 @@ head: a model's output head: found by its config, and compared with the model's 
     trusted
 hidden: run a causal language model up to its output head and do something else there: no logits are ever
     built
-loading: loading by name: tokenizer, configuration and teacher, with faults told by name (SFTTrainer loads the
-    student)
+loading: loading by name: tokenizer, configuration and teacher, with errors that name the fault
+    (SFTTrainer loads the student)
 placement: where a frozen model's weights stand: whole on every rank's accelerator, in CPU memory while it
     does nothing, or split over the ranks by DeepSpeed ZeRO-3 (Rajbhandari et al., arXiv 1910.02054),
     whatever the student's stage

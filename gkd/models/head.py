@@ -120,7 +120,7 @@ def _softcap(config: Any) -> float | None:
 
 
 def check_head(model: nn.Module, head: Head, input_ids: Tensor | None = None) -> None:
-    """Run the model on a few tokens and compare its logits with the head's: catches what no config field tells.
+    """Run the model on a few tokens and compare its logits with the head's: catches what no config field says.
 
     Call it in the precision that the model runs in (`gkd.models.precision.mixed_precision`): some kernels take no
     fp32.

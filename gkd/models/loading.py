@@ -1,4 +1,4 @@
-"""Loading by name: tokenizer, configuration and teacher, with faults told by name (SFTTrainer loads the student)."""
+"""Loading by name: tokenizer, configuration and teacher, errors name the fault (SFTTrainer loads the student)."""
 
 from __future__ import annotations
 

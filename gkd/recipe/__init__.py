@@ -2,13 +2,13 @@
 
 build: settings and data made into a trainer: to train with, or only to measure with
 capture: recipe files: executing one, or taking from it what it would run
-command_line: the parser of a run's flags and of its `--config` YAML: TRL's, with mistakes told by field,
-    value and remedy
+command_line: the parser of a run's flags and of its `--config` YAML: TRL's; an error names field, value
+    and remedy
 mistakes: a user's mistake ends in one line, anybody else's with its traceback
 report: what a run shows of itself: student before and after, in the log, the table, the files and the card
-rows: a run's data: local files, data sets by name, or what a recipe's `load_data` gives; mistakes told by name
+rows: a run's data: local files, data sets by name, or what a recipe's `load_data` gives; an error names what is wrong
 run_end: the end of a run: what was trained is kept even where the output folder cannot take it, and what
-    cannot be written is told when everything else has been
+    cannot be written is reported when everything else has been
 set_aside: A recipe's values that only go with another one of its values go when that one is changed
-settings: everything that a run is told: the command line over YAML over a recipe's defaults
+settings: the settings of a run: the command line over YAML over a recipe's defaults
 """

@@ -1,4 +1,4 @@
-"""The parser of a run's flags and of its `--config` YAML: TRL's, with mistakes told by field, value and remedy."""
+"""The parser of a run's flags and of its `--config` YAML: TRL's; an error names field, value and remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's data: local files, data sets by name, or what a recipe's `load_data` gives; mistakes told by name."""
+"""A run's data: local files, data sets by name, or what a recipe's `load_data` gives; an error names what is wrong."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The end of a run: what was trained is kept even where the output folder cannot take it, and what cannot be written
-is told when everything else has been."""
+is reported when everything else has been."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that a run is told: the command line over YAML over a recipe's defaults.
+"""The settings of a run: the command line over YAML over a recipe's defaults.
 
 One config object goes from the command line to the trainer: `GKDConfig` is parsed once, and nothing is copied field by
 field. Precedence: command-line flag, then `--config` YAML, then the recipe's defaults, then the fields' own defaults.

@@ -23,7 +23,7 @@ class Teacher(ABC):
         callbacks: of the training, which the trainer adds to its own.
         loaded: False while a model that can be done without is not in memory (`teacher_scores_dir`).
         remote: it is asked over a network, where one rank can fail alone.
-        top_k: how many tokens of a position it tells about; None is all of them.
+        top_k: how many tokens it scores at a position; None is all of them.
         writes: it has `rollout` and `log_probs`, in the place of a model that could be asked for them.
     """
 
@@ -59,7 +59,7 @@ class Teacher(ABC):
         return (None, None) if self.model is None else (model_name(self.model), revision_of(self.model, kwargs))
 
     def identity(self) -> str | None:
-        """What tells it from other teachers; None where its weights do."""
+        """What distinguishes it from other teachers; None where its weights do."""
         return type(self).__name__ if self.model is None else None
 
     def rollout(self, settings: SamplingSettings, *, seed: int, source: str) -> Rollout:

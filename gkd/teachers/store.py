@@ -4,7 +4,7 @@ A store is a folder of safetensors files. Each process collects rows in memory a
 shard (`rows-*.safetensors`): to a temporary name, synchronised, then renamed, so a shard is whole or it is not there.
 A shard holds the rows one behind the other, [tokens, Dt] in the dtype that the teacher gave, with each row's key, end
 and CRC-32. It is memory-mapped: a row that is asked for is read, checked and copied, the others stay on disk. A
-damaged shard is told, deleted, and its rows are simply not there any more.
+damaged shard is warned of, deleted, and its rows are simply not there any more.
 
 `head.safetensors` is the teacher's output head, with which the states become logits; `about.json` says for humans what
 they are. The folder's name is a hash of all that they depend on beside the sequence (`open_scores`).

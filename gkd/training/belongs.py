@@ -1,7 +1,7 @@
 """What a training belongs to: its settings, rows, models and how its ranks are wired, as plain facts.
 
-A checkpoint keeps them, so that going on with something else is told; ranks compare them before the first step, since
-two that differ would train on mixed gradients or wait for each other for ever.
+A checkpoint keeps them, so that going on with something else is warned of; ranks compare them before the first step,
+since two that differ would train on mixed gradients or wait for each other for ever.
 """
 
 from __future__ import annotations

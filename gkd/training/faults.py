@@ -1,10 +1,10 @@
 """`FaultGuard`: a step that must not be made is left out: no target anywhere, or a loss or gradient not finite.
 
 A window without a single target, on any rank, is not stepped on: nothing would be learnt, but the optimizer's momentum
-and weight decay would move the weights. It is told, and left out of the logged mean of the loss.
+and weight decay would move the weights. It is warned of, and left out of the logged mean of the loss.
 
 A step whose loss or gradient is not finite is skipped: no weight and no optimizer state moves. All ranks decide
-alike without a word, because a loss that is not finite makes its gradients NaN (`nan_unless_finite`) and the ranks'
+alike without communicating: a loss that is not finite makes its gradients NaN (`nan_unless_finite`), and the ranks'
 gradients are summed. The step still counts as one: its rows are passed over, and the learning rate goes on, so that
 it stays a function of the step's number.
 """
@@ -62,7 +62,7 @@ class FaultGuard(TrainerCallback):
         self.is_empty = False  # the present window: no rank has a target in it
         self._since_log = self._in_training = (0, 0)  # steps, and those of them without a target
 
-    # ------------------------------------------------------------------------------ what the trainer tells it
+    # ------------------------------------------------------------------------------ called by the trainer
 
     def start(self) -> None:
         """A training begins."""
@@ -130,7 +130,7 @@ class FaultGuard(TrainerCallback):
             self._count(state.global_step, bad_rows, lost)
         if skipped or self.is_empty:
             if self.accelerator.optimizer_step_was_skipped and isinstance(kwargs["lr_scheduler"], LambdaLR):
-                kwargs["lr_scheduler"].step()  # the Trainer has not: DeepSpeed told it of the skip
+                kwargs["lr_scheduler"].step()  # the Trainer has not: DeepSpeed reported the skip
         else:
             self._in_a_row = 0  # an empty step is no finite one: it says nothing
         if term or interrupt:
@@ -223,7 +223,7 @@ class FaultGuard(TrainerCallback):
         self.record.nonfinite_steps += 1
         self._in_a_row += 1
         if bad_rows is None and lost:
-            return  # the rank whose loss it was tells
+            return  # the rank whose loss it was warns
         what = "gradient" if bad_rows is None else "loss"
         rows = torch.cat([rows for _, rows in self._losses]).tolist() if bad_rows is None else bad_rows
         logger.warning("step %d is skipped: its %s is not finite; rows %s", step, what, sorted(rows))

@@ -120,7 +120,7 @@ class GoingOn:
             alone = no_way_on(folder)
             if alone:
                 raise ValueError(f"resume_from_checkpoint=true: {folder} holds no complete checkpoint{alone}")
-            files.find(folder)  # tells of what was cut off
+            files.find(folder)  # warns of what was cut off
             logger.warning("resume_from_checkpoint=true: %s holds no complete checkpoint, starting anew", folder)
             return False
 

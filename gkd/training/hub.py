@@ -1,6 +1,6 @@
 """Pushing to the Hugging Face Hub: a push that fails loses nothing and says how to do it again.
 
-The Trainer pushes at three moments: it makes the repository when it is created, so a wrong token is told before the
+The Trainer pushes at three moments: it makes the repository when it is created, so a wrong token is refused before the
 first step; after each checkpoint in the background, where a failure must not end the training; and at the end, when
 everything has been saved locally.
 """
@@ -62,7 +62,7 @@ def pushed(args: Any, repository: Callable[[], str | None]) -> Iterator[None]:
 
 @contextmanager
 def pushed_if_possible() -> Iterator[None]:
-    """Inside, a checkpoint is pushed; where that fails, it is told, and the training goes on."""
+    """Inside, a checkpoint is pushed; where that fails, a warning says so, and the training goes on."""
     try:
         yield
     except HUB_ERRORS as error:
@@ -70,7 +70,7 @@ def pushed_if_possible() -> Iterator[None]:
 
 
 def warn_of_failed_pushes(in_progress: Any) -> None:
-    """A push in the background (`push_in_progress`) keeps its exception to itself: tell it, once."""
+    """A push in the background (`push_in_progress`) keeps its exception to itself: warn of it, once."""
     jobs = getattr(in_progress, "jobs", [])
     for job in [job for job in jobs if job.done() and job.exception() is not None]:
         logger.warning("a push to the Hub failed, the next one sends its files: %s", _brief(job.exception()))
