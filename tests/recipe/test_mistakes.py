@@ -156,7 +156,7 @@ def ends(argv, folder, monkeypatch, capsys):
         ("plan good.py --gpu_memory lots", ["gpu_memory='lots'", "80GB"]),
         ("evaluate good.py --adapter nowhere", ["--adapter='nowhere'", "neither a folder nor an adapter"]),
         ("evaluate good.py --adapter student", ["--adapter student", "--model_name_or_path student"]),
-        ("evaluate good.py --adapter wide_adapter", ["--adapter wide_adapter", "size mismatch"]),
+        ("evaluate good.py --adapter wide_adapter", ["--adapter='wide_adapter'", "size mismatch"]),
         ("run good.py --use_peft --lora_target_modules none", ["none", "not found"]),
         ("precompute good.py --precompute_output file", ["'file'", "new folder"]),
     ],
