@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 from accelerate import Accelerator
 from datasets import Dataset
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config.fields import GKDConfig
+from gkd.data.sequences import columns_read
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids
 from gkd.models.facts import position_limit
 from gkd.models.zero import zero_stage
@@ -99,12 +101,14 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
     with_rollout = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
     allowed = [with_rollout if generates else 0, args.max_length if args.reads_answers else 0]
     smallest = min((room for room, _ in known.values()), default=None)
-    if smallest is None or all(size is not None and size <= smallest for size in allowed):
+    fits = smallest is not None and all(size is not None and size <= smallest for size in allowed)
+    if smallest is None or (fits and not _has_views(rows)):
         return
     if rows is None or not {"input_ids", "prompt_length"} <= set(rows.column_names):
         return  # a foreign collator: its sequences are not known here
-    prompt, row = _longest(rows)
     for who, (room, binds) in known.items():
+        prompt, row = _longest(rows, who)
+        own = who == "teacher" and _has_views(rows)
         if generates and prompt + args.max_new_tokens > room:
             text = (
                 f"max_new_tokens={args.max_new_tokens}: with the longest prompt, of {prompt} tokens, that makes "
@@ -116,7 +120,8 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
                 f"max_length={args.max_length}: the longest row has {row} tokens, and the {who} has {room} positions "
                 "(max_position_embeddings)"
             )
-            _raise_or_warn(text, f"set max_length={room}, or take a model for longer texts", binds)
+            remedy = "give the teacher shorter prompts, lower max_length" if own else f"set max_length={room}"
+            _raise_or_warn(text, f"{remedy}, or take a model for longer texts", binds)
 
 
 def _raise_or_warn(text: str, remedy: str, binds: bool) -> None:
@@ -125,12 +130,27 @@ def _raise_or_warn(text: str, remedy: str, binds: bool) -> None:
     logger.warning("%s; its positions are stretched, so it goes on: see that the model is good at this length", text)
 
 
-def _longest(rows: Dataset) -> tuple[int, int]:
-    """Tokens of the longest prompt and of the longest row."""
+def _has_views(rows: Dataset | None) -> bool:
+    return rows is not None and bool({"teacher_context", "teacher_prompt_ids"} & set(rows.column_names))
+
+
+def _longest(rows: Dataset, who: str) -> tuple[int, int]:
+    """Tokens of the longest prompt and of the longest row, as the student or the teacher reads them."""
     prompt, row = 0, 0
-    columns = ["input_ids", "prompt_length", "prompt_ids"]
-    for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_A_TIME):
-        own = pc.max(pc.list_value_length(batch.column("prompt_ids"))).as_py() or 0
-        prompt = max(prompt, own, pc.max(batch.column("prompt_length")).as_py() or 0)
-        row = max(row, pc.max(pc.list_value_length(batch.column("input_ids"))).as_py() or 0)
+    for batch in columns_read(rows).with_format("arrow").iter(_ROWS_AT_A_TIME):
+        length, start = _lengths(batch, "input_ids"), np.asarray(batch.column("prompt_length"))
+        prompts = np.maximum(start, _lengths(batch, "prompt_ids"))
+        if who == "teacher" and _has_views(rows):
+            context = _lengths(batch, "teacher_context")
+            length = np.where(context > 0, context + length - start, length)
+            own = np.maximum(context, _lengths(batch, "teacher_prompt_ids"))
+            prompts = np.where(own > 0, own, prompts)
+        prompt, row = max(prompt, int(prompts.max(initial=0))), max(row, int(length.max(initial=0)))
     return prompt, row
+
+
+def _lengths(batch: Any, column: str) -> Any:
+    """Length of each row's list; 0 in a column that is not there."""
+    if column not in batch.column_names:
+        return np.zeros(len(batch), dtype=np.int64)
+    return np.asarray(pc.fill_null(pc.list_value_length(batch.column(column)), 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.config.fields import GKDConfig
 from gkd.data.prepare import prepare_dataset
-from gkd.data.sequences import prompt_of
+from gkd.data.sequences import EndMap, sequence_of
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.evaluation.subject import Conditions, subject_of
 from gkd.evaluation.task_score import CorpusScore, Score, TaskScore
+from gkd.evaluation.view import TeacherReads
 from gkd.loss.settings import LossSettings
 from gkd.rollouts.base import Rollout
+from gkd.rollouts.hygiene import Hygiene
 from gkd.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Assembled(Protocol):
     teacher: Teacher
     rollouts: dict[str, Rollout]
     loss_settings: LossSettings
+    hygiene: Hygiene
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,24 @@ class Questions:
         prompts: each is answered.
         held_out: texts for the perplexity; may be empty.
         starts: where the targets of each text start; None is behind its first token.
+        teacher_prompts: what the teacher answers; None is the same. teacher_contexts: what it reads in front of each
+            text's targets; None is the same.
     """
 
     prompts: list[list[int]]
     held_out: list[list[int]]
     starts: list[int] | None
+    teacher_prompts: list[list[int]] | None = None
+    teacher_contexts: list[list[int]] | None = None
+
+    def as_the_teacher_reads_them(self, end_map: EndMap | None) -> TeacherReads | None:
+        """None where that is as the student does."""
+        if self.teacher_prompts is None and self.teacher_contexts is None and end_map is None:
+            return None
+        contexts = self.teacher_contexts
+        if contexts is None and self.starts is not None:
+            contexts = [ids[:start] for ids, start in zip(self.held_out, self.starts, strict=True)]
+        return TeacherReads(self.teacher_prompts or self.prompts, contexts or (), end_map)
 
 
 def make_evaluator(
@@ -81,6 +97,7 @@ def make_evaluator(
         score=score,
         public_tasks=public_tasks,
         held_out_starts=questions.starts,
+        teacher_reads=questions.as_the_teacher_reads_them(run.hygiene.end_map),
         num_samples=num_samples,
     )
 
@@ -121,27 +138,26 @@ def evaluator_of(
     if data.get("prompts") is None and data.get("eval") is None:
         logger.warning("no held-out rows: the before/after table is measured on rows of the training set")
     rows = rows.select(range(min(len(rows), asked.num_eval_prompts)))
-    prompts, kept = _prompts(rows, run)
+    asked_rows = _prepared(rows, run, "evaluation prompts", max_length=None)
+    sequences = [sequence_of(row) for row in asked_rows]
+    prompts = [sequence.prompt for sequence in sequences]
+    teacher_prompts = [sequence.teacher_prompt for sequence in sequences]
     if len(prompts) < asked.num_eval_prompts:
         logger.info(
             "num_eval_prompts=%d: there are %d, all of them are measured", asked.num_eval_prompts, len(prompts)
         )
-    questions = Questions(prompts, *_held_out(data, run))
+    questions = replace(
+        _held_out(data, run), prompts=prompts, teacher_prompts=None if teacher_prompts == prompts else teacher_prompts
+    )
     if subject_of(run.teacher) is None:
         logger.warning("there is no single teacher in this process: only the student is measured, by itself")
     of_task = None
     if score is not None or corpus_score is not None:
-        of_task = TaskScore([rows[number] for number in kept], score, corpus_score)
+        of_task = TaskScore([rows[number] for number in asked_rows["row"]], score, corpus_score)
     public = None
     if asked.lm_eval_tasks is not None:
         public = PublicTasks(asked.lm_eval_tasks, asked.lm_eval_limit, args.per_device_eval_batch_size, args.seed)
     return make_evaluator(run, questions, score=of_task, public_tasks=public)
-
-
-def _prompts(rows: Dataset, run: Assembled) -> tuple[list[list[int]], list[int]]:
-    """Prompt ids, and the number of each one's row."""
-    prepared = _prepared(rows, run, "evaluation prompts", max_length=None)
-    return [prompt_of(row) for row in prepared], list(prepared["row"])
 
 
 def _prepared(rows: Dataset, run: Assembled, name: str, max_length: int | None) -> Dataset:
@@ -169,17 +185,23 @@ def texts_in_ids(texts: Iterable[str], run: Assembled) -> list[list[int]]:
     return [row for row in ids if len(row) > 1]
 
 
-def _held_out(data: dict[str, Any], run: Assembled) -> tuple[list[list[int]], list[int] | None]:
-    """Token ids for the perplexity, and where each one's targets start."""
+def _held_out(data: dict[str, Any], run: Assembled) -> Questions:
+    """What the perplexity is measured on; no prompts yet."""
     texts = data.get("held_out_text")
     if texts is not None:
-        return texts_in_ids(texts, run), None
+        return Questions([], texts_in_ids(texts, run), None)
     if data.get("eval") is None:
-        return [], None
+        return Questions([], [], None)
     prepared = run.eval_dataset
     if prepared is None:  # eval_strategy="no": not evaluated while it trains, but measured before and after
         first = data["eval"].select(range(min(len(data["eval"]), HELD_OUT_ROWS)))
         prepared = _prepared(first, run, "held-out answers", max_length=run.args.max_length)
     rows = [row for row in prepared if 0 < row["prompt_length"] < len(row["input_ids"])]
-    rows = rows[:HELD_OUT_ROWS]
-    return [row["input_ids"] for row in rows], [row["prompt_length"] for row in rows]
+    sequences = [sequence_of(row) for row in rows[:HELD_OUT_ROWS]]
+    contexts = [sequence.teacher_context or sequence.input_ids[: sequence.prompt_length] for sequence in sequences]
+    return Questions(
+        [],
+        [sequence.input_ids for sequence in sequences],
+        [sequence.prompt_length for sequence in sequences],
+        teacher_contexts=contexts if any(sequence.has_view for sequence in sequences) else None,
+    )

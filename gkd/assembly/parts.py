@@ -42,7 +42,8 @@ class Parts:
 
     `teacher` scores (a `Teacher`; None where it is on a server that only writes); `teacher_model` is what it was made
     from. `rollouts` write, by source ("student" is there when the student is loaded). `servers` are None where a model
-    is in this process. `pad_id` can be read by both models.
+    is in this process. `pad_id` can be read by both models. `end_map` is the token that ends a turn for the student,
+    and the one for the teacher, where they are not the same.
     """
 
     teacher: Any
@@ -54,6 +55,7 @@ class Parts:
     stop_ids: dict[str, tuple[int, ...]]
     hygiene: Hygiene
     pad_id: int
+    end_map: tuple[int, int] | None = None
 
 
 def assemble(

@@ -18,8 +18,7 @@ from gkd.common.environment import installed_versions
 from gkd.common.errors import DiskFullError
 from gkd.common.ranks import sum_over_ranks
 from gkd.config.fields import GKDConfig
-from gkd.data.sequences import join, prompt_of
-from gkd.data.targets import IGNORE
+from gkd.data.sequences import TokenSequence, columns_read, join, sequence_of
 from gkd.models.facts import model_name, revision_of
 from gkd.models.fingerprint import fingerprint
 from gkd.models.placement import SHARDED
@@ -117,7 +116,7 @@ def load_unless_covered(
     missing = int(args.student_writes)  # what the student will write nobody knows
     for number, rows in enumerate(datasets if not missing else ()):
         writes = args.teacher_writes and number == 0
-        keys = written_keys(rows, rollout, hygiene) if writes else keys_of(rows)
+        keys = written_keys(rows, rollout, hygiene) if writes else keys_of(rows, hygiene)
         missing += sum(key is not None and key not in teacher.store for key in keys)
     missing = int(sum_over_ranks(teacher.accelerator, torch.tensor(missing)))
     if missing == 0:
@@ -133,14 +132,15 @@ def evaluation_sets(rows: Any) -> list[Any]:
     return [] if rows is None else list(rows.values()) if isinstance(rows, dict) else [rows]
 
 
-def keys_of(rows: Any) -> Iterator[bytes | None]:
-    """The key of each prepared row; b"" for one that is not known beforehand, None for one without a target."""
+def keys_of(rows: Any, hygiene: Hygiene) -> Iterator[bytes | None]:
+    """The key of each prepared row, as the teacher reads it; b"" for one that is not known beforehand, None for one
+    without a target."""
     if not isinstance(rows, Dataset) or not {"input_ids", "labels", "prompt_length"} <= set(rows.column_names):
         yield b""
         return
-    for row in rows.select_columns(["input_ids", "labels"]):
-        trained = any(label != IGNORE for label in row["labels"][1:])
-        yield row_key(row["input_ids"], row["labels"]) if trained else None
+    for row in columns_read(rows):
+        sequence = sequence_of(row, hygiene.end_map)
+        yield row_key(*sequence.teacher_row()) if sequence.num_targets else None
 
 
 def written_keys(rows: Any, rollout: Rollout, hygiene: Hygiene) -> Iterator[bytes | None]:
@@ -148,19 +148,28 @@ def written_keys(rows: Any, rollout: Rollout, hygiene: Hygiene) -> Iterator[byte
     if rollout.store is None or not isinstance(rows, Dataset):
         yield b""
         return
-    for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]):
-        prompt = prompt_of(row)
-        if prompt not in rollout.store:
+    for row in columns_read(rows):
+        sequence = sequence_of(row, hygiene.end_map)
+        if sequence.teacher_prompt not in rollout.store:
             yield b""
             continue
-        sequence = written(prompt, rollout.store.get(prompt), hygiene)
-        yield None if sequence is None else row_key(*sequence)
+        found = written(sequence, rollout.store.get(sequence.teacher_prompt), hygiene)
+        yield None if found is None else row_key(*found.teacher_row())
 
 
-def written(prompt: list[int], completion: list[int], hygiene: Hygiene) -> tuple[list[int], list[int]] | None:
-    """Token ids and labels of a sequence that the teacher has written; None when it is not trained on."""
+def written(row: TokenSequence, completion: list[int], hygiene: Hygiene) -> TokenSequence | None:
+    """A row with the completion that the teacher has written for it; None when it is not trained on."""
     verdict = hygiene.judge(completion, "teacher")
     if not hygiene.trains(verdict):
         return None
-    sequence = join(prompt, completion, "teacher", -1, truncated=verdict.truncated)
-    return (sequence.input_ids, sequence.labels) if sequence.num_targets else None
+    sequence = join(
+        row.prompt,
+        completion,
+        "teacher",
+        row.row,
+        truncated=verdict.truncated,
+        teacher=row.teacher,
+        teacher_prompt=row.teacher_prompt,
+        end_map=hygiene.end_map,
+    )
+    return sequence if sequence.num_targets else None

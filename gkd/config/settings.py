@@ -56,7 +56,9 @@ def sampling_settings(
     )
 
 
-def hygiene(args: GKDConfig, stop_ids: Mapping[str, tuple[int, ...]]) -> Hygiene:
+def hygiene(
+    args: GKDConfig, stop_ids: Mapping[str, tuple[int, ...]], end_map: tuple[int, int] | None = None
+) -> Hygiene:
     """Which completions are counted as unsound, and which of them are trained on."""
     return Hygiene(
         stop_ids=stop_ids,
@@ -64,6 +66,7 @@ def hygiene(args: GKDConfig, stop_ids: Mapping[str, tuple[int, ...]]) -> Hygiene
         repetition_threshold=args.repetition_threshold,
         train_truncated=not args.mask_truncated_completions,
         train_repetitive=not args.drop_repetitive_completions,
+        end_map=end_map,
     )
 
 

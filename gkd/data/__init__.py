@@ -23,6 +23,7 @@ sources: where each sequence of an optimizer step comes from: the data set, the 
 targets: target tokens: which positions of a padded batch are trained on, and the weight of each
 teacher_rows: a row as its teacher reads it, where that is not as the student does: another prompt, system
     turn or template
+teacher_view: a batch as the teacher reads it, where that is not as the student does
 template_day: what a chat template takes for today, where it writes a date (`strftime_now`: Llama-3.2,
     gpt-oss and others)
 templates: chat templates: rendering, whatever form a template wants a text in and whatever day it is

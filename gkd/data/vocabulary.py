@@ -137,10 +137,11 @@ def check_ids_in_use(
         ValueError: naming the row, the token and the side that does not know it.
     """
     limit = min(heads.values()) if shared is None else shared
+    _check_ids_of_the_teacher(datasets, heads["teacher"])
     if max(tokenizer.get_vocab().values()) < limit:
         return
     used = [(f"the student's stop token is {{}} (of {sorted(stop_ids)})", i) for i in stop_ids if i >= limit]
-    found = used[0] if used else _first_id_beyond(datasets, limit)
+    found = used[0] if used else _first_id_beyond(datasets, limit, ("input_ids", "prompt_ids"))
     if found is None:
         return
     place, unknown = found
@@ -156,10 +157,21 @@ def check_ids_in_use(
     raise ValueError(f"{place.format(token)}, and {why}: {remedy}")
 
 
-def _first_id_beyond(datasets: dict[str, Any], limit: int) -> tuple[str, int] | None:
+def _check_ids_of_the_teacher(datasets: dict[str, Any], rows_of_head: int) -> None:
+    """What only the teacher reads need be no token of the student's."""
+    found = _first_id_beyond(datasets, rows_of_head, ("teacher_context", "teacher_prompt_ids"))
+    if found is not None:
+        place, unknown = found
+        raise ValueError(
+            f"{place.format(f'id {unknown:,}')} in the teacher's prompt, and its output head has {rows_of_head:,} "
+            "rows, so it cannot read that: write its prompts with the tokenizer that it was trained with"
+        )
+
+
+def _first_id_beyond(datasets: dict[str, Any], limit: int, columns: Sequence[str]) -> tuple[str, int] | None:
     for name, rows in datasets.items():
         known = getattr(rows, "column_names", None) or ()
-        names = [column for column in ("input_ids", "prompt_ids") if column in known]
+        names = [column for column in columns if column in known]
         if not names:
             continue
         start = 0

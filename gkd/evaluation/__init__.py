@@ -9,4 +9,5 @@ subject: a model under measurement, in this process or on a server: it writes, i
     teacher at the targets of (context, text) pairs, and it says -log p of their tokens
 task_score: A recipe's own scores: of each completion by itself, and of all completions at once (corpus
     BLEU)
+view: what models are measured on, as student and teacher read it: one completion, behind the prompt of each
 """

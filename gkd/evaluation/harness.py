@@ -25,6 +25,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from gkd.evaluation.measures import (
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.evaluation.subject import Conditions, Subject
 from gkd.evaluation.task_score import TaskScore
+from gkd.evaluation.view import TeacherReads, answered, held_out
 from gkd.loss.divergences import forward_kl
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
@@ -75,6 +77,7 @@ class Evaluator:
         conditions: seed, batch size and precision, the same for every model.
         score: the task's, for the greedy completions and samples at T = 1; None without a task.
         public_tasks: named tasks through lm-eval, for models in this process.
+        teacher_reads: what the teacher reads in the place of the student's prompts; None = the same.
         held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
         num_samples: prompts whose completions are kept as text.
 
@@ -93,6 +96,7 @@ class Evaluator:
     score: TaskScore | None = None
     public_tasks: PublicTasks | None = None
     held_out_starts: list[int] | None = None
+    teacher_reads: TeacherReads | None = None
     num_samples: int = 3
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
     _bar: Any = field(default=None, init=False, repr=False)
@@ -143,6 +147,7 @@ class Evaluator:
         sampling = self._teacher_sampling if is_teacher else self.sampling
         with self._watched(name):
             own = self.teacher_text() if is_teacher else self._generate(model, sampling)
+            prompts = self._prompts_of(model)
             values = {
                 **self._against_teacher(model, own),
                 **self._text_measures(own, sampling),
@@ -155,15 +160,17 @@ class Evaluator:
         if self.public_tasks is not None:
             public, of_tasks = model.public_tasks(self.public_tasks, self.tokenizer, self.conditions)
             values, extra = values | public, extra | of_tasks
-        texts = zip(self.prompts[: self.num_samples], own, strict=False)
+        texts = zip(prompts[: self.num_samples], own, strict=False)
         samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
         questions = tuple(map(LastTurn(self.tokenizer), (prompt for prompt, _ in samples)))
         return Measures(name, values, samples, self.settings(), extra, questions)
 
     def settings(self) -> dict[str, Any]:
         """How everything was measured, for the table's footnote."""
+        own = self.teacher_reads is not None and self.teacher_reads.differs_from(self.prompts)
         return {
             "prompts": len(self.prompts),
+            **({"the teacher reads": "prompts of its own"} if own else {}),
             "held-out texts": len(self.held_out),
             "divergence": self._divergence_name(),
             "sampling temperature": self.sampling.temperature,
@@ -220,9 +227,14 @@ class Evaluator:
 
     def _generate(self, model: Subject, sampling: SamplingSettings) -> list[list[int]]:
         """Completions of all prompts."""
-        completions = model.generate(self.prompts, sampling, self.conditions)
+        completions = model.generate(self._prompts_of(model), sampling, self.conditions)
         self._tick(len(completions))
         return completions
+
+    def _prompts_of(self, model: Subject) -> list[list[int]]:
+        """What it answers."""
+        own = model == self.teacher and self.teacher_reads is not None
+        return list(self.teacher_reads.prompts) if own and self.teacher_reads is not None else self.prompts
 
     def _against_teacher(self, model: Subject, own: list[list[int]]) -> dict[str, Estimate]:
         """Divergences and agreement with the teacher on the model's own and on the teacher's completions."""
@@ -244,8 +256,12 @@ class Evaluator:
         """Token means of TARGET_VALUES over the completions."""
         assert self.teacher is not None
         counts = [len(completion) for completion in completions]
-        sequences = list(zip(self.prompts, completions, strict=True))
-        found = model.compared(self.teacher, sequences, self._target_values, self.conditions, self._tick)
+        # The teacher is compared with itself in its own view, so there is but one.
+        reads = None if model == self.teacher else self.teacher_reads
+        source = "teacher" if completions is self._teacher_text else "student"
+        sequences = answered(self._prompts_of(model), completions, reads, source=source)
+        compare = partial(self._target_values, exchanged=None if reads is None else reads.end_map)
+        found = model.compared(self.teacher, sequences, compare, self.conditions, self._tick)
         if found is None:  # compared with itself
             same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
             return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
@@ -253,8 +269,12 @@ class Evaluator:
         sums.index_add_(0, torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), torch.cat(found))
         return {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
 
-    def _target_values(self, own: DenseSignal, signal: TeacherSignal, targets: Tensor) -> Tensor:
+    def _target_values(
+        self, own: DenseSignal, signal: TeacherSignal, targets: Tensor, exchanged: tuple[int, int] | None = None
+    ) -> Tensor:
         """TARGET_VALUES of each target, [N, 3] on the CPU."""
+        if exchanged is not None:
+            signal = signal.exchanging(exchanged)
         no_loss = torch.zeros(len(targets), device=own.hidden.device)
         output = fused_divergence(own.hidden, own.head, signal, targets, no_loss, self.loss)
         kl = output.forward_kl
@@ -267,8 +287,9 @@ class Evaluator:
         if not self.held_out:
             return {}
         assert self.held_out_starts is not None
-        parts = [(ids[:start], ids[start:]) for ids, start in zip(self.held_out, self.held_out_starts, strict=True)]
-        nll = model.nll(parts, self.conditions, self._tick)
+        by_teacher = model == self.teacher
+        rows = held_out(self.held_out, self.held_out_starts, self.teacher_reads, by_teacher=by_teacher)
+        nll = model.nll(rows, self.conditions, self._tick)
         return {
             "perplexity": exponential_estimate(ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll))))
         }

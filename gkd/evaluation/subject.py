@@ -1,5 +1,5 @@
 """A model under measurement, in this process or on a server: it writes, it is compared with the teacher at the targets
-of (context, text) pairs, and it says -log p of their tokens.
+of sequences, which each reads behind its own prompt, and it says -log p of their tokens.
 
 What a server gives exactly: its completions, the log-probability of a given token (so its perplexity), and its K most
 likely tokens with the mass of the rest. So a divergence is that of K + 1 outcomes, a lower bound of the one over the
@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gkd.data.sequences import collate, join
+from gkd.data.sequences import TokenSequence, collate
 from gkd.data.targets import select_targets, target_mask, targets_of
+from gkd.data.teacher_view import teacher_view
 from gkd.evaluation.measures import Estimate, Metric
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.loss.signals import DenseSignal, Head, TeacherSignal
@@ -32,10 +33,10 @@ from gkd.rollouts.base import Rollout, SamplingSettings
 from gkd.rollouts.hf import HFRollout
 from gkd.teachers.base import Teacher
 
-Pair = tuple[list[int], list[int]]  # ids of a context, and of the text behind it, whose tokens are the targets
 Ask = Callable[[dict[str, Tensor]], TeacherSignal]  # a batch -> what is said about its targets
 Compare = Callable[[DenseSignal, TeacherSignal, Tensor], Tensor]  # student, teacher, targets [N] -> [N, values]
 _Read = Callable[[DenseSignal, dict[str, Tensor], Tensor], Tensor]  # what the model says, batch, targets -> [N, ...]
+Rows = Sequence[TokenSequence]
 CHUNK_LOGITS = 2**25  # numbers in one chunk of logits for the perplexity: 128 MiB in fp32
 
 
@@ -55,10 +56,9 @@ def hidden_of_targets(model: PreTrainedModel, batch: dict[str, Tensor], device: 
     return select_targets(hidden, targets_of(batch)).to(device or hidden.device)
 
 
-def collated(sequences: Sequence[Pair], device: torch.device) -> dict[str, Tensor]:
-    """(context, completion) pairs as one right-padded batch; the id of the padding does not matter."""
-    rows = [join(context, text, "data", row) for row, (context, text) in enumerate(sequences)]
-    return {key: value.to(device) for key, value in collate(rows, pad_id=0).items()}
+def collated(sequences: list[TokenSequence], device: torch.device) -> dict[str, Tensor]:
+    """One right-padded batch; the id of the padding does not matter."""
+    return {key: value.to(device) for key, value in collate(sequences, pad_id=0).items()}
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -110,7 +110,7 @@ class Subject(ABC):
     def compared(
         self,
         teacher: Subject,
-        sequences: Sequence[Pair],
+        sequences: Rows,
         compare: Compare,
         how: Conditions,
         tick: Callable[[int], None],
@@ -119,8 +119,8 @@ class Subject(ABC):
         itself. `tick` gets how many sequences have been read."""
 
     @abstractmethod
-    def nll(self, sequences: Sequence[Pair], how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
-        """-log p in nats of the tokens of each (context, text)'s text, over the whole vocabulary."""
+    def nll(self, sequences: Rows, how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
+        """-log p in nats of the targets of each sequence, over the whole vocabulary."""
 
     def public_tasks(
         self, tasks: PublicTasks, tokenizer: PreTrainedTokenizerBase, how: Conditions
@@ -155,7 +155,7 @@ class LocalSubject(Subject):
     def compared(
         self,
         teacher: Subject,
-        sequences: Sequence[Pair],
+        sequences: Rows,
         compare: Compare,
         how: Conditions,
         tick: Callable[[int], None],
@@ -163,11 +163,11 @@ class LocalSubject(Subject):
         @contextmanager
         def comparing() -> Iterator[_Read]:
             with teacher.asked(how) as ask:
-                yield lambda own, batch, targets: compare(own, ask(batch), targets)
+                yield lambda own, batch, targets: compare(own, ask(teacher_view(batch)), targets)
 
         return self._of_targets(sequences, comparing(), how, tick)
 
-    def nll(self, sequences: Sequence[Pair], how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
+    def nll(self, sequences: Rows, how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
         def read(own: DenseSignal, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
             return token_nll(own.hidden, own.head, targets)
 
@@ -181,7 +181,7 @@ class LocalSubject(Subject):
 
     def _of_targets(
         self,
-        sequences: Sequence[Pair],
+        sequences: Rows,
         reading: AbstractContextManager[_Read],
         how: Conditions,
         tick: Callable[[int], None],
@@ -190,12 +190,12 @@ class LocalSubject(Subject):
         found = [torch.empty(0)] * len(sequences)
         with generation_mode(self.model, how.accelerator) as bare, reading as read:
             head = head_of(bare)
-            for rows in batches([len(context) + len(text) for context, text in sequences], how.batch_size):
+            for rows in batches([sequence.length for sequence in sequences], how.batch_size):
                 batch = collated([sequences[row] for row in rows], bare.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
                 tick(len(rows))
                 values = read(DenseSignal(hidden_of_targets(bare, batch), head), batch, targets).cpu().double()
-                for row, own in zip(rows, values.split([len(sequences[row][1]) for row in rows]), strict=True):
+                for row, own in zip(rows, values.split([sequences[row].num_targets for row in rows]), strict=True):
                     found[row] = own
         return found
 
@@ -219,7 +219,7 @@ class ServedSubject(Subject):
     def compared(
         self,
         teacher: Subject,
-        sequences: Sequence[Pair],
+        sequences: Rows,
         compare: Compare,
         how: Conditions,
         tick: Callable[[int], None],
@@ -227,8 +227,8 @@ class ServedSubject(Subject):
         assert teacher == self
         return None
 
-    def nll(self, sequences: Sequence[Pair], how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
-        starts = [(context + text, len(context)) for context, text in sequences]
+    def nll(self, sequences: Rows, how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
+        starts = [(sequence.input_ids, sequence.prompt_length) for sequence in sequences]
         return [[-value for value in values] for values in self.teacher.log_probs(starts)]
 
 

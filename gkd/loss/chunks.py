@@ -20,7 +20,7 @@ from gkd.loss import eager
 from gkd.loss.compiled import CannotCompileError, Constants, can_compile, compiled_chunk
 from gkd.loss.projection import Projection, add_product
 from gkd.loss.settings import FusedOutput, LossSettings
-from gkd.loss.signals import TeacherSignal, TopKSignal
+from gkd.loss.signals import DenseSignal, TeacherSignal, TopKSignal
 
 # Bytes of the two [C, V] logit buffers that decide the default chunk. A chunk reads both heads once and, with a
 # trained head, writes the head's gradient once, so a trained head wants more tokens per chunk.
@@ -144,7 +144,7 @@ class FusedPass:
     def run_chunk(self, at: slice) -> None:
         n = at.stop - at.start
         z_student = self.student.project(at, self.z_student)
-        z_teacher = None if self.teacher is None else self.teacher.project(at, self.z_teacher)
+        z_teacher = None if self.teacher is None else self._project_teacher(at)
         gradient = self._run_compiled(at, z_student, z_teacher)
         if gradient is None:
             for start in range(0, n, self.block):
@@ -155,6 +155,17 @@ class FusedPass:
         if self.gradients.any:
             scale = self.scale[at, None] * self.student.logit_scale
             self.gradients.add(self.student, at, gradient, scale)
+
+    def _project_teacher(self, at: slice) -> Tensor:
+        """The teacher's products h W^T, with the columns of exchanged tokens in each other's place."""
+        assert self.teacher is not None
+        assert isinstance(self.signal, DenseSignal)
+        z = self.teacher.project(at, self.z_teacher)
+        for first, second in self.signal.exchanged:
+            kept = z[:, first].clone()
+            z[:, first] = z[:, second]
+            z[:, second] = kept
+        return z
 
     def _run_compiled(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> Tensor | None:
         """The gradient (or, where none is asked for, the logits); None where the eager path has to do it."""

@@ -185,6 +185,11 @@ def _compared_vocabulary(
         if settings.shared_vocab > vocab:
             raise ValueError(f"shared_vocab={settings.shared_vocab} is more than the {vocab} rows of the smaller head")
         vocab = settings.shared_vocab
+    exchanged = signal.exchanged if isinstance(signal, DenseSignal) else ()
+    if outside := [pair for pair in exchanged if not 0 <= min(pair) <= max(pair) < vocab]:
+        raise ValueError(
+            f"the tokens {outside[0]} cannot stand for each other: not both are among the {vocab} compared tokens"
+        )
     if not n == signal_size == targets.shape[0]:
         raise ValueError(f"{n} hidden states, {signal_size} rows of the signal and {targets.shape[0]} targets")
     return vocab

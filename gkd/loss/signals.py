@@ -5,7 +5,7 @@ Shapes: N target tokens, V vocabulary, D hidden size (Dt the teacher's), K top-k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,19 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class DenseSignal:
-    """The teacher in the same process: its last hidden states [N, Dt] at the targets, and its head."""
+    """The teacher in the same process: its last hidden states [N, Dt] at the targets, and its head.
+
+    `exchanged` are pairs of ids whose logits change places before they are compared: where the teacher ends its turns
+    with another token than the student, the one stands for the other.
+    """
 
     hidden: Tensor
     head: Head
+    exchanged: tuple[tuple[int, int], ...] = ()
+
+    def exchanging(self, pair: tuple[int, int]) -> DenseSignal:
+        """The same with two tokens in each other's place."""
+        return replace(self, exchanged=(*self.exchanged, pair))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +58,12 @@ class TopKSignal:
 
     ids: Tensor
     log_probs: Tensor
+
+    def exchanging(self, pair: tuple[int, int]) -> TopKSignal:
+        """The same with two tokens in each other's place."""
+        first, second = pair
+        ids = torch.where(self.ids == first, second, torch.where(self.ids == second, first, self.ids))
+        return replace(self, ids=ids)
 
 
 TeacherSignal = DenseSignal | TopKSignal

@@ -40,6 +40,8 @@ class Hygiene:
         repetition_threshold: a completion is repetitive when a larger share of its 4-grams occurred before in it.
         train_truncated: whether truncated rollouts are trained on.
         train_repetitive: whether repetitive rollouts are trained on. Data rows always are.
+        end_map: the token that ends a turn for the student, and the one that does for the teacher, where they are
+            not the same: what the teacher has written is trained on with the student's.
 
     Raises:
         ValueError: a value out of range.
@@ -50,14 +52,17 @@ class Hygiene:
     repetition_threshold: float = 0.5
     train_truncated: bool = True
     train_repetitive: bool = True
+    end_map: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         whole("max_new_tokens", self.max_new_tokens, 1)
         within("repetition_threshold", self.repetition_threshold, 0, 1, "1 calls nothing repetitive")
 
     def judge(self, completion: list[int], source: str) -> Verdict:
-        """What this completion, written by `source`, is like."""
+        """What this completion, written by `source`, is like, as it was written or as it is trained on."""
         stops = self.stop_ids["teacher" if source == "teacher" else "student"]
+        if source == "teacher" and self.end_map is not None:
+            stops = (*stops, self.end_map[0])
         ended = bool(completion) and completion[-1] in stops
         return Verdict(
             ended=ended,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gkd.assembly.servers import score_together
 from gkd.data.sequences import PaddingCollator, TokenSequence, collate, unpad
 from gkd.data.targets import Targets, per_target, select_targets, target_weights, targets_of
+from gkd.data.teacher_view import teacher_view
 from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.loss.settings import FusedOutput
 from gkd.loss.signals import TeacherSignal, TopKSignal
@@ -85,7 +86,8 @@ class MicroBatches:
             ids_in_range("target", batch["target_ids"], compared)
         if args.teacher_placement == "cpu_offload" and len(batches) > 1 and not args.trains_on_nll_alone:
             with trainer.training_log.meters["train"].phase("teacher"):
-                for batch, hidden in zip(batches, trainer.teacher.score_window(batches, device), strict=False):
+                read = [teacher_view(batch) for batch in batches]
+                for batch, hidden in zip(batches, trainer.teacher.score_window(read, device), strict=False):
                     batch["teacher_hidden"] = hidden
         return batches
 
@@ -100,14 +102,16 @@ class MicroBatches:
     # --------------------------------------------------------------------------------------------- the loss
 
     def signal(self, inputs: Batch) -> TeacherSignal | None:
-        """What the teacher says about the targets; None in a training that does not ask it."""
-        teacher = self._trainer.teacher
+        """What the teacher says about the targets, in the student's terms; None in a training that does not ask it."""
+        trainer = self._trainer
+        scored: TeacherSignal
         if "teacher_hidden" in inputs:
-            scored: TeacherSignal = teacher.signal_of(inputs["teacher_hidden"])
-            return scored
-        if self._trainer.model.training and self._args.trains_on_nll_alone:
+            scored = trainer.teacher.signal_of(inputs["teacher_hidden"])
+        elif trainer.model.training and self._args.trains_on_nll_alone:
             return None
-        return score_together(teacher, inputs, self._accelerator)
+        else:
+            scored = score_together(trainer.teacher, teacher_view(inputs), self._accelerator)
+        return scored if trainer.hygiene.end_map is None else scored.exchanging(trainer.hygiene.end_map)
 
     def model_inputs(self, inputs: Batch) -> dict[str, Any]:
         """What the student is called with."""

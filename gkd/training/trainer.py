@@ -164,7 +164,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         parts = assemble(ready, accelerator, LoadedStudent(student, lambda: self.model_wrapped), teacher_tokenizer)
         self._pad_id = parts.pad_id
         if isinstance(self.data_collator, PaddingCollator):
-            self.data_collator = replace(self.data_collator, pad_id=self._pad_id)
+            self.data_collator = replace(self.data_collator, pad_id=self._pad_id, end_map=parts.hygiene.end_map)
         self.teacher, self.rollouts = parts.teacher, parts.rollouts
         self.loss_settings, self.stop_ids, self.hygiene = parts.loss_settings, parts.stop_ids, parts.hygiene
         self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)

@@ -72,10 +72,12 @@ def open_window(
 
 
 def prompts_of(window: Window, sources: list[str], source: str) -> tuple[list[int], list[list[int]], list[int]]:
-    """What `source` writes on this rank: places in the window, prompts, row numbers in the step."""
+    """What `source` writes on this rank: places in the window, prompts as the source reads them, row numbers in the
+    step."""
     mine = [i for i, index in enumerate(window.indices) if sources[index] == source]
     rows = [window.sequences[i] for i in mine]
-    return mine, [row.prompt for row in rows], [window.indices[i] for i in mine]
+    prompts = [row.teacher_prompt if source == "teacher" else row.prompt for row in rows]
+    return mine, prompts, [window.indices[i] for i in mine]
 
 
 def write_completions(
@@ -85,7 +87,8 @@ def write_completions(
     step: int,
     hygiene: Hygiene,
 ) -> list[TokenSequence]:
-    """Replace the completions of "student" and "teacher" rows by rollouts from their prompts.
+    """Replace the completions of "student" and "teacher" rows by rollouts from their prompts. Where the teacher has a
+    prompt of its own it writes from that one, and what it wrote is trained on behind the student's.
 
     Every rank calls every needed rollout, also with no prompt of its own, since a sharded model needs all ranks.
 
@@ -105,16 +108,18 @@ def write_completions(
         rows = [window.sequences[i] for i in mine]
         rollout = rollouts[source]
         completions = rollout.generate(prompts, step, numbers, [row.teacher for row in rows])
-        for i, row, prompt, completion in zip(mine, rows, prompts, completions, strict=True):
+        for i, row, completion in zip(mine, rows, completions, strict=True):
             verdict = hygiene.judge(completion, source)
             written[i] = join(
-                prompt,
+                row.prompt,
                 completion,
                 source,
                 row.row,
                 truncated=verdict.truncated,
                 train=hygiene.trains(verdict),
                 teacher=row.teacher,
+                teacher_prompt=row.teacher_prompt,
+                end_map=hygiene.end_map,
             )
         for i, log_probs in zip(mine, rollout.log_probs, strict=False):  # none where nobody asked for them
             written[i].log_probs = log_probs

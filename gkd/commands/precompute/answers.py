@@ -30,7 +30,7 @@ from gkd.assembly.rollouts import keep_completions, rows_at_a_time
 from gkd.assembly.scores import evaluation_sets
 from gkd.common.environment import installed_versions
 from gkd.common.redact import redact_command
-from gkd.data.sequences import prompt_of
+from gkd.data.sequences import columns_read, join, sequence_of
 from gkd.data.targets import IGNORE
 from gkd.recipe.build import loading_arguments, student_name, student_tokenizer
 from gkd.recipe.capture import Recipe
@@ -54,6 +54,8 @@ _COLUMNS = Features(
         "source_row": Value("int64"),
     }
 )
+# Beside them where the teacher has prompts of its own: what it reads in front of the answer.
+_OF_A_VIEW = Features({"teacher_context": Sequence(Value("int32"))})
 
 
 @dataclass
@@ -196,16 +198,25 @@ def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
     Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out,
     and so is an answer with an id that stands for no token of the student's tokenizer.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    features = Features({**_COLUMNS, **(_OF_A_VIEW if set(_OF_A_VIEW) & set(work.rows.column_names) else {})})
+    columns: dict[str, list[Any]] = {name: [] for name in features}
     left_out = {"truncated": 0, "repetitive": 0, "unreadable": 0}
     known = max(work.tokenizer.get_vocab().values())
-    rows = work.rows.sort("row")
-    for prompt, number in zip(_prompts(rows), rows["row"], strict=True):
-        completion = work.rollout.store.get(prompt)
-        verdict = work.hygiene.judge(completion, "teacher")
+    for sequence in map(sequence_of, columns_read(work.rows.sort("row"))):
+        answer = work.rollout.store.get(sequence.teacher_prompt)
+        verdict = work.hygiene.judge(answer, "teacher")
         if not work.hygiene.trains(verdict):
             left_out["repetitive" if verdict.repetitive else "truncated"] += 1
             continue
+        found = join(
+            sequence.prompt,
+            answer,
+            "teacher",
+            sequence.row,
+            teacher_prompt=sequence.teacher_prompt,
+            end_map=work.hygiene.end_map,
+        )
+        prompt, completion = sequence.prompt, found.input_ids[found.prompt_length :]
         if max(completion, default=0) > known:
             left_out["unreadable"] += 1
             continue
@@ -217,20 +228,22 @@ def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
             "prompt_length": len(prompt),
             "truncated": verdict.truncated,
             "repetitive": verdict.repetitive,
-            "source_row": number,
+            "source_row": sequence.row,
+            "teacher_context": found.teacher_context,
         }
-        for name, value in row.items():
-            columns[name].append(value)
+        for name, values in columns.items():
+            values.append(row[name])
     if not columns["input_ids"]:
         raise ValueError(
             f"no answer of the teacher is left for the data set ({left_out}): raise max_new_tokens, or set "
             "mask_truncated_completions and drop_repetitive_completions to false"
         )
-    return Dataset.from_dict(columns, features=_COLUMNS), left_out
+    return Dataset.from_dict(columns, features=features), left_out
 
 
 def _prompts(rows: Dataset) -> Iterable[list[int]]:
-    return (prompt_of(row) for row in rows.select_columns(["input_ids", "prompt_length", "prompt_ids"]))
+    """What the teacher answers."""
+    return (sequence_of(row).teacher_prompt for row in columns_read(rows))
 
 
 def provenance(recipe: Recipe, work: Precomputation, kept: int, left_out: dict[str, int]) -> dict[str, Any]:

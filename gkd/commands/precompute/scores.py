@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from gkd.assembly.scores import written
 from gkd.commands.precompute.answers import Precomputation, fill, prepare
-from gkd.data.sequences import TokenSequence, collate, prompt_of
-from gkd.data.targets import IGNORE
+from gkd.data.sequences import TokenSequence, collate, columns_read, sequence_of
+from gkd.data.teacher_view import teacher_view
 from gkd.recipe.capture import Recipe
 from gkd.teachers.kept import KeptTeacher
 from gkd.teachers.store import ROOM, row_key
@@ -42,8 +42,7 @@ class SequencesToScore:
     def __init__(self, work: Precomputation) -> None:
         answers = work.answers
         writes = [answers is not None, *([False] * len(work.evaluation))]
-        columns = ["input_ids", "labels", "prompt_length", "prompt_ids"]
-        sets = [rows.select_columns(columns) for rows in (work.rows, *work.evaluation)]
+        sets = [columns_read(rows) for rows in (work.rows, *work.evaluation)]
         self._sets = list(zip(sets, writes, strict=True))
         self._work = work
 
@@ -66,14 +65,11 @@ class SequencesToScore:
 
     def _sequence(self, row: Any, writes: bool) -> TokenSequence | None:
         """What is trained on in this row; None without a target."""
-        ids, labels, length = list(row["input_ids"]), list(row["labels"]), int(row["prompt_length"])
+        sequence = sequence_of(row, self._work.hygiene.end_map)
         if writes:
-            prompt = prompt_of(row)
-            found = written(prompt, self._work.rollout.store.get(prompt), self._work.hygiene)
-            if found is None:
-                return None
-            (ids, labels), length = found, len(prompt)
-        return TokenSequence(ids, labels, length) if any(label != IGNORE for label in labels[1:]) else None
+            completion = self._work.rollout.store.get(sequence.teacher_prompt)
+            return written(sequence, completion, self._work.hygiene)
+        return sequence if sequence.num_targets else None
 
 
 def precompute_scores(recipe: Recipe) -> None:
@@ -145,18 +141,19 @@ def _find_unscored(rows: SequencesToScore, teacher: KeptTeacher) -> tuple[list[U
     for place, sequence in enumerate(rows):
         if sequence is not None:
             number += 1
-            key = row_key(sequence.input_ids, sequence.labels)
+            key = row_key(*sequence.teacher_row())
             if key not in teacher.store:
-                found.setdefault(key, Unscored(place, len(sequence.input_ids), sequence.num_targets))
+                found.setdefault(key, Unscored(place, len(sequence.teacher_row()[0]), sequence.num_targets))
     unscored = sorted(found.values(), key=lambda row: row.length, reverse=True)
     result: tuple[list[Unscored], int] = broadcast_object_list([(unscored, number)])[0]
     return result
 
 
 def _score(teacher: KeptTeacher, sequences: list[TokenSequence]) -> dict[bytes, torch.Tensor]:
-    batch = {name: values.to(teacher.accelerator.device) for name, values in collate(sequences, 0).items()}
+    read = teacher_view(collate(sequences, 0))
+    batch = {name: values.to(teacher.accelerator.device) for name, values in read.items()}
     hidden = teacher.live.score(batch).hidden.split([sequence.num_targets for sequence in sequences])
-    keys = [row_key(sequence.input_ids, sequence.labels) for sequence in sequences]
+    keys = [row_key(*sequence.teacher_row()) for sequence in sequences]
     return dict(zip(keys, hidden, strict=True))
 
 

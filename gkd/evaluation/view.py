@@ -1,0 +1,58 @@
+"""What models are measured on, as student and teacher read it: one completion, behind the prompt of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gkd.data.sequences import EndMap, TokenSequence, join
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class TeacherReads:
+    """What the teacher reads where that is not what the student does.
+
+    Attributes:
+        prompts: one for each prompt of the evaluation; it answers these.
+        contexts: one for each held-out answer; empty where these are texts without a prompt.
+        end_map: the token that ends a turn for the student, and the one for the teacher, where they differ.
+    """
+
+    prompts: Sequence[Ids]
+    contexts: Sequence[Ids] = ()
+    end_map: EndMap | None = None
+
+    def differs_from(self, prompts: Sequence[Ids]) -> bool:
+        """Whether it is any matter, with these prompts of the student."""
+        return self.end_map is not None or list(self.prompts) != list(prompts)
+
+
+def answered(
+    prompts: Sequence[Ids], completions: Sequence[Ids], teacher: TeacherReads | None, *, source: str
+) -> list[TokenSequence]:
+    """Completions behind the student's prompts, and behind the teacher's in its view.
+
+    Args:
+        source: who wrote them, "student" or "teacher".
+    """
+    read = prompts if teacher is None else teacher.prompts
+    end_map = None if teacher is None else teacher.end_map
+    return [
+        join(prompt, completion, source, row, teacher_prompt=own, end_map=end_map)
+        for row, (prompt, completion, own) in enumerate(zip(prompts, completions, read, strict=True))
+    ]
+
+
+def held_out(
+    texts: Sequence[Ids], starts: Sequence[int], teacher: TeacherReads | None, *, by_teacher: bool
+) -> list[TokenSequence]:
+    """Held-out texts with targets from `starts` on, as the student reads them or as the teacher does."""
+    read = teacher.contexts if teacher is not None and teacher.contexts else [()] * len(texts)
+    end_map = teacher.end_map if teacher is not None and teacher.contexts else None
+    rows = [
+        join(ids[:start], ids[start:], "data", row, teacher_prompt=context, end_map=end_map)
+        for row, (ids, start, context) in enumerate(zip(texts, starts, read, strict=True))
+    ]
+    return [row.as_the_teacher_reads_it() for row in rows] if by_teacher else rows
