@@ -21,6 +21,7 @@ ALL = {"softcap": 5.0, "scale": 0.5}
 CASES = [
     ("jsd", {}, {"ce": True, "report_kls": True, "loss_temperature": 2.0, "scale_by_temperature_squared": True} | ALL),
     ("reverse_kl", {}, {}),
+    ("forward_kl", {}, {"exchanged": (3, 30), "ce": True}),
     ("skew_forward_kl", {"teacher_vocab": 41}, {"shared_vocab": 30, "teacher_loss_temperature": 3.0}),
 ]
 
@@ -31,7 +32,10 @@ def test_equal_to_the_eager_rows(name, sizes, options):
     model = {key: options[key] for key in ALL if key in options}
     options = {key: value for key, value in options.items() if key not in ALL}
     cases = [Case(**sizes, **model) for _ in range(2)]
+    exchanged = options.pop("exchanged", None)
     for case in cases:
+        if exchanged is not None:
+            case.signal = case.signal.exchanging(exchanged)
         case.targets.clamp_(max=29)
     # 13 rows in chunks of 5: the last one is shorter and must not be a new compilation's first
     ours, eager = (

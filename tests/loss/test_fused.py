@@ -72,6 +72,47 @@ def test_top_k_signal_is_the_dense_teacher_cut(k, tail):
         assert (output.teacher_entropy <= expected.teacher_entropy + 1e-6).all()
 
 
+PAIR = (3, V - 2)  # the student ends a turn with the one, the teacher with the other
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 5, "ce": True}, {"teacher_top_k": 4}, {"shared_vocab": V - 1}])
+def test_two_tokens_of_the_teacher_in_each_others_place(options):
+    for name, parameters in ALL:
+        case, plain = Case(), Case()
+        for one in (case, plain):
+            one.targets = one.targets.clamp(max=V - 2)
+            one.targets[:6] = torch.tensor([*PAIR, *PAIR, 0, 1])
+        case.signal = case.signal.exchanging(PAIR)
+        output = case.check(name, parameters, rtol=1e-7, atol=1e-9, **options)
+        wanted = case.logits()[1][:, : options.get("shared_vocab")].log_softmax(-1)
+        torch.testing.assert_close(output.teacher_log_prob, wanted.gather(1, case.targets[:, None])[:, 0])
+        assert not torch.allclose(output.loss, plain.fused(name, parameters, **options).loss)
+
+
+def test_two_tokens_exchanged_twice_are_where_they_were():
+    case, plain = Case(), Case()
+    case.signal = case.signal.exchanging(PAIR).exchanging(PAIR)
+    assert torch.equal(case.fused().loss, plain.fused().loss)
+
+
+def test_exchanged_tokens_of_a_top_k_signal_are_those_of_the_dense_one():
+    for k in (1, 6, V):
+        dense, sparse = Case(), Case()
+        top = dense.logits()[1].log_softmax(-1).topk(k, dim=-1)
+        dense.signal = dense.signal.exchanging(PAIR)
+        sparse.signal = TopKSignal(top.indices, top.values).exchanging(PAIR)
+        expected, output = dense.fused(teacher_top_k=k, ce=True), sparse.fused(ce=True)
+        torch.testing.assert_close(output.divergence, expected.divergence, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(output.agreement, expected.agreement)
+
+
+def test_a_token_that_is_not_compared_cannot_stand_for_another():
+    case = Case()
+    case.signal = case.signal.exchanging((3, V - 1))
+    with pytest.raises(ValueError, match="cannot stand for each other: not both are among the 36 compared tokens"):
+        case.fused(shared_vocab=V - 1)
+
+
 def test_top_k_signal_can_be_cut_further():
     case, wide = Case(), Case()
     top = case.logits()[1].log_softmax(-1).topk(9, dim=-1)

@@ -45,7 +45,11 @@ class Case:
         if self.head.softcap is not None:
             z = self.head.softcap * torch.tanh(z / self.head.softcap)
         teacher = self.signal.head
-        return z, self.signal.hidden.double() @ teacher.weight.double().t() + teacher.bias.double()
+        order = list(range(teacher.weight.shape[0]))
+        for first, second in self.signal.exchanged:
+            order[first], order[second] = order[second], order[first]
+        zt = self.signal.hidden.double() @ teacher.weight.double().t() + teacher.bias.double()
+        return z, zt[:, order]
 
     def fused(self, name="jsd", parameters=None, ce=False, **options):
         options = LossSettings(make_divergence(name, **(parameters or {})), **options)
