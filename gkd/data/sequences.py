@@ -161,16 +161,18 @@ def sequence_of(row: Mapping[str, Any], end_map: EndMap | None = None) -> TokenS
         ValueError: the teacher reads another prompt, and the row has targets in it (`assistant_turns="all"`).
     """
     ids, labels, start = list(row["input_ids"]), list(row["labels"]), int(row["prompt_length"])
-    context = list(row.get("teacher_context") or ())
+    context, prompt_ids = list(row.get("teacher_context") or ()), list(row.get("prompt_ids") or ())
+    writes_from = list(row.get("teacher_prompt_ids") or context)
+    context = [] if context == ids[:start] else context
     sequence = TokenSequence(
         ids,
         labels,
         start,
         row=int(row.get("row", -1)),
         teacher=int(row.get("teacher", 0)),
-        prompt_ids=list(row.get("prompt_ids") or ()),
-        teacher_context=[] if context == ids[:start] else context,
-        teacher_prompt_ids=list(row.get("teacher_prompt_ids") or ()),
+        prompt_ids=prompt_ids,
+        teacher_context=context,
+        teacher_prompt_ids=[] if writes_from == (context or prompt_ids or ids[:start]) else writes_from,
         teacher_last=_last_for_the_teacher(ids[start:], end_map),
     )
     if sequence.teacher_context and any(label != IGNORE for label in labels[:start]):
