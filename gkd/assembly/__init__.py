@@ -10,6 +10,8 @@ materials: what a distillation is made of before there is a Trainer: checked fie
 models: names become models and tokenizer: what the fields say of the config, the teacher and the tokenizer,
     resolved
 parts: the parts of a distillation, put together: who scores, who writes, what the loss is
+reading: how teachers read the rows: a recipe's function, and the template of a teacher's own
+    (`teacher_template`)
 rollouts: who writes: the rollouts of student and teacher, and what of them is kept
 rows: data sets prepared as the fields say: the one caller of `prepare_dataset` that has a config
 scores: putting the store of hidden states between the training and its teacher (`teacher_scores_dir`)

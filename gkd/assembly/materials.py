@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.launch_checks import check_launch
 from gkd.assembly.models import resolve_config, resolve_teacher, resolve_tokenizer
+from gkd.assembly.reading import teacher_reading
 from gkd.assembly.rollouts import encoding_options
 from gkd.assembly.rows import prepare_rows
 from gkd.assembly.student import check_named
@@ -26,7 +27,8 @@ from gkd.models.zero import join_ranks_on_cpu
 class Given:
     """What a caller brings beside the fields; each is as in `gkd.GKDTrainer`.
 
-    `student` and `teacher` are models or names; no `tokenizer` takes the student's own.
+    `student` and `teacher` are models or names; no `tokenizer` takes the student's own, and no `teacher_tokenizer`
+    the one by the teacher's name.
     """
 
     student: Any
@@ -37,6 +39,7 @@ class Given:
     collator: Any = None
     formatting_func: Callable[..., Any] | None = None
     teacher_view: Callable[[dict[str, Any]], Any] | None = None
+    teacher_tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Materials:
 
     `student` is as it was given; `config` is its config, None where it was not looked at. `teacher` is not placed yet;
     None on a server, or over the student's base. `encoding` is what the rows were prepared with beside the fields.
+    `teacher_tokenizer` is the one that was given, or whose template the teacher reads.
     """
 
     args: GKDConfig
@@ -56,6 +60,13 @@ class Materials:
     train: Dataset | None
     evaluation: Any
     collator: Any
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def end_map(self) -> tuple[int, int] | None:
+        """The ids that end a turn of the student's and of the teacher's, where they are not the same."""
+        reading: TeacherReading = self.encoding["reading"]
+        return reading.end_map
 
 
 def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
@@ -74,8 +85,10 @@ def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
     student = given.student
     teacher = resolve_teacher(student, given.teacher, args)
     tokenizer = resolve_tokenizer(given.tokenizer, student, args)
-    encoding = encoding_options(student, tokenizer, args, loading_options(args))
-    encoding["reading"] = TeacherReading(given.teacher_view)
+    reading = teacher_reading(
+        args, tokenizer, student, teacher, view=given.teacher_view, teacher_tokenizer=given.teacher_tokenizer
+    )
+    encoding = encoding_options(student, tokenizer, args, loading_options(args), reading=reading)
     train, evaluation, collator = prepare_rows(
         args,
         tokenizer,
@@ -85,7 +98,19 @@ def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
         formatting_func=given.formatting_func,
         collator=given.collator,
     )
-    return Materials(args, student, config, teacher, tokenizer, encoding, train, evaluation, collator)
+    own = reading.template(0)
+    return Materials(
+        args=args,
+        student=student,
+        config=config,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        encoding=encoding,
+        train=train,
+        evaluation=evaluation,
+        collator=collator,
+        teacher_tokenizer=given.teacher_tokenizer if own is None else own.tokenizer,
+    )
 
 
 def training_materials(args: Any, given: Given, quantization_config: Any = None) -> Materials:

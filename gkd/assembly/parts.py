@@ -17,6 +17,7 @@ from gkd.assembly.rollouts import Writer, make_rollout
 from gkd.assembly.servers import connect
 from gkd.assembly.teacher import make_teacher, shared_base
 from gkd.config.settings import hygiene, loss_settings
+from gkd.data.end_map import check_end_map
 from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.loss.settings import LossSettings
 from gkd.models.facts import head_size, vocabulary_rows
@@ -80,11 +81,13 @@ def assemble(
     if student is not None:
         teacher_model = shared_base(args, teacher_model, student.model)
         check_lengths(args, {"student": student.model, "teacher": teacher_model}, ready.train)
+    teacher_tokenizer = teacher_tokenizer or ready.teacher_tokenizer
     if teacher_tokenizer is None:
         teacher_tokenizer = tokenizer_of_teacher(teacher_model, known, args)
     servers = connect(args, ready.tokenizer, ("student", "teacher") if student is not None else ("teacher",))
     heads = _heads(ready, student, teacher_model)
     ids = _shared_ids(ready, heads, known, teacher_model, teacher_tokenizer, servers["teacher"])
+    check_end_map(ready.end_map, ids.shared or min(heads.values()))
     teacher: Teacher | None = None
     if student is not None or servers["teacher"] is None:
         loaded = None if student is None else student.model
@@ -114,6 +117,7 @@ def assemble(
         stop_ids=ids.stop,
         hygiene=hygiene(args, ids.stop),
         pad_id=ids.pad,
+        end_map=ready.end_map,
     )
 
 

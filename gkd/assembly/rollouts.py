@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.common.environment import installed_versions
 from gkd.config.fields import GKDConfig
 from gkd.config.settings import sampling_settings
+from gkd.data.teacher_rows import TeacherReading
 from gkd.data.template_day import template_day
 from gkd.data.vocabulary import configured_stop_ids
 from gkd.models.facts import key_width, model_name, revision_of
@@ -30,19 +31,28 @@ from gkd.teachers.absent import AbsentTeacher, as_absent
 
 
 def encoding_options(
-    model: Any, tokenizer: PreTrainedTokenizerBase, args: GKDConfig, options: Any = None, write: bool = True
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: GKDConfig,
+    options: Any = None,
+    *,
+    reading: TeacherReading,
+    write: bool = True,
 ) -> dict[str, Any]:
-    """What `prepare_dataset` needs to know of the student and of the day.
+    """What `prepare_dataset` needs to know of the student, of its teachers and of the day.
 
     Args:
         model: the student, or its name.
         options: that it is loaded with.
+        reading: how teachers read the rows.
         write: whether the day may be kept for later runs.
     """
     config = generation_config_of(model, options if isinstance(options, dict) else None)
     with args.main_process_first(desc="reading the day of the chat template"):
-        today = template_day(args, tokenizer, write)
-    return {"stop_ids": configured_stop_ids(config), "today": today}
+        writers = [tokenizer, *(own.tokenizer for own in reading.own[:1] if own is not None)]
+        days = (template_day(args, writer, write) for writer in writers)
+        today = next((day for day in days if day is not None), None)
+    return {"stop_ids": configured_stop_ids(config), "today": today, "reading": reading}
 
 
 def rows_at_a_time(args: GKDConfig, config: Any, device: torch.device) -> int:

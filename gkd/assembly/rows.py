@@ -60,8 +60,8 @@ def prepare_rows(
             )
         if encoding["reading"].differs:
             raise ValueError(
-                "teacher_view does not go with a data_collator of your own, which does not say what the teacher "
-                "reads: leave one of them out"
+                "teacher_view and teacher_template='own' do not go with a data_collator of your own, which does not "
+                "say what the teacher reads: leave one of them out"
             )
         return train, evaluation, collator
     common = {**row_options(args), "formatting_func": formatting_func, **encoding}

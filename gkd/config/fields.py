@@ -99,6 +99,18 @@ class GKDConfig(SFTConfig):
         "Keep the teacher's last hidden states of sequences that come again here, and use them. None = score anew.",
     )
 
+    # --- what the teacher reads ---
+    teacher_template: str = _field(
+        "student",
+        "Whose chat template writes what the teacher reads: student, or own (of the teacher's tokenizer, for the same "
+        "turns).",
+    )
+    teacher_end_of_turn: str | None = _field(
+        None,
+        "With teacher_template=own, the tokens that end a turn, as STUDENT_TOKEN=TEACHER_TOKEN. None = read off both "
+        "templates.",
+    )
+
     # --- the loss ---
     divergence: str = _field("jsd", f"Per-token divergence, one of: {', '.join(DIVERGENCES)}.")
     skew_lambda: float = _field(0.1, "Mixing share of the skew divergences (DistiLLM's alpha).")

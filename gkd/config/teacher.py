@@ -8,6 +8,7 @@ from typing import Any
 from gkd.common.ranges import one_of
 
 PLACEMENTS = ("same", "cpu_offload", "zero3", "zero3_offload")
+TEMPLATES = ("student", "own")
 
 
 def check_teacher(config: Any) -> None:
@@ -17,7 +18,8 @@ def check_teacher(config: Any) -> None:
         ValueError: naming the fields and the remedy.
     """
     one_of("teacher_placement", config.teacher_placement, PLACEMENTS)
-    checks = (*_of_placement(config), *_of_scores(config), *_of_adapters(config))
+    one_of("teacher_template", config.teacher_template, TEMPLATES)
+    checks = (*_of_placement(config), *_of_scores(config), *_of_adapters(config), *_of_template(config))
     for wrong, text in checks:
         if wrong:
             raise ValueError(text)
@@ -30,6 +32,16 @@ def _of_placement(config: Any) -> list[tuple[bool, str]]:
             placement != "same" and config.teacher_server_url is not None,
             f"teacher_placement={placement!r} has no effect with teacher_server_url, where the teacher has memory of "
             "its own: leave it out",
+        ),
+    ]
+
+
+def _of_template(config: Any) -> list[tuple[bool, str]]:
+    return [
+        (
+            config.teacher_end_of_turn is not None and config.teacher_template != "own",
+            f"teacher_end_of_turn={config.teacher_end_of_turn!r} has no effect with teacher_template='student', where "
+            "student and teacher end their turns alike: set teacher_template='own', or leave it out",
         ),
     ]
 

@@ -3,6 +3,8 @@
 encode: token ids and labels of one row: where the answer begins and ends, found from texts and lengths,
     never from ids
 encoded: one row in ids, which of its answers are trained on, and the lengths that it is held to
+end_map: the tokens that end a turn where the student's template and the teacher's own do not end it alike:
+    one pair
 files: local data files as data sets: JSON, JSON Lines, CSV, Parquet, with the line number of what is
     broken
 formats: row formats

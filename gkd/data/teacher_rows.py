@@ -65,6 +65,13 @@ class TeacherReading:
         """Whether any teacher may read something of its own, whatever the columns say."""
         return self.view is not None or any(self.own)
 
+    @property
+    def end_map(self) -> tuple[int, int] | None:
+        """The ids that end a turn of the student's and of its teachers', where they differ."""
+        found = {own.end_map for own in self.own if own is not None}
+        assert len(found) < 2, "teachers that end their turns differently"
+        return next(iter(found), None)
+
     def template(self, teacher: int) -> OwnTemplate | None:
         return self.own[teacher] if teacher < len(self.own) else None
 

@@ -77,6 +77,14 @@ def shared_vocabulary(
     return shared
 
 
+def check_token_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where an id stands for different tokens, whatever the models' heads have rows for."""
+    ids = student.get_vocab(), teacher.get_vocab()
+    pads = {_mere_pad(student), _mere_pad(teacher)} - {None}
+    known = _first_foreign_pad(*ids, pads) or 1 + max(max(own.values()) for own in ids)
+    _check_same_tokens({token: i for token, i in ids[0].items() if i < known}, ids[1])
+
+
 def readable_pad_id(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
     """The pad token's id, or any other where a head of that many rows has none for it: padding is masked."""
     pad = int(tokenizer.pad_token_id)
@@ -335,6 +343,6 @@ def compare_chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrained
         return None
     return (
         f"student and teacher have different chat templates: the student's writes {texts[0]!r}, the teacher's "
-        f"{texts[1]!r}. Both read chats in the student's form; give the student's tokenizer the teacher's template "
-        f"(chat_template_path) unless the teacher knows the student's"
+        f"{texts[1]!r}. Both read chats in the student's form, which the teacher may not know: let it read its own "
+        f"(teacher_template=own), or give the student's tokenizer the teacher's template (chat_template_path)"
     )

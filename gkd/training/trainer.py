@@ -74,8 +74,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         peft_config: a LoRA configuration; None trains the model as it is passed.
         formatting_func: row -> another row of a known format, as a dict; or -> text, as in `SFTTrainer` (all of it is
             trained on, so it has no prompt: with `lmbda=0` only).
-        teacher_processing_class: the teacher's tokenizer, to compare token maps with; None loads it by the teacher's
-            name where it has one.
+        teacher_processing_class: the teacher's tokenizer, to compare token maps with, and whose template the teacher
+            reads with `teacher_template="own"`; None loads it by the teacher's name where it has one.
         quantization_config: a `BitsAndBytesConfig` with which to load a student that is given by name.
         teacher_view: row -> the row whose prompt the teacher reads in its place (of any known format, with the columns
             that the row has in the data set); the student sees nothing of it.
@@ -116,6 +116,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             collator=data_collator,
             formatting_func=formatting_func,
             teacher_view=teacher_view,
+            teacher_tokenizer=teacher_processing_class,
         )
         ready = training_materials(args, given, quantization_config)
         args = ready.args
@@ -170,7 +171,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)
         asked = [ready.train, *evaluation_sets(ready.evaluation)]
         load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
-        warn_of_differences(self.stop_ids, ready.tokenizer, parts.teacher_tokenizer)
+        if args.teacher_template == "student":
+            warn_of_differences(self.stop_ids, ready.tokenizer, parts.teacher_tokenizer)
         logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
         logger.info("loss: %s", self.loss_settings.in_words())
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.evaluator import Questions, make_evaluator, texts_in_ids
 from gkd.assembly.models import resolve_tokenizer
+from gkd.assembly.reading import teacher_reading
 from gkd.assembly.rollouts import encoding_options
 from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, spread, timed_steps
 from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.view import Diagnosis
 from gkd.common.environment import describe_hardware, installed_versions
 from gkd.data.sequences import prompt_of
-from gkd.data.teacher_rows import TeacherReading
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, shared_vocabulary
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
@@ -62,7 +62,7 @@ def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
     tokenizers = _attempt(out, "Tokenizers", lambda: _tokenizers(out, settings))
     if tokenizers is not None:
         _attempt(out, "Token maps", lambda: _token_maps(out, settings, tokenizers))
-        _chat_templates(out, *tokenizers)
+        _chat_templates(out, *tokenizers, settings.training.teacher_template == "own")
     if out.passed:
         _attempt(out, "Memory", lambda: examine_memory(out, recipe))
     data = _attempt(out, "Data", lambda: recipe_data(recipe.load_data, settings))
@@ -84,8 +84,10 @@ def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
 def _encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     settings = recipe.settings
     source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
-    options = encoding_options(student_name(settings), tokenizer, settings.training, source, write=False)
-    return {**options, "reading": TeacherReading(recipe.teacher_view)}
+    args, name = settings.training, student_name(settings)
+    teacher = None if args.share_base_model else args.teacher_model_name_or_path
+    reading = teacher_reading(args, tokenizer, name, teacher, view=recipe.teacher_view)
+    return encoding_options(name, tokenizer, args, source, reading=reading, write=False)
 
 
 def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:
@@ -161,7 +163,12 @@ def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> N
         out.add("Token maps", "ok", f"every common id stands for the same token; {sizes}: the first {shared:,} count")
 
 
-def _chat_templates(out: Diagnosis, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> None:
+def _chat_templates(
+    out: Diagnosis, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, own: bool
+) -> None:
+    if own:
+        out.add("Chat templates", "ok", "the teacher reads chats in its own (teacher_template=own)")
+        return
     remark = compare_chat_templates(student, teacher) if teacher is not None else None
     if remark:
         out.add("Chat templates", "warning", remark)
@@ -202,7 +209,9 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
         out.add("Models", "ok", f"{size}; teacher {trainer.accelerator.unwrap_model(teacher).num_parameters():,}")
     if trainer.args.teacher_server_url is not None:
         out.add("Token maps", "ok", "the teacher's server makes the same ids of a line of text and the special tokens")
-    remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
+    remark = None
+    if trainer.args.teacher_template == "student":
+        remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
     ids = trainer.stop_ids["student"]
     named = ", ".join(map(str, ids[:_NAMED])) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
     out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{named} for both")))

@@ -1,0 +1,98 @@
+"""How teachers read the rows: a recipe's function, and the template of a teacher's own (`teacher_template`)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gkd.config.fields import GKDConfig
+from gkd.data.end_map import find_end_map
+from gkd.data.teacher_rows import OwnTemplate, TeacherReading, View
+from gkd.data.vocabulary import check_token_maps, configured_stop_ids
+from gkd.models.facts import model_name
+from gkd.models.loading import base_name, generation_config_of, load_tokenizer
+from gkd.servers.checks import served_model
+from gkd.servers.client import VLLMClient
+
+logger = logging.getLogger(__name__)
+
+
+def teacher_reading(
+    args: GKDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Any,
+    teacher: Any,
+    *,
+    view: View | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> TeacherReading:
+    """How the rows are read for the teacher.
+
+    Args:
+        args: the fields.
+        tokenizer: the student's. student: the model, or its name.
+        teacher: the model, one that is not loaded, or its name; None when it is elsewhere or over the student's base.
+        view: a recipe's `teacher_view`.
+        teacher_tokenizer: with `teacher_template="own"`, whose template is meant; None loads it by the teacher's name.
+
+    Raises:
+        ValueError: the teacher has no tokenizer or no template of its own, or one with other tokens, or the token
+            that ends its turns would be a guess.
+    """
+    if args.teacher_template == "student":
+        return TeacherReading(view)
+    name = _name(args, student, teacher)
+    own = _own_tokenizer(args, name) if teacher_tokenizer is None else teacher_tokenizer
+    if not own.chat_template:
+        raise ValueError(
+            "teacher_template='own' has no effect: the teacher's tokenizer has no chat template. Leave it out, or "
+            "give what the teacher reads in a column teacher_prompt"
+        )
+    check_token_maps(tokenizer, own)
+    known = name if teacher is None else teacher
+    stop_ids = configured_stop_ids(generation_config_of(known))
+    options = {"trust_remote_code": args.trust_remote_code, **_kwargs(args.model_init_kwargs)}
+    of_student = configured_stop_ids(generation_config_of(student, options))
+    end_map = find_end_map(tokenizer, own, of_student, stop_ids, args.teacher_end_of_turn)
+    if own.chat_template == tokenizer.chat_template and end_map is None:
+        logger.info("teacher_template='own' changes nothing: student and teacher have the same chat template")
+    else:
+        logger.info("the teacher reads chats in its own template (teacher_template='own')")
+    return TeacherReading(view, (OwnTemplate(own, stop_ids, end_map),) * max(1, len(args.teacher_names)))
+
+
+def _kwargs(given: Any) -> dict[str, Any]:
+    return given if isinstance(given, dict) else {}
+
+
+def _name(args: GKDConfig, student: Any, teacher: Any) -> str | None:
+    """Under which name the teacher's tokenizer is found."""
+    if args.teacher_server_url is not None:
+        client = VLLMClient(
+            args.teacher_server_url,
+            field="teacher_server_url",
+            timeout=args.rollout_server_timeout,
+            proxy=args.server_proxy,
+        )
+        return served_model(client).root
+    if args.share_base_model:
+        return base_name(student) if isinstance(student, str) else model_name(student)
+    return model_name(teacher)
+
+
+def _own_tokenizer(args: GKDConfig, name: str | None) -> PreTrainedTokenizerBase:
+    """An adapter's own where it has one, else its model's."""
+    name = args.teacher_adapter_name_or_path or name
+    remedy = "pass the teacher's tokenizer (teacher_processing_class), or name a teacher with one beside its weights"
+    if name is None:
+        raise ValueError(
+            f"teacher_template='own' needs the teacher's tokenizer, and the teacher has no name: {remedy}"
+        )
+    loading = _kwargs(args.model_init_kwargs if args.share_base_model else args.teacher_model_init_kwargs)
+    revision = None if args.teacher_adapter_name_or_path else loading.get("revision")
+    try:
+        return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
+    except ValueError as error:
+        raise ValueError(f"teacher_template='own' needs the teacher's tokenizer: {error}; or {remedy}") from error
