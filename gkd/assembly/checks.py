@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from gkd.data.sequences import columns_read
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids
 from gkd.models.facts import position_limit
 from gkd.models.zero import zero_stage
+from gkd.servers.checks import Server
 
 logger = logging.getLogger(__name__)
 
@@ -124,14 +125,47 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
             _raise_or_warn(text, f"{remedy}, or take a model for longer texts", binds)
 
 
+def check_views(
+    args: GKDConfig, train: Dataset | None, evaluation: Iterable[Dataset], teacher: Any, server: Server | None
+) -> None:
+    """Compare the longest sequence that the teacher reads, where it has prompts of its own, with what it can take.
+
+    Args:
+        train, evaluation: the prepared rows.
+        teacher: the model, or None; server: where it is, or None.
+
+    Raises:
+        ValueError: it is longer.
+    """
+    needed = 0
+    if train is not None and _has_views(train):
+        prompt, row = _longest(train, "teacher")
+        written = prompt + args.max_new_tokens if args.student_writes or args.teacher_writes else 0
+        needed = max(written, row if args.reads_answers else 0)
+    needed = max([needed, *(_longest(rows, "teacher")[1] for rows in evaluation if _has_views(rows))])
+    if needed == 0:
+        return
+    text = f"with prompts of its own the teacher reads up to {needed} tokens"
+    remedy = "give it shorter ones (teacher_prompt, teacher_system, teacher_view), or lower max_new_tokens"
+    room = None if server is None else server.served.max_model_len
+    if room is not None and needed + 1 > room:  # a server writes at least one token
+        raise ValueError(
+            f"{text}, and teacher_server_url takes max_model_len={room}: start it with --max-model-len {needed + 1}, "
+            f"or {remedy}"
+        )
+    positions, binds = position_limit(teacher.config) if getattr(teacher, "config", None) else (None, True)
+    if positions is not None and needed > positions:
+        _raise_or_warn(f"{text}, and it has {positions} positions (max_position_embeddings)", remedy, binds)
+
+
 def _raise_or_warn(text: str, remedy: str, binds: bool) -> None:
     if binds:
         raise ValueError(f"{text}: {remedy}")
     logger.warning("%s; its positions are stretched, so it goes on: see that the model is good at this length", text)
 
 
-def _has_views(rows: Dataset | None) -> bool:
-    return rows is not None and bool({"teacher_context", "teacher_prompt_ids"} & set(rows.column_names))
+def _has_views(rows: Any) -> bool:
+    return hasattr(rows, "column_names") and bool({"teacher_context", "teacher_prompt_ids"} & set(rows.column_names))
 
 
 def _longest(rows: Dataset, who: str) -> tuple[int, int]:

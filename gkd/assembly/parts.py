@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gkd.assembly.checks import check_lengths
+from gkd.assembly.checks import check_lengths, check_views
 from gkd.assembly.materials import Materials, loading_options
 from gkd.assembly.models import tokenizer_of_teacher
 from gkd.assembly.rollouts import Writer, make_rollout
+from gkd.assembly.scores import evaluation_sets
 from gkd.assembly.servers import connect
 from gkd.assembly.teacher import make_teacher, shared_base
 from gkd.config.settings import hygiene, loss_settings
@@ -85,6 +86,7 @@ def assemble(
     if teacher_tokenizer is None:
         teacher_tokenizer = tokenizer_of_teacher(teacher_model, known, args)
     servers = connect(args, ready.tokenizer, ("student", "teacher") if student is not None else ("teacher",))
+    check_views(args, ready.train, evaluation_sets(ready.evaluation), teacher_model, servers["teacher"])
     heads = _heads(ready, student, teacher_model)
     ids = _shared_ids(ready, heads, known, teacher_model, teacher_tokenizer, servers["teacher"])
     check_end_map(ready.end_map, ids.shared or min(heads.values()))
@@ -115,7 +117,7 @@ def assemble(
         rollouts=rollouts,
         loss_settings=loss_settings(args, ids.shared),
         stop_ids=ids.stop,
-        hygiene=hygiene(args, ids.stop),
+        hygiene=hygiene(args, ids.stop, ready.end_map),
         pad_id=ids.pad,
         end_map=ready.end_map,
     )

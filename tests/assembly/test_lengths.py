@@ -1,11 +1,15 @@
 """Sequences that do not fit into a model's positions: refused before the first step, and only those."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from training import logged, trainer_of
 from transformers import AutoConfig
 
+from gkd.assembly.checks import check_views
+from gkd.data.prepare import prepare_dataset
 from gkd.models.facts import position_limit
 
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -66,3 +70,37 @@ def test_stretched_positions_are_told_and_go_on(tmp_path, caplog):
 
 def test_a_model_without_that_field_is_left_alone(tmp_path):
     trainer_of(tmp_path, rows(60, 5), student=tiny_model("bloom", seed=3), lmbda=1.0, max_new_tokens=10)
+
+
+def viewed(context, prompt=5, answer=5):
+    """Rows of which the teacher reads a longer prompt."""
+    return rows(prompt, answer).add_column("teacher_context", [list(range(1, context + 1))] * 8)
+
+
+@pytest.mark.parametrize("seq_kd", [False, True])
+def test_a_prompt_of_the_teachers_own_is_held_to_the_teachers_positions(seq_kd, tmp_path):
+    short = tiny_model(seed=3, max_position_embeddings=40)
+    values = {"teacher": short, "lmbda": 0.0, "seq_kd": seq_kd, "max_new_tokens": 5}
+    trainer_of(tmp_path, viewed(35), **values)  # 40 of 40
+    with pytest.raises(ValueError, match=r"41, and the teacher has 40|41 tokens, and the teacher has 40 positions"):
+        trainer_of(tmp_path, viewed(36), **values)
+
+
+def test_rows_of_the_evaluation_are_held_to_them_too(tmp_path):
+    short = tiny_model(seed=3, max_position_embeddings=40)
+    values = {"teacher": short, "lmbda": 0.0, "eval_strategy": "steps"}
+    trainer_of(tmp_path, rows(5, 5), eval_dataset=viewed(35), **values)
+    with pytest.raises(
+        ValueError, match=r"the teacher reads up to 41 tokens, and it has 40 positions .*: give it shorter"
+    ):
+        trainer_of(tmp_path, rows(5, 5), eval_dataset={"a": rows(5, 5), "b": viewed(36)}, **values)
+
+
+def test_a_server_that_takes_less_says_with_what_it_should_be_started(tmp_path):
+    served = SimpleNamespace(served=SimpleNamespace(max_model_len=46))
+    args = trainer_of(tmp_path, rows(5, 5)).args  # lmbda=0.5, max_new_tokens=8
+    ready, _ = prepare_dataset(viewed(38), tiny_tokenizer(), max_length=None, max_prompt_length=None)
+    with pytest.raises(ValueError, match=r"reads up to 46 tokens.*max_model_len=46: start it with --max-model-len 47"):
+        check_views(args, ready, [], None, served)
+    served.served.max_model_len = 47
+    check_views(args, ready, [], None, served)
