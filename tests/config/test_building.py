@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CONFIG = Path(__file__).resolve().parents[2] / "gkd" / "config"
 BUILD = """
 import sys, torch
@@ -22,6 +24,7 @@ if not torch.accelerator.is_available():
 """
 
 
+@pytest.mark.slow  # builds DeepSpeed's communication for the CPU where that is not built yet
 def test_a_config_with_deepspeed_joins_no_process_group(tmp_path):
     """One process, as a launcher of ranks describes it; accelerate, which joins several while `TrainingArguments` sets
     up its device, has nothing to join here."""
