@@ -89,7 +89,12 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
         if teacher is not None:
             raise ValueError("teacher_model does not go with args.teacher_server_url: one of them is the teacher")
         return None
-    if args.share_base_model:
+    if args.self_teacher is not None and teacher is not None:
+        raise ValueError(
+            f"teacher_model does not go with self_teacher={args.self_teacher!r}, where the student teaches itself: "
+            "leave one of them out"
+        )
+    if args.shares_weights:
         _check_same_base(student, teacher, args)
         return None
     if student is teacher and not isinstance(student, str):  # one name is loaded twice

@@ -16,7 +16,7 @@ from gkd.assembly.models import tokenizer_of_teacher
 from gkd.assembly.rollouts import Writer, make_rollout
 from gkd.assembly.scores import evaluation_sets
 from gkd.assembly.servers import connect
-from gkd.assembly.teacher import make_teacher, shared_base
+from gkd.assembly.teacher import make_teacher, shared_base, warn_of_one_model
 from gkd.config.settings import hygiene, loss_settings
 from gkd.data.end_map import check_end_map
 from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
@@ -81,6 +81,7 @@ def assemble(
     teacher_model = ready.teacher
     if student is not None:
         teacher_model = shared_base(args, teacher_model, student.model)
+        warn_of_one_model(args, student.model, ready.train)
         check_lengths(args, {"student": student.model, "teacher": teacher_model}, ready.train)
     teacher_tokenizer = teacher_tokenizer or ready.teacher_tokenizer
     if teacher_tokenizer is None:

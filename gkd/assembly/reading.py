@@ -77,7 +77,7 @@ def _name(args: GKDConfig, student: Any, teacher: Any) -> str | None:
             proxy=args.server_proxy,
         )
         return served_model(client).root
-    if args.share_base_model:
+    if args.shares_weights:
         return base_name(student) if isinstance(student, str) else model_name(student)
     return model_name(teacher)
 
@@ -90,7 +90,7 @@ def _own_tokenizer(args: GKDConfig, name: str | None) -> PreTrainedTokenizerBase
         raise ValueError(
             f"teacher_template='own' needs the teacher's tokenizer, and the teacher has no name: {remedy}"
         )
-    loading = _kwargs(args.model_init_kwargs if args.share_base_model else args.teacher_model_init_kwargs)
+    loading = _kwargs(args.model_init_kwargs if args.shares_weights else args.teacher_model_init_kwargs)
     revision = None if args.teacher_adapter_name_or_path else loading.get("revision")
     try:
         return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from accelerate import Accelerator
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
@@ -15,9 +17,11 @@ from gkd.assembly.scores import with_scores
 from gkd.config.fields import GKDConfig
 from gkd.models.adapters import load_adapter
 from gkd.models.facts import head_size
-from gkd.models.shared_weights import base_of_student, is_new, second_model
+from gkd.models.shared_weights import base_of_student, is_new, same_model, second_model, with_own_adapter
 from gkd.servers.checks import Server
+from gkd.teachers.average import AverageTeacher
 from gkd.teachers.base import Teacher
+from gkd.teachers.live import LiveTeacher
 from gkd.teachers.local import LocalTeacher
 from gkd.teachers.routed import RoutedTeacher
 from gkd.teachers.server import ServerTeacher
@@ -60,6 +64,19 @@ def _shared(order: TeacherOrder) -> Teacher:
     return _kept(order, lambda model: SharedTeacher(model, order.accelerator))
 
 
+def _self(order: TeacherOrder) -> Teacher:
+    args = order.args
+    if args.teacher_follows and args.teacher_writes:
+        logger.info(
+            "self_teacher=%r writes each sequence anew, with its present weights: none are kept", args.self_teacher
+        )
+    if args.self_teacher == "live":
+        return LiveTeacher(order.model, order.accelerator)
+    if args.self_teacher == "ema":
+        return AverageTeacher(order.model, order.student, order.accelerator, args.self_teacher_decay)
+    return _shared(order)
+
+
 def _local(order: TeacherOrder) -> Teacher:
     return _kept(order, lambda model: LocalTeacher(model, order.accelerator, order.args.teacher_placement))
 
@@ -78,6 +95,7 @@ TEACHERS: dict[str, Callable[[TeacherOrder], Teacher]] = {
     "teacher_server_url": _on_server,
     "teacher_adapters": _routed,
     "share_base_model": _shared,
+    "self_teacher": _self,
 }
 
 
@@ -98,22 +116,56 @@ def make_teacher(
 
 
 def shared_base(args: GKDConfig, teacher_model: Any, student: nn.Module) -> Any:
-    """The teacher's model; under `share_base_model` a second one over the student's base, with the teacher's adapter.
+    """The teacher's model; where it shares the student's weights, a second one over them, with an adapter of the
+    teacher's own where it has one.
 
     Raises:
-        ValueError: the student's training changes its base, or the adapter does not fit it.
+        ValueError: the student's training changes what is shared, or the adapter does not fit it.
     """
-    if not args.share_base_model:
+    if args.self_teacher == "live":
+        return same_model(student)
+    if args.self_teacher == "ema":
+        return with_own_adapter(student)
+    if not args.shares_weights:
         return teacher_model
-    base = base_of_student(student)
+    asked = "share_base_model=True" if args.self_teacher is None else f"self_teacher={args.self_teacher!r}"
+    base, name = base_of_student(student, asked), args.teacher_adapter_name_or_path
+    return base if name is None else load_adapter(base, name, "teacher_adapter_name_or_path", shared=True)
+
+
+def warn_of_one_model(args: GKDConfig, student: nn.Module, rows: Any) -> None:
+    """Say so where student and teacher are one model that reads the same prompts: nothing would be learnt.
+
+    Args:
+        rows: the prepared train rows; with prompts of the teacher's own, the two differ all the same.
+    """
     learns = args.ce_weight > 0 or (args.teacher_writes and args.seq_kd_loss == "nll")
-    if not learns and args.teacher_adapter_name_or_path is None and not args.teacher_names and is_new(student):
+    if learns or not args.shares_weights or _teacher_reads_otherwise(rows):
+        return
+    remedy = "give the teacher a prompt of its own (the column teacher_system or teacher_prompt)"
+    if args.teacher_follows:
+        logger.warning(
+            "self_teacher=%r: student and teacher are one model and read the same prompts, so divergence and gradient "
+            "are 0: %s",
+            args.self_teacher,
+            remedy,
+        )
+    elif args.teacher_adapter_name_or_path is None and not args.teacher_names and is_new(student):
         logger.warning(
             "the student's adapter is new, so student and teacher are one model, and divergence and gradient are 0: "
-            "give the teacher an adapter (teacher_adapter_name_or_path), or train on something beside it (ce_weight)"
+            "give the teacher an adapter (teacher_adapter_name_or_path), %s, or train on something beside it "
+            "(ce_weight)",
+            remedy,
         )
-    name = args.teacher_adapter_name_or_path
-    return base if name is None else load_adapter(base, name, "teacher_adapter_name_or_path", shared=True)
+
+
+def _teacher_reads_otherwise(rows: Any) -> bool:
+    """Whether some prepared row has a prompt of the teacher's own; foreign rows are not looked into."""
+    if not isinstance(rows, Dataset):
+        return False
+    columns = [name for name in ("teacher_context", "teacher_prompt_ids") if name in rows.column_names]
+    tables = rows.select_columns(columns).with_format("arrow").iter(1000) if columns else ()
+    return any(pc.max(pc.list_value_length(table.column(name))).as_py() for table in tables for name in columns)
 
 
 def _several(args: GKDConfig, base: Any, accelerator: Accelerator) -> dict[str, SharedTeacher]:

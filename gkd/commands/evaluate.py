@@ -31,7 +31,7 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
 
     Args:
         recipe: as `gkd.recipe.capture.capture` gives it. Its `use_peft` is set aside, since nothing is trained, unless
-            the teacher shares the student's base: a new adapter changes nothing.
+            the teacher shares the student's weights: a new adapter changes nothing.
         adapter: folder or name of a PEFT adapter; None = the student as it is.
 
     Returns:
@@ -48,7 +48,7 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
     if adapter is not None:
         adapter = str(adapter_folder(adapter, "--adapter"))
     settings = copied(recipe.settings)
-    settings.model.use_peft = settings.model.use_peft and settings.training.share_base_model
+    settings.model.use_peft = settings.model.use_peft and settings.training.shares_weights
     # The harness lets every model write in this process; a server for the rollouts would want a student in training.
     settings.training.rollout_backend, settings.training.rollout_server_url = "hf", None
     data = recipe_data(recipe.load_data, settings)
@@ -63,7 +63,7 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
 
 
 def _with_adapter(trainer: GKDTrainer, adapter: str) -> nn.Module:
-    own = isinstance(trainer.model, PeftModel)  # under share_base_model; the student is then in two models
+    own = isinstance(trainer.model, PeftModel)  # where the teacher shares weights; the student is then in two models
     return load_adapter(second_model(trainer.model) if own else trainer.model, adapter, "--adapter")
 
 

@@ -19,7 +19,7 @@ from gkd.config.completions import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config.field_types import check_types
 from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config.settings import check_settings, loss_settings
-from gkd.config.teacher import check_teacher
+from gkd.config.teacher import SELF_TEACHER_DECAY, check_teacher
 from gkd.config.values import check_counts, check_dicts, check_options, check_values
 from gkd.loss import DIVERGENCES, Divergence, make_divergence
 
@@ -76,6 +76,15 @@ class GKDConfig(SFTConfig):
         "Several teachers, an adapter each on the teacher's model, as a dict or JSON of names to adapters (null = "
         "none). The column `teacher` names each row's.",
     )
+    self_teacher: str | None = _field(
+        None,
+        "The student teaches itself, from a prompt of the teacher's own: base (its base model, the adapter off), live "
+        "(its present weights), ema (a moving average of its adapter). None = another teacher.",
+    )
+    self_teacher_decay: float = _field(
+        SELF_TEACHER_DECAY,
+        "Of self_teacher='ema', 0 to below 1: after each step, teacher = decay x teacher + (1 - decay) x student.",
+    )
     disable_dropout: bool = _field(
         True, "Turn dropout off in student and teacher. A LoRA adapter's own lora_dropout is left alone."
     )
@@ -92,7 +101,7 @@ class GKDConfig(SFTConfig):
     teacher_cache_dir: str | None = _field(
         None,
         "Where the teacher's sequences are kept, so that it answers each prompt once. None = "
-        "<output_dir>/_teacher_sequences; off = a new sample each time.",
+        "<output_dir>/_teacher_sequences; off = a new sample each time, as with a self_teacher that changes.",
     )
     teacher_scores_dir: str | None = _field(
         None,
@@ -295,6 +304,16 @@ class GKDConfig(SFTConfig):
         return tuple(self.teacher_adapters or ())
 
     @property
+    def shares_weights(self) -> bool:
+        """Whether the teacher has no weights of its own to load: it is the student's base, or the student."""
+        return self.share_base_model or self.self_teacher is not None
+
+    @property
+    def teacher_follows(self) -> bool:
+        """Whether the teacher changes while the student trains, so that nothing it says can be kept."""
+        return self.self_teacher in ("live", "ema")
+
+    @property
     def rollout_adapter_folder(self) -> str:
         """Where the student's adapter is written for a server; the underscore keeps it out of what goes to the Hub."""
         return self.rollout_adapter_dir or os.path.join(str(self.output_dir), "_rollout_adapters")
@@ -321,10 +340,12 @@ class GKDConfig(SFTConfig):
 
     @property
     def teacher_cache_folder(self) -> str | None:
-        """Where the teacher's sequences are kept; None when they are not.
+        """Where the teacher's sequences are kept; None when they are not, as those of a teacher that changes.
 
         The default's name starts with an underscore: the Trainer leaves such files out of what it pushes to the Hub.
         """
+        if self.teacher_follows:
+            return None
         if self.teacher_cache_dir is None:
             return os.path.join(str(self.output_dir), "_teacher_sequences")
         off = self.teacher_cache_dir.lower() in ("", "off", "false")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gkd.common.ranges import one_of
+from gkd.common.ranges import one_of, within
 
+SELF_TEACHERS = ("base", "live", "ema")
+SELF_TEACHER_DECAY = 0.99  # Tarvainen and Valpola, arXiv 1703.01780, while the student learns fast
 PLACEMENTS = ("same", "cpu_offload", "zero3", "zero3_offload")
 TEMPLATES = ("student", "own")
 
@@ -19,10 +21,60 @@ def check_teacher(config: Any) -> None:
     """
     one_of("teacher_placement", config.teacher_placement, PLACEMENTS)
     one_of("teacher_template", config.teacher_template, TEMPLATES)
-    checks = (*_of_placement(config), *_of_scores(config), *_of_adapters(config), *_of_template(config))
+    if config.self_teacher is not None:
+        one_of("self_teacher", config.self_teacher, SELF_TEACHERS)
+    within("self_teacher_decay", config.self_teacher_decay, 0, 1, "0 is the student as it is")
+    of_self, of_template = _of_self_teacher(config), _of_template(config)
+    checks = (*of_self, *_of_placement(config), *_of_scores(config), *_of_adapters(config), *of_template)
     for wrong, text in checks:
         if wrong:
             raise ValueError(text)
+
+
+def _of_self_teacher(config: Any) -> list[tuple[bool, str]]:
+    kind, decay = config.self_teacher, config.self_teacher_decay
+    unused = (
+        decay != SELF_TEACHER_DECAY and kind != "ema",
+        f"self_teacher_decay={decay} has no effect without self_teacher='ema': set that, or leave it out",
+    )
+    if kind is None:
+        return [unused]
+    given = f"self_teacher={kind!r}"
+    others = (
+        "teacher_model_name_or_path",
+        "teacher_model_init_kwargs",
+        "teacher_adapter_name_or_path",
+        "teacher_adapters",
+        "teacher_server_url",
+        "share_base_model",
+    )
+    named = [name for name in others if getattr(config, name) not in (None, False, {})]
+    placed, keeps = config.teacher_placement, config.teacher_cache_dir
+    follows = kind != "base"
+    return [
+        unused,
+        (decay == 1, "self_teacher_decay=1 is a teacher that never moves: use self_teacher='base', or less than 1"),
+        (
+            bool(named),
+            f"{given} does not go with {' and '.join(named)}: the student is its own teacher, in its own weights; "
+            "leave one of them out",
+        ),
+        (
+            placed != "same",
+            f"{given} does not go with teacher_placement={placed!r}: the teacher stands where the student does; leave "
+            "teacher_placement out",
+        ),
+        (
+            follows and config.teacher_scores_dir is not None,
+            f"teacher_scores_dir={config.teacher_scores_dir!r} does not go with {given}, a teacher that changes with "
+            "every step: leave it out, or use self_teacher='base'",
+        ),
+        (
+            follows and keeps is not None and keeps.lower() not in ("", "off", "false"),
+            f"teacher_cache_dir={keeps!r} does not go with {given}, whose answers change with every step: leave it "
+            "out, or use self_teacher='base'",
+        ),
+    ]
 
 
 def _of_placement(config: Any) -> list[tuple[bool, str]]:

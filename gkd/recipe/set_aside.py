@@ -64,7 +64,10 @@ RULES = (
     Rule("teacher_server_url", ("teacher_adapters", "share_base_model"), "on"),
     Rule("teacher_server_url", ("rollout_server_timeout", "server_proxy"), "off", unless=("rollout_server_url",)),
     Rule("share_base_model", (*_OTHER_TEACHERS, "teacher_server_url"), "on"),
-    Rule("teacher_model_name_or_path", ("teacher_server_url",), "on"),
+    Rule("self_teacher", (*_OTHER_TEACHERS, "teacher_server_url", "teacher_adapter_name_or_path"), "on"),
+    Rule("self_teacher", ("teacher_adapters", "share_base_model"), "on"),
+    Rule("self_teacher", ("self_teacher_decay",)),
+    Rule("teacher_model_name_or_path", ("teacher_server_url", "self_teacher", "self_teacher_decay"), "on"),
 )
 _WHO_WRITES = ("lmbda", "seq_kd", "rollout_backend", "teacher_server_url")
 _WRITTEN_HERE = ("rollout_batch_size", "fold_adapter")  # of generation in this process

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ class Teacher(ABC):
         remote: it is asked over a network, where one rank can fail alone.
         top_k: how many tokens it scores at a position; None is all of them.
         writes: it has `rollout` and `log_probs`, in the place of a model that could be asked for them.
+        follows: it changes while the student trains, so that nothing it says holds for long.
     """
 
     model: Any = None
@@ -33,6 +34,7 @@ class Teacher(ABC):
     remote: bool = False
     top_k: int | None = None
     writes: bool = False
+    follows: bool = False
 
     @abstractmethod
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
@@ -61,6 +63,18 @@ class Teacher(ABC):
     def identity(self) -> str | None:
         """What distinguishes it from other teachers; None where its weights do."""
         return type(self).__name__ if self.model is None else None
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What of it changes while the student trains and is nobody else's, for checkpoints; tensors by name."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ValueError: it is another teacher's.
+        """
+        assert not state, f"{type(self).__name__} has no state"
 
     def rollout(self, settings: SamplingSettings, *, seed: int, source: str) -> Rollout:
         """What samples from it; `source` keys the random numbers."""

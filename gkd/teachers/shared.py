@@ -31,13 +31,16 @@ class SharedTeacher(LocalTeacher):
         self.head = head_of(model)
         self._head_module = output_layer(model)
         self.accelerator = accelerator
-        self.model = freeze(model)
+        self.model = self._made_ready(model)
         if not getattr(model, "is_quantized", False):
             _move(model, accelerator.device)
         self._unchecked = is_sharded(model)  # cannot be run yet: when it first scores
         if not self._unchecked:
             with mixed_precision(accelerator, model):
                 check_head(model, self.head)
+
+    def _made_ready(self, model: Any) -> Any:
+        return freeze(model)
 
     @torch.no_grad()
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal:

@@ -37,6 +37,7 @@ safe_pickles: DeepSpeed unpickles what a checkpoint's folder holds, and a pickle
 stop_request: `StopRequest`: a signal asks for a stop, and the training ends where nothing is lost
 stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that
     is wanted
+teacher_state: what a checkpoint keeps of a teacher that changes with the student
 trainer: `GKDTrainer`: TRL's `SFTTrainer` with sequences from three sources and a teacher's distribution
     as the target
 trl_attributes: what scripts touch of `trl.experimental.gkd.GKDTrainer` beside its constructor: attributes

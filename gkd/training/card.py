@@ -69,6 +69,13 @@ def _at_a_checkpoint(output_dir: str, state: Any, notes: list[str]) -> dict[str,
 def _about_teacher(args: Any) -> list[str]:
     """What the teacher's name does not say: whose weights it has, and its adapters."""
     about = []
+    if args.self_teacher is not None:
+        own = {
+            "base": "its base model, without its adapter",
+            "live": "its weights as they are at each step",
+            "ema": f"a moving average of its adapter (decay {args.self_teacher_decay})",
+        }
+        about.append(f"The student is its own teacher: {own[args.self_teacher]}.")
     if args.share_base_model:
         about.append("The teacher is the student's base model, without the student's adapter.")
     if args.teacher_adapter_name_or_path is not None:

@@ -1,8 +1,8 @@
 """Saving and resuming: a killed run loses nothing that was saved, and goes on as if it had not been killed.
 
-Sources and rollouts need no state: they are functions of (seed, step, row). Beside the Trainer's own files only the
-record (`gkd.training.record`) is kept, in the file that also says that the checkpoint is complete
-(`gkd.training.checkpoint_files`).
+Sources and rollouts need no state: they are functions of (seed, step, row). Beside the Trainer's own files the record
+(`gkd.training.record`) is kept, in the file that also says that the checkpoint is complete
+(`gkd.training.checkpoint_files`), and a teacher that changes with the student (`gkd.training.teacher_state`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from gkd.common.disk import full_disk_explained
 from gkd.servers.client import ServerError
 from gkd.training import checkpoint_files as files
-from gkd.training import output_folder
-from gkd.training.going_on import GoingOn, first_rank
+from gkd.training import output_folder, teacher_state
+from gkd.training.going_on import GoingOn, all_ranks, first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class Checkpoints:
             guard.raise_if_stopped(self._trainer.state, self.folder(trial))
 
     def _load(self, checkpoint: str) -> None:
+        all_ranks(self._accelerator, lambda: teacher_state.read(checkpoint, self._trainer.teacher))
         state = files.read_state(checkpoint)
         if state is not None and "ledger" in state:
             self._trainer.record.load(state)
@@ -138,6 +139,8 @@ class Checkpoints:
                 self._accelerator.wait_for_everyone()
                 with self._until_complete():
                     yield
+                if writes:
+                    teacher_state.write(folder, self._trainer.teacher)
                 self._accelerator.wait_for_everyone()  # every rank has written its files
                 if writes:
                     about = {"belongs": going_on.facts, "seconds": self.seconds, "commands": going_on.commands}

@@ -153,6 +153,33 @@ def read(data):
     return load_dataset(str(data))["train"]
 
 
+def without_teacher(argv):
+    at = argv.index("--teacher_model_name_or_path")
+    return [*argv[:at], *argv[at + 2 :]]
+
+
+@pytest.mark.parametrize("field", [{"self_teacher": "base"}, {"share_base_model": "true"}], ids=["self", "shared"])
+def test_the_students_own_base_answers_and_scores_beforehand(field, folder, tmp_path, asked, capsys):
+    """What a training with an adapter on that base asks its teacher is there already, under the same keys."""
+    output, common = tmp_path / "out", {"seq_kd": "true", "lmbda": 0.0, "teacher_scores_dir": tmp_path / "scores"}
+    argv = without_teacher(flags(folder, output, "--use_peft", max_new_tokens=6, max_steps=6, **common, **field))
+    assert main(["precompute", str(folder / "recipe.py"), "--scores", *argv]) == 0
+    assert sum(map(len, asked)) == 10
+    kept = sorted(path.name for path in tmp_path.glob("**/rows-*.safetensors"))
+    asked.clear()
+    run(argv=argv)
+    assert asked == []
+    assert sorted(path.name for path in tmp_path.glob("**/rows-*.safetensors")) == kept, "a row was scored again"
+
+
+@pytest.mark.parametrize("kind", ["live", "ema"])
+def test_a_teacher_that_changes_has_nothing_to_precompute(kind, folder, tmp_path, capsys):
+    argv = without_teacher(flags(folder, tmp_path / "out", "--use_peft", self_teacher=kind))
+    with pytest.raises(SystemExit):
+        main(["precompute", str(folder / "recipe.py"), *argv])
+    assert f"gkd precompute does not go with self_teacher='{kind}'" in capsys.readouterr().err
+
+
 def test_options_of_the_tokenizer_reach_the_prompts_of_training_precompute_and_doctor(folder, tmp_path, monkeypatch):
     """Another template and another end of sequence: what is prepared beforehand is what training then asks for."""
     (tmp_path / "chat.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>@"))

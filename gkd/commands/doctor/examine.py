@@ -85,7 +85,7 @@ def _encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     settings = recipe.settings
     source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
     args, name = settings.training, student_name(settings)
-    teacher = None if args.share_base_model else args.teacher_model_name_or_path
+    teacher = None if args.shares_weights else args.teacher_model_name_or_path
     reading = teacher_reading(args, tokenizer, name, teacher, view=recipe.teacher_view)
     return encoding_options(name, tokenizer, args, source, reading=reading, write=False)
 
@@ -123,7 +123,7 @@ def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
             "Tokenizers", "ok", f"student {len(student):,} tokens; the teacher's server is asked for its own below"
         )
         return student, None
-    if args.share_base_model:
+    if args.shares_weights:
         out.add("Tokenizers", "ok", f"student {len(student):,} tokens; the teacher is the same base model")
         return student, None
     if named is None:
@@ -145,7 +145,7 @@ def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
 
 def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> None:
     args = settings.training
-    if args.teacher_server_url is not None or args.share_base_model:
+    if args.teacher_server_url is not None or args.shares_weights:
         return
     names = {"student": student_name(settings), "teacher": args.teacher_model_name_or_path or student_name(settings)}
     fields = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path"}

@@ -56,7 +56,7 @@ class Setup:
         zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
         teacher_follows: the teacher is loaded in the student's dtype when that is not float32.
         teacher_here: False when it is scored on a server.
-        shares_base: the teacher's weights are the student's base.
+        shares_base: the teacher's weights are the student's. averages: but for a moving average of the adapter.
         placement: `teacher_placement`. teacher_packed: bytes of a quantized weight in its linear layers, or None.
     """
 
@@ -82,6 +82,7 @@ class Setup:
     teacher_follows: bool = False
     teacher_here: bool = True
     shares_base: bool = False
+    averages: bool = False
     placement: str = "same"
     teacher_packed: float | None = None
 
@@ -165,6 +166,8 @@ def teacher_weights(setup: Setup) -> tuple[int, int]:
 
     What is split up comes layer by layer, which is not counted, to score; to write, it is gathered whole.
     """
+    if setup.averages:
+        return 4 * setup.trained, 0  # in fp32, whole on every GPU
     if not setup.teacher_here or setup.shares_base:
         return 0, 0
     model = setup.teacher

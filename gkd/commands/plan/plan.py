@@ -83,7 +83,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
         raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
     student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path", args.trust_remote_code))
     # A teacher on a server counts for its vocabulary only, which is the student's; one may be the student's base.
-    elsewhere = args.teacher_server_url is not None or args.share_base_model
+    elsewhere = args.teacher_server_url is not None or args.shares_weights
     nameless = args.teacher_model_name_or_path is None and elsewhere
     teacher_name = settings.model.model_name_or_path if nameless else args.teacher_model_name_or_path
     teacher_config = _config(teacher_name, "teacher_model_name_or_path", args.trust_remote_code)
@@ -112,9 +112,10 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
         checkpointing=args.gradient_checkpointing,
         zero_stage=zero_stage,
         offload=offload,
-        teacher_follows=not (isinstance(own, dict) and "dtype" in own) and not args.share_base_model,
+        teacher_follows=not (isinstance(own, dict) and "dtype" in own) and not args.shares_weights,
         teacher_here=args.teacher_server_url is None,
-        shares_base=args.share_base_model,
+        shares_base=args.shares_weights,
+        averages=args.self_teacher == "ema",
         placement=args.teacher_placement,
         teacher_packed=_packed_bytes(own),
     )

@@ -28,10 +28,13 @@ from gkd.assembly.materials import Given, materials
 from gkd.assembly.parts import assemble
 from gkd.assembly.rollouts import keep_completions, rows_at_a_time
 from gkd.assembly.scores import evaluation_sets
+from gkd.assembly.student import align_pad_token
 from gkd.common.environment import installed_versions
 from gkd.common.redact import redact_command
+from gkd.config.fields import GKDConfig
 from gkd.data.sequences import columns_read, join, sequence_of
 from gkd.data.targets import IGNORE
+from gkd.models.loading import base_name
 from gkd.recipe.build import loading_arguments, student_name, student_tokenizer
 from gkd.recipe.capture import Recipe
 from gkd.recipe.rows import recipe_data
@@ -39,6 +42,7 @@ from gkd.report.dataset_folder import check_folder, push_folder, write_folder
 from gkd.report.repo import Repo
 from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.kept import KeptRollout
+from gkd.teachers.absent import as_absent
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +135,9 @@ def prepare(recipe: Recipe) -> Precomputation:
     """Rows, tokenizer and teacher exactly as training has them; the student itself is not loaded."""
     settings = recipe.settings
     args, student = loading_arguments(settings), student_name(settings)
-    if args.share_base_model or args.teacher_adapters is not None:
-        raise ValueError(
-            "gkd precompute loads one teacher and no student, so share_base_model and teacher_adapters do not go with "
-            "it: their sequences and scores are kept during the training"
-        )
+    own = _teacher_is_the_base(args)
+    if own:
+        _name_the_base(args, student)
     data = recipe_data(recipe.load_data, settings)
     asked = data.get("eval") if args.eval_strategy != "no" else None
     given = Given(
@@ -146,6 +148,8 @@ def prepare(recipe: Recipe) -> Precomputation:
         teacher_view=recipe.teacher_view,
     )
     ready = materials(args, given)
+    if own and as_absent(ready.teacher) is None:  # as the student's is in a training: it counts in what is kept
+        align_pad_token(ready.teacher, ready.tokenizer)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
     if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
         propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
@@ -168,6 +172,36 @@ def prepare(recipe: Recipe) -> Precomputation:
         batch_size=batch_size,
         held_out={name: part for name, part in data.items() if name != "train"},
     )
+
+
+def _teacher_is_the_base(args: GKDConfig) -> bool:
+    """Whether the teacher is the student's own base, as it is.
+
+    Raises:
+        ValueError: it is none that could be loaded by itself.
+    """
+    if args.teacher_follows:
+        raise ValueError(
+            f"gkd precompute does not go with self_teacher={args.self_teacher!r}, which changes with every step of "
+            "the training: use self_teacher='base', or leave gkd precompute out"
+        )
+    tuned = args.shares_weights and args.teacher_adapter_name_or_path is not None
+    if tuned or args.teacher_adapters is not None:
+        raise ValueError(
+            "gkd precompute loads one teacher and no student, so an adapter on its base (share_base_model) and "
+            "teacher_adapters do not go with it: their sequences and scores are kept during the training"
+        )
+    return args.shares_weights
+
+
+def _name_the_base(args: GKDConfig, student: str) -> None:
+    """The student's base as a teacher by its name, loaded as the student is."""
+    base = base_name(student)
+    kwargs: Any = dict(args.model_init_kwargs or {})
+    if base != student:  # the student is an adapter, whose revision is no revision of its base
+        kwargs.pop("revision", None)
+    args.self_teacher, args.share_base_model = None, False
+    args.teacher_model_name_or_path, args.teacher_model_init_kwargs = base, kwargs
 
 
 def fill(work: Precomputation) -> None:
