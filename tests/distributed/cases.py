@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_rows, tiny_tokenizer, tiny_vision_model
 from transformers import GenerationConfig, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from views import viewed_rows
 
 import gkd.training.trainer
 from gkd.config.fields import GKDConfig
@@ -58,6 +59,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "teacher": {"seed": 2, "hidden": 48, "layers": 3},
 }
 ADAPTERS = ("math", "chat")
+# One step of plain SGD over 20 ragged rows: what changes in the weights is the gradient.
+VIEWS: dict[str, Any] = {
+    "per_device_train_batch_size": 5,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 1,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "max_grad_norm": 0.0,
+    "seq_kd": True,
+    "teacher_cache_dir": "off",
+}
 SEVERAL = ("math", "chat", "itself", "itself", "math")  # the rows' teachers in turn
 PROBE = torch.tensor([[257, 65, 66, 67, 258]])
 STOPS = [258, *range(64)]  # so many stop tokens that untrained models stop, each row somewhere else
@@ -79,6 +91,7 @@ class Case:
         disturb: give every rank's global random streams a state of their own before the trainer and before training.
         shares: the teacher is the student's base: "itself", with an adapter ("math"), or "several" of these.
         resume: stop after this many steps, build everything anew and go on from the checkpoint.
+        views: the teacher reads prompts of its own (tests/support/views.py).
         refused: the words of the ValueError that must come instead of a training.
     """
 
@@ -93,6 +106,7 @@ class Case:
     disturb: bool = False
     shares: str = ""
     resume: int | None = None
+    views: bool = False
     refused: str | None = None
 
     def alone(self) -> Case:
@@ -101,7 +115,8 @@ class Case:
         args = {**self.args, "per_device_train_batch_size": RANKS * batch}
         for name in ("deepspeed", "teacher_placement"):
             args.pop(name, None)
-        return Case(self.name, args, student=self.student, lora=self.lora, one_row=self.one_row, shares=self.shares)
+        same = {name: getattr(self, name) for name in ("student", "lora", "one_row", "shares", "views")}
+        return Case(self.name, args, **same)
 
 
 def save_models(folder: Path) -> None:
@@ -170,6 +185,7 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
     student: Any = str(models / case.student)
     teacher: Any = str(models / "teacher")
     rows = tiny_rows(1) * ROWS if case.one_row else tiny_rows(ROWS)
+    rows = viewed_rows(20) if case.views else rows
     shared: dict[str, Any] = {}
     if case.shares:
         teacher, shared = None, {"share_base_model": True}

@@ -15,6 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from views import dense_loss, viewed_rows
+
+from gkd.data.sequences import TokenSequence
+from gkd.data.targets import IGNORE
 
 
 @dataclass
@@ -76,6 +80,26 @@ def assert_as_one_process(case: Case, folder: Path, alone: Callable[[Case], Resu
     assert len(result.ranks) == 2
     print(largest_differences(result, reference))
     assert_equal(result, reference)
+
+
+def assert_as_dense(result: Result, models: Path) -> None:
+    """One SGD step (`cases.VIEWS`) over rows whose teacher reads prompts of its own: loss and gradient are of two
+    dense forward passes in float64, as far as fp32 weights can show a gradient."""
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name).double() for name in ("untied", "teacher"))
+    (window,) = result.windows
+    sequences = [
+        TokenSequence(
+            ids, [IGNORE] * (len(ids) - targets) + ids[len(ids) - targets :], len(ids) - targets, source, row
+        )
+        for row, source, ids, targets in window
+    ]
+    assert {sequence.source for sequence in sequences} == {"student", "teacher"}
+    loss = dense_loss(student, teacher, sequences, viewed_rows(20))
+    assert result.steps[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    loss.backward()
+    for name, before in student.named_parameters():
+        change = before.detach() - result.weights[name].double()
+        torch.testing.assert_close(change, before.grad, rtol=1e-5, atol=2e-7, msg=lambda text, n=name: n + text)
 
 
 def assert_all_saved_whole(case: Case, folder: Path, models: Path) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 from accelerate import Accelerator
-from cases import Case, run
+from cases import VIEWS, Case, run
 from launch import launch
-from results import assert_all_saved_whole, assert_as_one_process, read
+from results import assert_all_saved_whole, assert_as_dense, assert_as_one_process, read
 
 from gkd.assembly.launch_checks import check_wiring
 
@@ -42,6 +42,7 @@ CASES = [
     Case("with_vision", {"max_steps": 3, "gradient_checkpointing": True}, engine="ddp", lora=False, student="vision"),
     Case("uneven", {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 4}, engine="ddp"),
     Case("uneven_resumed", {"per_device_train_batch_size": 5}, engine="ddp", resume=1),
+    Case("views", VIEWS, engine="ddp", lora=False, views=True),
     Case("resumed", {"max_steps": 6, "gradient_checkpointing": True}, engine="ddp", resume=3),
 ]
 REFUSED = [
@@ -66,6 +67,10 @@ def folder(models, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_processes_equal_one(case, folder, alone):
     assert_as_one_process(case, folder, alone)
+
+
+def test_a_teacher_with_prompts_of_its_own_is_that_of_two_dense_passes(folder, models):
+    assert_as_dense(read(folder / "views"), models)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from cases import SPLIT_ALL, Case
+from cases import SPLIT_ALL, VIEWS, Case
 from launch import launch
-from results import assert_all_saved_whole, assert_as_one_process, read
+from results import assert_all_saved_whole, assert_as_dense, assert_as_one_process, read
 
 from gkd.assembly.checks import check_not_quantized
 
@@ -70,6 +70,7 @@ CASES = [
     zero("zero3_resumed", "zero3", args={"max_steps": 6, "gradient_checkpointing": True}, resume=3),
     zero("zero3_full_resumed", "zero3", args={"max_steps": 6, "learning_rate": 1e-3}, lora=False, resume=3),
     zero("zero3_offload", "zero3_offload"),
+    zero("zero3_views", "zero3", args=VIEWS, lora=False, views=True),
     Case("zero2_argument", {"deepspeed": f"{PLACE}/zero2.json"}, engine="zero-2"),
     Case("zero3_argument", {"deepspeed": f"{PLACE}/zero3.json"}, engine="zero-3"),
 ]
@@ -105,6 +106,10 @@ def test_two_processes_equal_one(case, folder, alone):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_saved(case, folder, models):
     assert_all_saved_whole(case, folder, models)
+
+
+def test_a_teacher_with_prompts_of_its_own_is_that_of_two_dense_passes(folder, models):
+    assert_as_dense(read(folder / "zero3_views"), models)
 
 
 def test_checkpointing_is_reentrant_for_lora_under_zero_3_only(folder):

@@ -78,5 +78,5 @@ def gradient(loss: torch.Tensor, model: Any) -> torch.Tensor:
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference beside the largest right value."""
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+    """Size of the difference beside the size of the right value."""
+    return float((found.double() - wanted).norm() / wanted.norm())

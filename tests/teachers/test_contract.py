@@ -29,6 +29,7 @@ from gkd.assembly.teacher import make_teacher, shared_base
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import TokenSequence, collate
 from gkd.data.targets import target_mask
+from gkd.data.teacher_view import teacher_view
 from gkd.loss import DIVERGENCES, make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
@@ -153,13 +154,18 @@ def _plain(adapter: str | None) -> Any:
     return model
 
 
-def _batch(kind: Kind) -> dict[str, torch.Tensor]:
-    """Rows of 3 to 17 tokens, prompts of 1 to 6, one row without a target, padding on the right."""
+VIEWS = ([9] * 22, [], [8, 7], [5], list(range(30)))  # in front of each row's completion; [] is its own prompt
+
+
+def _batch(kind: Kind, contexts: Any = ((),) * 5) -> dict[str, torch.Tensor]:
+    """Rows of 3 to 17 tokens, prompts of 1 to 6, one row without a target, padded on the right; the teacher reads them
+    behind `contexts`, or behind the "same" prompts."""
     draw = torch.Generator().manual_seed(0)
     sequences = []
-    for length, start in ((17, 4), (5, 1), (9, 6), (3, 3), (12, 2)):
+    for i, (length, start) in enumerate(((17, 4), (5, 1), (9, 6), (3, 3), (12, 2))):
         ids = torch.randint(0, 256, (length,), generator=draw).tolist()
-        sequences.append(TokenSequence(ids, [-100] * start + ids[start:], start, row=len(sequences)))
+        context = ids[:start] if contexts == "same" else list(contexts[i])
+        sequences.append(TokenSequence(ids, [-100] * start + ids[start:], start, row=i, teacher_context=context))
     batch = collate(sequences, 256)
     if kind.teachers is not None:
         batch["teachers"] = torch.full((len(sequences),), kind.teachers)
@@ -225,6 +231,38 @@ def test_same_loss_and_gradient_as_the_plain_teacher(name, divergence, place, te
         plain, plain_gradient = _loss(expected, batch, settings)
         assert float((loss - plain).abs() / plain) < kind.bound
         assert float((gradient - plain_gradient).norm() / plain_gradient.norm()) < bound
+
+
+EXACT = [name for name, kind in KINDS.items() if not kind.needs]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_in_a_view_of_its_own_it_scores_what_the_teacher_reads(name, place, teacher_of):
+    kind = KINDS[name]
+    teacher, batch, plain = teacher_of(name), _batch(kind, VIEWS), _batch(kind)
+    read = teacher_view(batch)
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    assert read["input_ids"].shape[1] > batch["input_ids"].shape[1]
+    expected = _expected(read, place.adapter if kind.tuned else None)
+    settings = LossSettings(make_divergence("forward_kl"), **kind.settings)
+    loss, gradient = _loss(teacher.score(read), batch, settings)
+    wanted, wanted_gradient = _loss(expected, batch, settings)
+    assert float((loss - wanted).abs() / wanted) < kind.bound
+    assert float((gradient - wanted_gradient).norm() / wanted_gradient.norm()) < kind.bound
+    as_the_student, _ = _loss(teacher.score(plain), batch, settings)
+    assert abs(float(as_the_student - loss)) > 0.02 * float(wanted)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_view_of_the_same_prompts_is_none_bit_for_bit(name, teacher_of):
+    """Also where another row of the batch has one, and the row is scored among the teacher's own."""
+    kind = KINDS[name]
+    teacher, settings = teacher_of(name), LossSettings(make_divergence("jsd"), **kind.settings)
+    plain, same = _batch(kind), _batch(kind, "same")
+    assert teacher_view(plain) is plain
+    assert "teacher_input_ids" in same
+    results = [_loss(teacher.score(teacher_view(batch)), batch, settings) for batch in (plain, same)]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.bound > 1e-3 and not kind.needs])

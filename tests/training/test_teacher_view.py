@@ -15,6 +15,15 @@ ROWS = viewed_rows(20)
 STEP = {"per_device_train_batch_size": 20, "learning_rate": 0.0, "teacher_cache_dir": "off"}
 
 
+def student_model(**values):
+    """So small weights that fp32 itself is within 1e-6 of float64."""
+    return tiny_model(seed=1, initializer_range=0.1, **values)
+
+
+def teacher_model():
+    return tiny_model(hidden=48, layers=3, seed=2)
+
+
 class Gradients(TrainerCallback):
     """The gradient of each step, before it is taken."""
 
@@ -28,13 +37,14 @@ class Gradients(TrainerCallback):
 def trained(folder, monkeypatch, rows=ROWS, **values):
     """One step over all rows: the trainer, its gradient, and the window as it was trained on."""
     memory, gradients = Remember(monkeypatch), Gradients()
-    trainer = trainer_of(folder, Dataset.from_list(rows), callbacks=[gradients], **{**STEP, **values})
+    values = {**STEP, "student": student_model(), "teacher": teacher_model(), **values}
+    trainer = trainer_of(folder, Dataset.from_list(rows), callbacks=[gradients], **values)
     trainer.train()
     return trainer, gradients.steps[0], memory.windows[0]
 
 
 def check(trainer, found, window, name="jsd", end_map=None):
-    student, teacher = tiny_model(seed=1).double(), tiny_model(hidden=48, layers=3, seed=2).double()
+    student, teacher = student_model().double(), teacher_model().double()
     wanted = dense_loss(student, teacher, window, ROWS, name, end_map)
     assert losses(trainer)[0] == pytest.approx(wanted.item(), rel=1e-6)
     bound = 3e-6 if name == "total_variation" else 1e-6  # whose gradient takes signs
@@ -95,9 +105,12 @@ def test_the_teacher_writes_from_its_own_prompt(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_reads_the_teachers_view(tmp_path):
-    trainer = trainer_of(tmp_path, eval_dataset=Dataset.from_list(ROWS), per_device_eval_batch_size=7, lmbda=0.0)
+    trainer = trainer_of(
+        tmp_path, eval_dataset=Dataset.from_list(ROWS), per_device_eval_batch_size=7, lmbda=0.0,
+        student=student_model(), teacher=teacher_model(),
+    )  # fmt: skip
     sequences = trainer.data_collator.sequences(list(trainer.eval_dataset))
-    student, teacher = tiny_model(seed=1).double(), tiny_model(hidden=48, layers=3, seed=2).double()
+    student, teacher = student_model().double(), teacher_model().double()
     wanted = dense_loss(student, teacher, sequences, ROWS).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-6)
 
@@ -114,8 +127,8 @@ def with_own_template(folder, **values):
     values = {**STEP, "teacher_template": "own", "max_new_tokens": 60, **values}
     gradients = Gradients()
     trainer = GKDTrainer(
-        tiny_model(seed=1, eos_token_id=STUDENT_END),
-        tiny_model(hidden=48, layers=3, seed=2),
+        student_model(eos_token_id=STUDENT_END),
+        teacher_model(),
         config(folder, **values),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=own,
