@@ -25,6 +25,7 @@ SCENES = {
     "end of an epoch": {"lmbda": 0.5, "rows": 20},
     "teacher's sequences from the cache": {"lmbda": 0.3, "seq_kd": True, "rows": 12},
     "teacher's sequences anew": {"lmbda": 0.3, "seq_kd": True, "teacher_cache_dir": "off", "rows": 12},
+    "a teacher with prompts of its own": {"lmbda": 0.4, "seq_kd": True, "views": True},
     "dropout of the adapter": {"lmbda": 0.5, "lora_dropout": 0.3, "rows": 14},
     "dropout, end of an epoch": {"lmbda": 0.0, "lora_dropout": 0.3, "rows": 20},
 }  # fmt: skip

@@ -23,8 +23,8 @@ torch.set_num_threads(1)
 from datasets import Dataset  # noqa: E402
 from forked import Child  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tiny import tiny_rows  # noqa: E402
 from training import trainer_of  # noqa: E402
+from views import viewed_rows  # noqa: E402
 
 from gkd.rollouts.store import SequenceStore  # noqa: E402
 from gkd.training.checkpoint_files import find, step_of  # noqa: E402
@@ -50,7 +50,8 @@ VALUES: dict[str, Any] = {
 
 
 def build(folder: Path) -> Any:
-    return trainer_of(folder, Dataset.from_list(tiny_rows(29)), **VALUES)
+    """The teacher reads prompts of its own."""
+    return trainer_of(folder, Dataset.from_list(viewed_rows(29)), **VALUES)
 
 
 class Moments:

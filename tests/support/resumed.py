@@ -4,11 +4,12 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny import tiny_rows
 from training import trainer_of
+from views import viewed_rows
 
 STEPS, STOP = 10, 5
 
 
-def build(folder, rows=14, lora_dropout=None, **values):
+def build(folder, rows=14, lora_dropout=None, views=False, **values):
     lora = None
     if lora_dropout is not None:
         lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=lora_dropout, target_modules=["q_proj", "down_proj"])
@@ -16,7 +17,8 @@ def build(folder, rows=14, lora_dropout=None, **values):
         "max_steps": STEPS, "optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
         "warmup_steps": 3, "max_grad_norm": 1.0, "save_strategy": "steps", "save_steps": STOP, "max_new_tokens": 5,
     }  # fmt: skip
-    return trainer_of(folder, Dataset.from_list(tiny_rows(rows)), peft_config=lora, **{**defaults, **values})
+    made = viewed_rows(rows) if views else tiny_rows(rows)
+    return trainer_of(folder, Dataset.from_list(made), peft_config=lora, **{**defaults, **values})
 
 
 def history(trainer):
