@@ -78,7 +78,7 @@ class DataReport:
             f"{self.longest_prompt:,}, longest row {self.longest_row:,}",
         ]
         if self.views:
-            lines.append(f"  {self.views:,} rows of which the teacher reads a prompt of its own")
+            lines.append(f"  in {self.views:,} of them the teacher reads a prompt of its own")
         return "\n".join(lines + [f"  {line}" for line in self.remarks()])
 
     def remarks(self) -> list[str]:

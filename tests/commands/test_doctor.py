@@ -19,7 +19,7 @@ import gkd.commands.doctor.examine
 from gkd.cli import main
 from gkd.commands.doctor.cost import timed_steps
 from gkd.commands.doctor.examine import examine
-from gkd.commands.doctor.view import Diagnosis, show, view
+from gkd.commands.doctor.view import Diagnosis, Reader, show, view
 from gkd.commands.evaluate import evaluate_recipe
 from gkd.common.text import rough_duration
 from gkd.evaluation.measures import Estimate, Measures
@@ -131,7 +131,7 @@ def test_the_view_of_several_trained_turns_and_of_text_after_them():
     tokenizer = tiny_tokenizer()
     ids = tokenizer("ab")["input_ids"] + [258] + tokenizer("cde")["input_ids"]
     row = {"input_ids": ids, "labels": [-100, ids[1], 258, -100, ids[4], -100], "prompt_length": 4, "row": 7}
-    shown = view(row, tokenizer, {258})
+    shown = view(row, Reader(tokenizer, {258}))
     assert shown.number == 7
     assert shown.pieces == [
         ("prompt", "a"),
@@ -472,7 +472,7 @@ def test_a_server_that_fails_is_a_line(folder, server):
 
 
 def test_an_evaluation_that_is_off_prepares_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("gkd.assembly.evaluator._prompts", lambda *_: pytest.fail("prompts were prepared"))
+    monkeypatch.setattr("gkd.assembly.evaluator._prepared", lambda *_: pytest.fail("prompts were prepared"))
     flags = ["--max_steps", "1", "--report_to", "none", "--evaluate_before_and_after", "false"]
     assert main(["run", *argv(folder), *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out" / "evaluation.json").exists()

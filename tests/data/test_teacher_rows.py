@@ -84,7 +84,7 @@ def test_only_rows_that_differ_have_a_view_and_the_report_counts_them():
     rows, report = prepare(padded([GOOD, {**GOOD, "teacher_system": "S"}, {**GOOD, "teacher_prompt": [USER]}]))
     assert [bool(row["teacher_context"]) for row in rows] == [False, True, False]
     assert report.views == 1
-    assert "1 rows of which the teacher reads a prompt of its own" in str(report)
+    assert "in 1 of them the teacher reads a prompt of its own" in str(report)
     assert report.remarks() == []
 
 

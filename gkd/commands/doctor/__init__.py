@@ -5,5 +5,7 @@ cost: the doctor's estimate of a run: memory by the formulas of `gkd plan`, time
 examine: `gkd doctor`: what can be known about a run before it costs a GPU-day
 rows: the doctor's look at the rows: formats, what is dropped or cut, where an answer begins and whether
     it stops
+template: the doctor's look at the chat template: how a teacher likes its own answers in its own form
+    and in the student's
 view: what the doctor shows: the checklist, and rows with their prompt, target and stop tokens in colour
 """

@@ -22,9 +22,10 @@ from gkd.assembly.reading import teacher_reading
 from gkd.assembly.rollouts import encoding_options
 from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, spread, timed_steps
 from gkd.commands.doctor.rows import examine_held_out, examine_rows
+from gkd.commands.doctor.template import examine_template
 from gkd.commands.doctor.view import Diagnosis
 from gkd.common.environment import describe_hardware, installed_versions
-from gkd.data.sequences import prompt_of
+from gkd.data.sequences import sequence_of
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, shared_vocabulary
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
@@ -209,12 +210,20 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
         out.add("Models", "ok", f"{size}; teacher {trainer.accelerator.unwrap_model(teacher).num_parameters():,}")
     if trainer.args.teacher_server_url is not None:
         out.add("Token maps", "ok", "the teacher's server makes the same ids of a line of text and the special tokens")
-    remark = None
-    if trainer.args.teacher_template == "student":
-        remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
-    ids = trainer.stop_ids["student"]
-    named = ", ".join(map(str, ids[:_NAMED])) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
-    out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{named} for both")))
+    _stop_ids(out, trainer)
+
+
+def _stop_ids(out: Diagnosis, trainer: GKDTrainer) -> None:
+    named = {
+        who: ", ".join(map(str, ids[:_NAMED])) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+        for who, ids in trainer.stop_ids.items()
+    }
+    if trainer.args.teacher_template == "own" and trainer.stop_ids["student"] != trainer.stop_ids["teacher"]:
+        each = ", ".join(f"{ids} for the {who}" for who, ids in named.items())
+        out.add("Stop ids", "ok", f"{each} (teacher_template=own)")
+        return
+    remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
+    out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{named['student']} for both")))
 
 
 def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> None:
@@ -229,21 +238,31 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
         found.append(teacher)
         _perplexities(out, student, teacher, len(evaluator.held_out))
         _divergence(out, student, evaluator.settings()["divergence"])
+        rows = data["train"].select(spread(prepared, ROLLOUTS))
+        examine_template(out, trainer, evaluator.teacher, rows, evaluator.conditions)
     for measures in found:
         _rollouts(out, measures, trainer.args.max_new_tokens, trainer.args.repetition_threshold)
 
 
 def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> Evaluator:
     """The harness of a run's evaluation, on a few train rows: prompts, and answers (or texts) for the perplexity."""
-    rows = list(prepared.select(range(min(ROWS_MEASURED, len(prepared)))))
-    answered = [row for row in rows if 0 < max(1, row["prompt_length"]) < len(row["input_ids"])]
-    held_out = [row["input_ids"] for row in answered]
-    starts: list[int] | None = [max(1, row["prompt_length"]) for row in answered]
+    rows = [sequence_of(row) for row in prepared.select(range(min(ROWS_MEASURED, len(prepared))))]
+    answered = [row for row in rows if 0 < max(1, row.prompt_length) < len(row.input_ids)]
+    held_out = [row.input_ids for row in answered]
+    starts: list[int] | None = [max(1, row.prompt_length) for row in answered]
+    contexts: list[list[int]] | None = [
+        row.teacher_context or row.input_ids[: max(1, row.prompt_length)] for row in answered
+    ]
     if not held_out and data.get("held_out_text") is not None:
-        held_out, starts = texts_in_ids(data["held_out_text"][:ROWS_MEASURED], trainer), None
+        held_out, starts, contexts = texts_in_ids(data["held_out_text"][:ROWS_MEASURED], trainer), None, None
     # running text has no prompt: its first half is continued
-    prompts = [prompt_of(row) or row["input_ids"][: -(-len(row["input_ids"]) // 2)] for row in rows[:ROLLOUTS]]
-    return make_evaluator(trainer, Questions(prompts, held_out, starts), num_samples=ROLLOUTS)
+    halves = [row.input_ids[: -(-len(row.input_ids) // 2)] for row in rows[:ROLLOUTS]]
+    prompts = [row.prompt or half for row, half in zip(rows, halves, strict=False)]
+    questions = Questions(prompts, held_out, starts)
+    if any(row.has_view or row.teacher_prompt_ids for row in rows):
+        own = [row.teacher_prompt or half for row, half in zip(rows, halves, strict=False)]
+        questions = replace(questions, teacher_prompts=own, teacher_contexts=contexts)
+    return make_evaluator(trainer, questions, num_samples=ROLLOUTS)
 
 
 def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gkd.assembly.rows import row_options, train_options
-from gkd.commands.doctor.view import Diagnosis, view
+from gkd.commands.doctor.view import Diagnosis, Reader, RowView, view
 from gkd.config.fields import GKDConfig
 from gkd.data.formats import ChatRow, Row, canonical_row
 from gkd.data.held_out import overlap
@@ -19,6 +20,7 @@ from gkd.data.row_report import DataReport
 from gkd.data.row_values import RowPlace
 from gkd.data.sequences import prompt_of
 from gkd.data.targets import IGNORE
+from gkd.data.teacher_rows import TeacherReading
 from gkd.data.token_rows import TokenRow
 from gkd.data.vocabulary import stop_token_ids
 
@@ -47,8 +49,19 @@ def examine_rows(
     _formats(out, train, bool(tokenizer.chat_template), args.assistant_turns)
     _counts(out, report)
     _stops(out, prepared, report, stops)
-    out.add_rows([view(row, tokenizer, stops) for row in prepared.select(range(min(ROWS_SHOWN, len(prepared))))])
+    out.add_rows(_shown(prepared, report, Reader(tokenizer, stops), encoding["reading"]))
     return prepared
+
+
+def _shown(prepared: Dataset, report: DataReport, student: Reader, reading: TeacherReading) -> list[RowView]:
+    """The first rows, of those that the teacher reads otherwise if there are any."""
+    own = reading.template(0)
+    teacher = student
+    if own is not None:
+        teacher = Reader(own.tokenizer, {*own.stop_ids, *stop_token_ids(own.tokenizer, None)})
+    viewed = (i for i, context in enumerate(prepared["teacher_context"]) if context) if report.views else iter(())
+    numbers = list(islice(viewed, ROWS_SHOWN)) or list(range(min(ROWS_SHOWN, len(prepared))))
+    return [view(row, student, teacher, reading.end_map) for row in prepared.select(numbers)]
 
 
 def examine_held_out(
@@ -139,6 +152,12 @@ def _counts(out: Diagnosis, report: DataReport) -> None:
         f"{report.longest_prompt:,}, longest row {report.longest_row:,}",
         remedy if share > _MANY else "",
     )
+    if report.views:
+        out.add(
+            "Teacher's prompts",
+            "ok",
+            f"in {report.views:,} of {report.kept:,} rows the teacher reads a prompt of its own",
+        )
     for remark in report.remarks():
         out.add("Rows", "warning", remark)
     if "prompt_not_prefix" not in report.rows_with:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.common.redact import harmless
 from gkd.common.text import printable
+from gkd.data.sequences import sequence_of
 from gkd.data.targets import IGNORE
 
 LEVELS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
@@ -36,10 +37,12 @@ class Check:
 
 @dataclass(frozen=True)
 class RowView:
-    """A row as pieces of text, each with a kind of KINDS."""
+    """A row as pieces of text, each with a kind of KINDS; `teacher` is the same of what the teacher reads, empty where
+    that is what the student reads."""
 
     number: int
     pieces: list[tuple[str, str]]
+    teacher: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -89,19 +92,45 @@ class Diagnosis:
         }
 
 
-def view(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> RowView:
-    """A prepared row (`input_ids`, `labels`, `prompt_length`, `row`) as pieces of text."""
+@dataclass(frozen=True)
+class Reader:
+    """Who reads a row: its tokenizer, and the ids at which it stops."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Collection[int]
+
+
+def view(
+    row: Mapping[str, Any], student: Reader, teacher: Reader | None = None, end_map: tuple[int, int] | None = None
+) -> RowView:
+    """A prepared row (`input_ids`, `labels`, `prompt_length`, `row`) as pieces of text.
+
+    Args:
+        row: with what its teacher reads, where that is something else.
+        student, teacher: who reads it; no teacher reads as the student does.
+        end_map: the tokens that end a turn of the student's and of the teacher's, where they differ.
+    """
+    sequence = sequence_of(row, end_map)
+    own = _pieces(sequence.input_ids, sequence.labels, sequence.prompt_length, student)
+    read: list[tuple[str, str]] = []
+    if sequence.has_view or sequence.teacher_prompt_ids:
+        seen = sequence.as_the_teacher_reads_it()
+        read = _pieces(seen.input_ids, seen.labels, seen.prompt_length, teacher or student)
+    return RowView(sequence.row, own, read)
+
+
+def _pieces(ids: list[int], labels: list[int], prompt_length: int, reader: Reader) -> list[tuple[str, str]]:
     kinds = []
-    for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
         if label != IGNORE:
-            kinds.append("stop" if token in stop_ids else "target")
+            kinds.append("stop" if token in reader.stop_ids else "target")
         else:
-            kinds.append("prompt" if position < row["prompt_length"] else "untrained")
+            kinds.append("prompt" if position < prompt_length else "untrained")
     pieces = []
-    for kind, group in groupby(zip(kinds, row["input_ids"], strict=True), key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, token in group], skip_special_tokens=False)
+    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        text = reader.tokenizer.decode([token for _, token in group], skip_special_tokens=False)
         pieces.append((kind, str(text)))
-    return RowView(int(row["row"]), pieces)
+    return pieces
 
 
 def show(diagnosis: Diagnosis, console: Console) -> None:
@@ -117,16 +146,27 @@ def _show_rows(diagnosis: Diagnosis, console: Console) -> None:
     marked = console.color_system is None or console.no_color
     marks = MARKS if marked else dict.fromkeys(KINDS, ("", ""))
     for row in diagnosis.rows:
-        text = Text()
-        for kind, piece in row.pieces:
-            before, behind = marks[kind]
-            text.append(before + printable(_shortened(piece)) + behind, style=KINDS[kind])
+        text: Text | Table = _coloured(row.pieces, marks)
+        if row.teacher:
+            sides = Table(expand=True, box=None, padding=(0, 1))
+            for heading in ("the student reads", "the teacher reads"):
+                sides.add_column(heading, ratio=1, overflow="fold", header_style="bold")
+            sides.add_row(text, _coloured(row.teacher, marks))
+            text = sides
         console.print(Panel(text, title=f"row {row.number}", title_align="left"))
     if diagnosis.rows:
         legend = Text("marks: " if marked else "colours: ")
         for kind, style in KINDS.items():
             legend.append(f" {kind.join(marks[kind])} ", style=style)
         console.print(legend)
+
+
+def _coloured(pieces: list[tuple[str, str]], marks: Mapping[str, tuple[str, str]]) -> Text:
+    text = Text()
+    for kind, piece in pieces:
+        before, behind = marks[kind]
+        text.append(before + printable(_shortened(piece)) + behind, style=KINDS[kind])
+    return text
 
 
 def _show_rollouts(diagnosis: Diagnosis, console: Console) -> None:
