@@ -36,7 +36,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.assembly.models import resolve_teacher
-from gkd.assembly.teacher import make_teacher, shared_base
+from gkd.assembly.teacher import TeacherOrder, make_teacher, shared_base
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import TokenSequence, collate
 from gkd.data.targets import target_mask
@@ -131,7 +131,7 @@ def one(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
         student(input_ids=batch["input_ids"][:, :8])  # weights that are mapped from a file come into memory with this
     own, before = tensors(), start_peak()
     model = shared_base(config, resolve_teacher(student, None, config), student)
-    teacher = make_teacher(config, model, student, accelerator, None)
+    teacher = make_teacher(TeacherOrder(config, model, student, accelerator, None))
     del model
     held = tensors() - own
     targets = batch["labels"][:, 1:][target_mask(batch["labels"])]

@@ -16,6 +16,8 @@ rollouts: who writes: the rollouts of student and teacher, and what of them is k
 rows: data sets prepared as the fields say: the one caller of `prepare_dataset` that has a config
 scores: putting the store of hidden states between the training and its teacher (`teacher_scores_dir`)
 servers: vLLM servers in the place of models: checked first, then made into a rollout
+several: the models of `teachers`: each as a run's one teacher would be loaded, and what stands on one
+    base loaded once
 student: the student: looked at before its weights are loaded, made ready to be trained, saved as it came
 teacher: which kind of teacher the fields ask for, made ready to score
 """

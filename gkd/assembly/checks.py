@@ -63,15 +63,16 @@ def warn_of_differences(
     stop_ids: dict[str, tuple[int, ...]],
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
+    name: str | None = None,
 ) -> None:
     """Warn when the teacher stops elsewhere than the student, or knows chats in another form: both make on-policy
-    training drift, and neither shows in the loss."""
+    training drift, and neither shows in the loss. `name` is the teacher's, of several."""
     remarks = [compare_stop_ids(stop_ids["student"], stop_ids["teacher"], tokenizer)]
     if teacher_tokenizer is not None:
         remarks.append(compare_chat_templates(tokenizer, teacher_tokenizer))
     for remark in remarks:
         if remark:
-            logger.warning("%s", remark)
+            logger.warning("%s%s", "" if name is None else f"teachers[{name!r}]: ", remark)
 
 
 _ROWS_AT_A_TIME = 10_000

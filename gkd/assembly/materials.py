@@ -13,10 +13,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.launch_checks import check_launch
-from gkd.assembly.models import resolve_config, resolve_teacher, resolve_tokenizer
-from gkd.assembly.reading import teacher_reading
+from gkd.assembly.models import resolve_config, resolve_tokenizer
+from gkd.assembly.reading import reading_of_teachers
 from gkd.assembly.rollouts import encoding_options
 from gkd.assembly.rows import prepare_rows
+from gkd.assembly.several import resolve_teachers
 from gkd.assembly.student import check_named
 from gkd.config.fields import GKDConfig
 from gkd.data.teacher_rows import TeacherReading
@@ -46,21 +47,28 @@ class Given:
 class Materials:
     """All of it, ready.
 
-    `student` is as it was given; `config` is its config, None where it was not looked at. `teacher` is not placed yet;
-    None on a server, or over the student's base. `encoding` is what the rows were prepared with beside the fields.
-    `teacher_tokenizer` is the one that was given, or whose template the teacher reads.
+    `student` is as it was given; `config` is its config, None where it was not looked at. `teachers` are not placed
+    yet: models by their names in the field `teachers`, under None the one of a run that has one; None on a server, or
+    over the student's base. `encoding` is what the rows were prepared with beside the fields. `teacher_tokenizer` is
+    the one that was given.
     """
 
     args: GKDConfig
     student: Any
     config: Any
-    teacher: Any
+    teachers: dict[str | None, Any]
     tokenizer: PreTrainedTokenizerBase
     encoding: dict[str, Any]
     train: Dataset | None
     evaluation: Any
     collator: Any
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def tokenizer_of(self, number: int) -> PreTrainedTokenizerBase | None:
+        """The one that was given, or whose template the teacher of that number reads."""
+        reading: TeacherReading = self.encoding["reading"]
+        own = reading.template(number)
+        return self.teacher_tokenizer if own is None else own.tokenizer
 
     @property
     def end_map(self) -> tuple[int, int] | None:
@@ -78,15 +86,15 @@ def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
         config: the student's, to be handed on.
 
     Raises:
-        ValueError: what `resolve_teacher`, `resolve_tokenizer` or `prepare_rows` refuse.
+        ValueError: what `resolve_teachers`, `resolve_tokenizer` or `prepare_rows` refuse.
     """
     if args.deepspeed:
         join_ranks_on_cpu()
     student = given.student
-    teacher = resolve_teacher(student, given.teacher, args)
+    teachers = resolve_teachers(student, given.teacher, args)
     tokenizer = resolve_tokenizer(given.tokenizer, student, args)
-    reading = teacher_reading(
-        args, tokenizer, student, teacher, view=given.teacher_view, teacher_tokenizer=given.teacher_tokenizer
+    reading = reading_of_teachers(
+        args, tokenizer, student, teachers, view=given.teacher_view, teacher_tokenizer=given.teacher_tokenizer
     )
     encoding = encoding_options(student, tokenizer, args, loading_options(args), reading=reading)
     train, evaluation, collator = prepare_rows(
@@ -98,18 +106,17 @@ def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
         formatting_func=given.formatting_func,
         collator=given.collator,
     )
-    own = reading.template(0)
     return Materials(
         args=args,
         student=student,
         config=config,
-        teacher=teacher,
+        teachers=teachers,
         tokenizer=tokenizer,
         encoding=encoding,
         train=train,
         evaluation=evaluation,
         collator=collator,
-        teacher_tokenizer=given.teacher_tokenizer if own is None else own.tokenizer,
+        teacher_tokenizer=given.teacher_tokenizer,
     )
 
 

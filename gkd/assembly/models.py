@@ -187,5 +187,5 @@ def loading_of(args: GKDConfig) -> Loading:
         trust_remote_code=bool(args.trust_remote_code),
         mixed_precision=args.mixed_precision,
         placement=args.teacher_placement,
-        adapted=args.teacher_adapter_name_or_path is not None,
+        adapted=args.teacher_adapter_name_or_path is not None or bool(args.teacher_adapters),
     )

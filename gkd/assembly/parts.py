@@ -14,20 +14,25 @@ from gkd.assembly.checks import check_lengths, check_views
 from gkd.assembly.materials import Materials, loading_options
 from gkd.assembly.models import tokenizer_of_teacher
 from gkd.assembly.rollouts import Writer, make_rollout
-from gkd.assembly.scores import evaluation_sets
+from gkd.assembly.scores import evaluation_sets, rows_of_teacher
 from gkd.assembly.servers import connect
-from gkd.assembly.teacher import make_teacher, shared_base, warn_of_one_model
+from gkd.assembly.several import lends_base
+from gkd.assembly.teacher import TeacherOrder, make_teacher, shared_base, warn_of_one_model
+from gkd.config.fields import GKDConfig
 from gkd.config.settings import hygiene, loss_settings
+from gkd.config.several import of_entry
 from gkd.data.end_map import check_end_map
 from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.loss.settings import LossSettings
 from gkd.models.facts import head_size, vocabulary_rows
 from gkd.models.loading import generation_config_of
+from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.routed import routed
 from gkd.servers.checks import Server
 from gkd.teachers.absent import as_absent
 from gkd.teachers.base import Teacher
+from gkd.teachers.routed import Compared, RoutedTeacher
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,49 @@ class LoadedStudent:
 
 
 @dataclass(frozen=True)
+class SharedIds:
+    """Token ids of two models.
+
+    `shared` is how many of them are compared; None: all. `pad` can be read by both. By source: which ids `stop` a
+    completion, and which are never written, since the other model would leave them `unread`.
+    """
+
+    shared: int | None
+    pad: int
+    stop: dict[str, tuple[int, ...]]
+    unread: dict[str, range]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One teacher, put together: all that a run with it alone would have of it.
+
+    `args` are the fields of such a run. `model` is what the `teacher` was made from, which is None where it is on a
+    server that only writes. `heads` are rows of both output heads, `ids` what the token ids have in common.
+    """
+
+    args: GKDConfig
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    server: Server | None
+    heads: dict[str, int]
+    ids: SharedIds
+    teacher: Teacher | None
+    rollout: Rollout
+
+
+@dataclass(frozen=True)
 class Parts:
     """What works in a distillation.
 
-    `teacher` scores (a `Teacher`; None where it is on a server that only writes); `teacher_model` is what it was made
-    from. `rollouts` write, by source ("student" is there when the student is loaded). `servers` are None where a model
-    is in this process. `pad_id` can be read by both models. `end_map` is the token that ends a turn for the student,
-    and the one for the teacher, where they are not the same.
+    `teacher` scores (a `Teacher`; None where it is on a server that only writes). `sides` are the teachers by name,
+    under None the one of a run that has one. `rollouts` write, by source ("student" is there when the student is
+    loaded). `loss_settings`, `stop_ids` and `hygiene` hold for all teachers. `pad_id` can be read by all models.
+    `end_map` is the token that ends a turn for the student, and the one for the teacher, where they are not the same.
     """
 
     teacher: Any
-    teacher_model: Any
-    teacher_tokenizer: PreTrainedTokenizerBase | None
-    servers: dict[str, Server | None]
+    sides: dict[str | None, Side]
     rollouts: dict[str, Any]
     loss_settings: LossSettings
     stop_ids: dict[str, tuple[int, ...]]
@@ -77,46 +112,27 @@ def assemble(
     Raises:
         ValueError: models, rows and servers that do not go together.
     """
-    args, known = ready.args, ready.student if student is None else student.model
-    teacher_model = ready.teacher
-    if student is not None:
-        teacher_model = shared_base(args, teacher_model, student.model)
+    args, order = ready.args, SideOrder(ready, accelerator, student, teacher_tokenizer)
+    sides: dict[str | None, Side] = {}
+    for name, one in args.each_teacher.items():
+        with of_entry(name):
+            sides[name] = _side(order, name, one)
+    every = list(sides.values())
+    ids = _in_common([side.ids for side in every])
+    rollouts: dict[str, Any] = {} if student is None else {"student": _student_rollout(order, every, ids)}
+    rollouts["teacher"] = routed(side.rollout for side in every)
+    if student is not None and args.teachers is None:
         warn_of_one_model(args, student.model, ready.train)
-        check_lengths(args, {"student": student.model, "teacher": teacher_model}, ready.train)
-    teacher_tokenizer = teacher_tokenizer or ready.teacher_tokenizer
-    if teacher_tokenizer is None:
-        teacher_tokenizer = tokenizer_of_teacher(teacher_model, known, args)
-    servers = connect(args, ready.tokenizer, ("student", "teacher") if student is not None else ("teacher",))
-    check_views(args, ready.train, evaluation_sets(ready.evaluation), teacher_model, servers["teacher"])
-    heads = _heads(ready, student, teacher_model)
-    ids = _shared_ids(ready, heads, known, teacher_model, teacher_tokenizer, servers["teacher"])
-    check_end_map(ready.end_map, ids.shared or min(heads.values()))
-    teacher: Teacher | None = None
-    if student is not None or servers["teacher"] is None:
-        loaded = None if student is None else student.model
-        teacher = make_teacher(args, teacher_model, loaded, accelerator, servers["teacher"])
-    models: dict[str, list[Callable[[], Any]]] = {} if student is None else {"student": [student.writer]}
-    models["teacher"] = [lambda: None] if teacher is None else teacher.models()
-    rollouts: dict[str, Any] = {}
-    for source, of_source in models.items():
-        writer = Writer(
-            source,
-            of_source[0],
-            stop_ids=ids.stop[source],
-            pad_id=ids.pad,
-            foreign_ids=ids.unread[source],
-            server=servers[source],
-            vocabulary=heads["student"],
-            absent=as_absent(teacher_model),
-        )
-        rollouts[source] = routed(make_rollout(args, replace(writer, get_model=get), accelerator) for get in of_source)
+    of_all, of_each = _loss_settings(args, every, ids)
+    teacher = every[0].teacher
+    if args.teachers is not None:
+        compared = [Compared(*how) for how in zip(of_each, args.teacher_weights, strict=True)]
+        teacher = RoutedTeacher({str(n): side.teacher for n, side in sides.items() if side.teacher}, compared)
     return Parts(
         teacher=teacher,
-        teacher_model=teacher_model,
-        teacher_tokenizer=teacher_tokenizer,
-        servers=servers,
+        sides=sides,
         rollouts=rollouts,
-        loss_settings=loss_settings(args, ids.shared),
+        loss_settings=of_all,
         stop_ids=ids.stop,
         hygiene=hygiene(args, ids.stop, ready.end_map),
         pad_id=ids.pad,
@@ -125,17 +141,105 @@ def assemble(
 
 
 @dataclass(frozen=True)
-class SharedIds:
-    """Token ids of two models.
+class SideOrder:
+    """The arguments of `assemble`."""
 
-    `shared` is how many of them are compared; None: all. `pad` can be read by both. By source: which ids `stop` a
-    completion, and which are never written, since the other model would leave them `unread`.
-    """
+    ready: Materials
+    accelerator: Accelerator
+    student: LoadedStudent | None
+    teacher_tokenizer: PreTrainedTokenizerBase | None
 
-    shared: int | None
-    pad: int
-    stop: dict[str, tuple[int, ...]]
-    unread: dict[str, range]
+    @property
+    def loaded(self) -> nn.Module | None:
+        """The student's model."""
+        return None if self.student is None else self.student.model
+
+    @property
+    def known(self) -> Any:
+        """The same, or the student's name."""
+        return self.ready.student if self.student is None else self.student.model
+
+
+def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
+    """One teacher, whose fields are `args`."""
+    ready, accelerator, alone = order.ready, order.accelerator, name is None
+    model = ready.teachers[name]
+    if order.loaded is not None:
+        model = shared_base(args, model, order.loaded)
+        check_lengths(args, {"student": order.loaded, "teacher": model}, ready.train)
+    number = 0 if name is None else ready.args.teacher_names.index(name)
+    tokenizer = order.teacher_tokenizer or ready.tokenizer_of(number) or tokenizer_of_teacher(model, order.known, args)
+    server = connect(args, ready.tokenizer, ("teacher",), name)["teacher"]
+    train, evaluation = ready.train, evaluation_sets(ready.evaluation)
+    if not alone:
+        train, *evaluation = (rows_of_teacher(rows, number) for rows in (train, *evaluation))
+    check_views(args, train, evaluation, model, server)
+    heads = _heads(ready, order.student, model)
+    ids = _shared_ids(ready, heads, order.known, model, tokenizer, server)
+    check_end_map(ready.end_map, ids.shared or min(heads.values()))
+    teacher: Teacher | None = None
+    if order.loaded is not None or server is None:
+        lent = not alone and name in ready.args.teachers_on_base and lends_base(ready.args)
+        teacher = make_teacher(TeacherOrder(args, model, order.loaded, accelerator, server, lent, alone))
+    writer = Writer(
+        "teacher",
+        _nowhere,
+        stop_ids=ids.stop["teacher"],
+        pad_id=ids.pad,
+        foreign_ids=ids.unread["teacher"],
+        server=server,
+        vocabulary=heads["student"],
+        absent=as_absent(model),
+    )
+    models = [writer.get_model] if teacher is None else teacher.models()
+    rollout = routed(make_rollout(args, replace(writer, get_model=get), accelerator) for get in models)
+    return Side(args, model, tokenizer, server, heads, ids, teacher, rollout)
+
+
+def _nowhere() -> Any:
+    """The model of a teacher that is on a server."""
+    return None
+
+
+def _student_rollout(order: SideOrder, sides: list[Side], ids: SharedIds) -> Rollout:
+    assert order.student is not None
+    args = order.ready.args
+    writer = Writer(
+        "student",
+        order.student.writer,
+        stop_ids=ids.stop["student"],
+        pad_id=ids.pad,
+        foreign_ids=ids.unread["student"],
+        server=connect(args, order.ready.tokenizer, ("student",))["student"],
+        vocabulary=sides[0].heads["student"],
+    )
+    return make_rollout(args, writer, order.accelerator)
+
+
+def _loss_settings(
+    args: GKDConfig, sides: list[Side], ids: SharedIds
+) -> tuple[LossSettings, list[LossSettings | None]]:
+    """The loss's settings for all teachers, and for each; None where they are those for all."""
+    plain = loss_settings(args)
+    each = [replace(plain, teacher_top_k=s.args.teacher_top_k, shared_vocab=s.ids.shared) for s in sides]
+    if all(own == each[0] for own in each):
+        return each[0], [None] * len(each)
+    return replace(plain, shared_vocab=ids.shared), list(each)
+
+
+def _in_common(sides: list[SharedIds]) -> SharedIds:
+    """What student and all teachers have in common."""
+    if len(sides) == 1:
+        return sides[0]
+    known = [ids.shared for ids in sides if ids.shared is not None]
+    of_teachers = tuple(sorted({stop for ids in sides for stop in ids.stop["teacher"]}))
+    unread = max((ids.unread["student"] for ids in sides), key=len)  # they end with the student's head
+    return SharedIds(
+        min(known, default=None),
+        min(ids.pad for ids in sides),
+        {"student": sides[0].stop["student"], "teacher": of_teachers},
+        {"student": unread, "teacher": range(0)},
+    )
 
 
 def _shared_ids(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config.fields import GKDConfig
+from gkd.config.several import of_entry
 from gkd.data.end_map import find_end_map
 from gkd.data.teacher_rows import OwnTemplate, TeacherReading, View
 from gkd.data.vocabulary import check_token_maps, configured_stop_ids
@@ -17,6 +19,49 @@ from gkd.servers.checks import served_model
 from gkd.servers.client import VLLMClient
 
 logger = logging.getLogger(__name__)
+
+
+def reading_of_teachers(
+    args: GKDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Any,
+    teachers: Mapping[str | None, Any],
+    *,
+    view: View | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> TeacherReading:
+    """How the rows are read for every teacher; `teachers` are models by their names, and the rest is as in
+    `teacher_reading`.
+
+    Raises:
+        ValueError: what `teacher_reading` refuses, told of the teacher; or teachers that end their turns differently.
+    """
+    found = {}
+    for name, one in args.each_teacher.items():
+        with of_entry(name):
+            found[name] = teacher_reading(
+                one, tokenizer, student, teachers[name], view=view, teacher_tokenizer=teacher_tokenizer
+            )
+    if args.teachers is None:
+        return found[None]
+    ends = {name: reading.end_map for name, reading in found.items()}
+    first, *others = ends
+    for name in others:
+        if ends[name] != ends[first]:
+            raise ValueError(
+                f"teachers {first!r} and {name!r} end their turns with different tokens "
+                f"({_in_words(ends[first], tokenizer)}; {_in_words(ends[name], tokenizer)}), and a run can exchange "
+                "them for all of its teachers or for none: leave template='own' out, and give what they read in a "
+                "column teacher_prompt"
+            )
+    return TeacherReading(view, tuple(reading.template(0) for reading in found.values()))
+
+
+def _in_words(end_map: tuple[int, int] | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    if end_map is None:
+        return "the student's"
+    student, teacher = tokenizer.convert_ids_to_tokens(list(end_map))
+    return f"{teacher!r} for {student!r}"
 
 
 def teacher_reading(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
@@ -101,8 +102,8 @@ def load_unless_covered(
     rollout: Any,
     hygiene: Hygiene,
 ) -> None:
-    """Load a teacher that is not loaded yet, unless the store has all that the training will ask it. All ranks call
-    this, and load it or not together.
+    """Load a teacher that is not loaded yet, unless the store has all that the training will ask it; of several, each
+    for its own rows. All ranks call this, and load it or not together.
 
     Args:
         teacher: any kind; nothing happens when it is loaded.
@@ -111,8 +112,21 @@ def load_unless_covered(
         rollout: of the teacher's sequences.
         hygiene: which of these are trained on.
     """
-    if teacher.loaded:
-        return
+    teachers = teacher.each()
+    for number, (one, writer) in enumerate(zip(teachers, rollout.each(), strict=True)):
+        own = datasets if len(teachers) == 1 else [rows_of_teacher(rows, number) for rows in datasets]
+        if not one.loaded:
+            _load_one_unless_covered(one, args, own, writer, hygiene)
+
+
+def rows_of_teacher(rows: Any, number: int) -> Any:
+    """The prepared rows of one of several teachers."""
+    return rows.select(np.flatnonzero(np.asarray(rows["teacher"]) == number)) if isinstance(rows, Dataset) else rows
+
+
+def _load_one_unless_covered(
+    teacher: Any, args: GKDConfig, datasets: list[Any], rollout: Rollout, hygiene: Hygiene
+) -> None:
     missing = int(args.student_writes)  # what the student will write nobody knows
     for number, rows in enumerate(datasets if not missing else ()):
         writes = args.teacher_writes and number == 0

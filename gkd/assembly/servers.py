@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config.fields import GKDConfig
+from gkd.loss.parts import SplitSignal
 from gkd.loss.signals import TeacherSignal
 from gkd.rollouts.adapter_upload import agree
 from gkd.rollouts.against_the_student import RolloutCheck
@@ -17,9 +18,13 @@ from gkd.teachers.base import Teacher
 
 
 def connect(
-    args: GKDConfig, tokenizer: PreTrainedTokenizerBase, whose: tuple[str, ...] = ("student", "teacher")
+    args: GKDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    whose: tuple[str, ...] = ("student", "teacher"),
+    teacher: str | None = None,
 ) -> dict[str, Server | None]:
-    """The servers of "student" and "teacher"; None where the model is in this process, or is not asked for.
+    """The servers of "student" and "teacher"; None where the model is in this process, or is not asked for. `teacher`
+    is its name, of several.
 
     Raises:
         ValueError: a server is out of reach, has another tokenizer, or takes sequences that are too short.
@@ -34,7 +39,8 @@ def connect(
     for who, name in fields.items():
         urls = getattr(args, name)
         if urls is not None and who in whose:
-            client = VLLMClient(urls, field=name, timeout=args.rollout_server_timeout, proxy=args.server_proxy)
+            shown = name if who == "student" or teacher is None else f"teachers[{teacher!r}].server"
+            client = VLLMClient(urls, field=shown, timeout=args.rollout_server_timeout, proxy=args.server_proxy)
             server = Server(client, served_model(client))
             check_tokenizer(client, server.served, tokenizer)
             check_length(client, server.served, needed[who])
@@ -49,12 +55,14 @@ def rollout_check(args: GKDConfig, rollout: Rollout, accelerator: Accelerator) -
     return RolloutCheck(rollout.settings, args.rollout_logprob_tolerance, accelerator, rollout.server_field)
 
 
-def score_together(teacher: Teacher, batch: dict[str, Tensor], accelerator: Accelerator) -> TeacherSignal:
+def score_together(
+    teacher: Teacher, batch: dict[str, Tensor], accelerator: Accelerator
+) -> TeacherSignal | SplitSignal:
     """`Teacher.score`; what goes wrong with a server on one rank is raised on all of them, so that no rank is waited
     for and a checkpoint can be saved."""
     if not teacher.remote:
         return teacher.score(batch)
-    found: TeacherSignal | None = None
+    found: TeacherSignal | SplitSignal | None = None
     failure: Exception | None = None
     try:
         found = teacher.score(batch)

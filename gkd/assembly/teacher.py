@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.compute as pc
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 
 from gkd.assembly.scores import with_scores
+from gkd.assembly.several import over_base
 from gkd.config.fields import GKDConfig
 from gkd.models.adapters import load_adapter
 from gkd.models.facts import head_size
-from gkd.models.shared_weights import base_of_student, is_new, same_model, second_model, with_own_adapter
+from gkd.models.shared_weights import base_of_student, is_new, same_model, with_own_adapter
 from gkd.servers.checks import Server
 from gkd.teachers.average import AverageTeacher
 from gkd.teachers.base import Teacher
@@ -40,6 +40,8 @@ class TeacherOrder:
         student: the unwrapped student, for a teacher that shares something with it.
         accelerator: where the student trains, and how it is sharded.
         server: the teacher's, or None.
+        lent: the model stands on weights that other teachers stand on, too.
+        alone: it is the only teacher.
     """
 
     args: GKDConfig
@@ -47,6 +49,8 @@ class TeacherOrder:
     student: Any
     accelerator: Accelerator
     server: Server | None
+    lent: bool = False
+    alone: bool = True
 
 
 def _on_server(order: TeacherOrder) -> Teacher:
@@ -57,7 +61,9 @@ def _on_server(order: TeacherOrder) -> Teacher:
 
 
 def _routed(order: TeacherOrder) -> Teacher:
-    return RoutedTeacher(_several(order.args, order.model, order.accelerator))
+    assert isinstance(order.args.teacher_adapters, dict)
+    models = over_base(order.model, order.args.teacher_adapters, "teacher_adapters")
+    return RoutedTeacher({name: _shared(replace(order, model=model)) for name, model in models.items()})
 
 
 def _shared(order: TeacherOrder) -> Teacher:
@@ -78,7 +84,11 @@ def _self(order: TeacherOrder) -> Teacher:
 
 
 def _local(order: TeacherOrder) -> Teacher:
-    return _kept(order, lambda model: LocalTeacher(model, order.accelerator, order.args.teacher_placement))
+    return _kept(order, lambda model: _local_of(order, model))
+
+
+def _local_of(order: TeacherOrder, model: Any) -> LocalTeacher:
+    return LocalTeacher(model, order.accelerator, order.args.teacher_placement, alone=order.alone)
 
 
 def _kept(order: TeacherOrder, live: Callable[[Any], Any]) -> Teacher:
@@ -99,20 +109,12 @@ TEACHERS: dict[str, Callable[[TeacherOrder], Teacher]] = {
 }
 
 
-def make_teacher(
-    args: GKDConfig, teacher_model: Any, student: Any, accelerator: Accelerator, server: Server | None
-) -> Teacher:
-    """The teacher: on its server, or the model in this process.
-
-    Args:
-        args: its `teacher_*` fields say which kind.
-        teacher_model: the model, as `shared_base` gave it (of several, their base); None when it is elsewhere.
-        student: the unwrapped student, for a teacher that shares something with it.
-        accelerator: where the student trains, and how it is sharded.
-        server: the teacher's, or None.
-    """
-    make = next((make for field, make in TEACHERS.items() if getattr(args, field)), _local)
-    return make(TeacherOrder(args, teacher_model, student, accelerator, server))
+def make_teacher(order: TeacherOrder) -> Teacher:
+    """The teacher: on its server, or the model in this process; which kind is said by the `teacher_*` fields."""
+    if order.lent:
+        return _shared(order)
+    make = next((make for field, make in TEACHERS.items() if getattr(order.args, field)), _local)
+    return make(order)
 
 
 def shared_base(args: GKDConfig, teacher_model: Any, student: nn.Module) -> Any:
@@ -166,17 +168,3 @@ def _teacher_reads_otherwise(rows: Any) -> bool:
     columns = [name for name in ("teacher_context", "teacher_prompt_ids") if name in rows.column_names]
     tables = rows.select_columns(columns).with_format("arrow").iter(1000) if columns else ()
     return any(pc.max(pc.list_value_length(table.column(name))).as_py() for table in tables for name in columns)
-
-
-def _several(args: GKDConfig, base: Any, accelerator: Accelerator) -> dict[str, SharedTeacher]:
-    """A teacher for each of `teacher_adapters`, all over the weights of `base`."""
-    if isinstance(base, PeftModel):
-        raise ValueError("teacher_adapters: teacher_model has an adapter already; pass its base model")
-    assert isinstance(args.teacher_adapters, dict)
-    models = {
-        name: second_model(base)
-        if adapter is None
-        else load_adapter(second_model(base), adapter, f"teacher_adapters[{name!r}]", shared=True)
-        for name, adapter in args.teacher_adapters.items()
-    }
-    return {name: SharedTeacher(model, accelerator) for name, model in models.items()}

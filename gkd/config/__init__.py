@@ -7,6 +7,8 @@ fields: `GKDConfig`: TRL's `SFTConfig` plus the fields of generalized knowledge 
     range checks
 servers: fields about servers: what is missing there, and what would have no effect
 settings: from fields to settings objects, which hold the ranges and choices of what they hold
+several: the field `teachers`: several teachers of any kind, each of which is a run's one teacher for
+    its own rows
 teacher: fields about the teacher: where it stands, what is kept of it, its adapters, and what goes together
 values: single fields: sizes and choices that no settings object holds, and options that this
     trainer cannot honour

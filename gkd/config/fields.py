@@ -19,6 +19,7 @@ from gkd.config.completions import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config.field_types import check_types
 from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config.settings import check_settings, loss_settings
+from gkd.config.several import check_entries, check_several, config_of, entry_of, stands_on_base, weight_of
 from gkd.config.teacher import SELF_TEACHER_DECAY, check_teacher
 from gkd.config.values import check_counts, check_dicts, check_options, check_values
 from gkd.loss import DIVERGENCES, Divergence, make_divergence
@@ -44,6 +45,7 @@ class GKDConfig(SFTConfig):
         *SFTConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
         "teacher_adapters",
+        "teachers",
         "generation_kwargs",
     ]
 
@@ -84,6 +86,11 @@ class GKDConfig(SFTConfig):
     self_teacher_decay: float = _field(
         SELF_TEACHER_DECAY,
         "Of self_teacher='ema', 0 to below 1: after each step, teacher = decay x teacher + (1 - decay) x student.",
+    )
+    teachers: dict[str, Any] | str | None = _field(
+        None,
+        "Several teachers of any kind, as a dict or JSON of names to {model | adapter | server, placement, "
+        "quantization, top_k, template, weight, model_init_kwargs}. The column `teacher` names each row's.",
     )
     disable_dropout: bool = _field(
         True, "Turn dropout off in student and teacher. A LoRA adapter's own lora_dropout is left alone."
@@ -240,6 +247,7 @@ class GKDConfig(SFTConfig):
             self.data_seed = self.seed
         check_dicts(self)
         super().__post_init__()
+        check_entries(self)
         check_counts(self)
         self.make_divergence()
         check_settings(self)
@@ -249,6 +257,7 @@ class GKDConfig(SFTConfig):
         check_servers(self)
         check_logging(self)
         check_teacher(self)
+        check_several(self)
 
     def _choose_for_cpu(self) -> None:
         """Without an accelerator: use_cpu, without which accelerate leaves several processes apart and the Trainer
@@ -301,7 +310,41 @@ class GKDConfig(SFTConfig):
     def teacher_names(self) -> tuple[str, ...]:
         """The names of several teachers, in the order of their numbers; () for one."""
         assert not isinstance(self.teacher_adapters, str)  # TrainingArguments has parsed it
-        return tuple(self.teacher_adapters or ())
+        assert not isinstance(self.teachers, str)
+        return tuple(self.teachers or self.teacher_adapters or ())
+
+    @property
+    def each_teacher(self) -> dict[str | None, GKDConfig]:
+        """Of every teacher that has fields of its own, a config in which it is the only one; under None this config,
+        where there is one teacher, or one model with several adapters."""
+        if self.teachers is None:
+            return {None: self}
+        return {name: config_of(self, name) for name in self.teacher_names}
+
+    @property
+    def teachers_on_base(self) -> tuple[str, ...]:
+        """Those of `teachers` that stand on the model that the other fields name."""
+        return tuple(n for n in self.teacher_names if self.teachers and stands_on_base(entry_of(self, n)))
+
+    @property
+    def teacher_weights(self) -> tuple[float, ...]:
+        """What the divergence of each of several teachers is multiplied by."""
+        return tuple(weight_of(self, name) if self.teachers else 1.0 for name in self.teacher_names)
+
+    @property
+    def asks_teacher_server(self) -> bool:
+        """Whether any teacher is on a server."""
+        return any(one.teacher_server_url is not None for one in self.each_teacher.values())
+
+    @property
+    def has_teacher_here(self) -> bool:
+        """Whether any teacher is a model in this process."""
+        return any(one.teacher_server_url is None for one in self.each_teacher.values())
+
+    @property
+    def cuts_to_top_k(self) -> bool:
+        """Whether any teacher's distribution is cut to its most likely tokens."""
+        return any(one.teacher_top_k is not None for one in self.each_teacher.values())
 
     @property
     def shares_weights(self) -> bool:

@@ -22,8 +22,8 @@ def check_servers(config: Any) -> None:
 
 def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
     on_server = config.rollout_backend == "vllm"
-    any_server = on_server or config.teacher_server_url is not None
-    teacher_here = config.teacher_writes and config.teacher_server_url is None
+    any_server = on_server or config.asks_teacher_server
+    teacher_here = config.teacher_writes and config.has_teacher_here
     writes_here = (config.student_writes and not on_server) or teacher_here
     timeout = config.rollout_server_timeout
     no_effect = "has no effect without rollout_backend='vllm': set that, or leave it out"
@@ -72,6 +72,17 @@ def _of_rollouts(config: Any) -> list[tuple[bool, str]]:
             "(servers do all sampling, or lmbda=0 without seq_kd): leave it out",
         ),
     ]
+
+
+def check_one_server(config: Any) -> None:
+    """Refuse a teacher's server that something is missing for, or that does not go with other fields.
+
+    Raises:
+        ValueError: naming the fields and the remedy.
+    """
+    for wrong, text in _of_teacher(config):
+        if wrong:
+            raise ValueError(text)
 
 
 def _of_teacher(config: Any) -> list[tuple[bool, str]]:

@@ -150,10 +150,6 @@ def _of_adapters(config: Any) -> list[tuple[bool, str]]:
             f"{shown} does not go with teacher_server_url: start the server with the adapter merged, or leave it out",
         ),
         (
-            config.teacher_scores_dir is not None and several is not None,
-            f"{shown} does not go with teacher_scores_dir, which holds one teacher's scores: leave one of them out",
-        ),
-        (
             config.teacher_placement != "same" and lent,
             f"{shown} does not go with teacher_placement={config.teacher_placement!r}: these weights stand where the "
             "student's or the other teachers' do; leave teacher_placement out",

@@ -36,6 +36,7 @@ _DICTS = (
     "model_init_kwargs",
     "generation_kwargs",
     "teacher_adapters",
+    "teachers",
     "lr_scheduler_kwargs",
     "dataset_kwargs",
 )
@@ -121,7 +122,7 @@ def _check_ineffective(config: Any) -> None:
             f"dataset_kwargs: {', '.join(others)} has no effect in GKDTrainer, which prepares all rows itself: "
             "leave it out, and change the rows before they are passed, or in a formatting_func"
         )
-    if config.teacher_top_k is None and config.top_k_tail != "bucket":
+    if not config.cuts_to_top_k and config.top_k_tail != "bucket":
         raise ValueError(
             f"top_k_tail={config.top_k_tail!r} has no effect without teacher_top_k: set that, or leave it out"
         )

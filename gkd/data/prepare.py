@@ -199,5 +199,5 @@ def _teacher_number(raw: Mapping[str, Any], teachers: tuple[str, ...], place: Ro
         return name  # rows that have been prepared before
     if name not in teachers:
         found = "is missing" if name is None else f"is {name!r}, which no teacher is called"
-        place.bad("teacher", f"{found}: every row names one of {', '.join(teachers)} (teacher_adapters)")
+        place.bad("teacher", f"{found}: every row names one of {', '.join(teachers)} (column `teacher`)")
     return teachers.index(name)

@@ -25,6 +25,7 @@ from gkd.data.targets import select_targets, target_mask, targets_of
 from gkd.data.teacher_view import teacher_view
 from gkd.evaluation.measures import Estimate, Metric
 from gkd.evaluation.public_tasks import PublicTasks
+from gkd.loss.parts import SplitSignal
 from gkd.loss.signals import DenseSignal, Head, TeacherSignal
 from gkd.models.generation_mode import generation_mode
 from gkd.models.head import head_of, output_layer
@@ -214,7 +215,12 @@ class ServedSubject(Subject):
         return self.teacher.rollout(sampling, seed=how.seed, source=source)
 
     def asked(self, how: Conditions) -> AbstractContextManager[Ask]:
-        return nullcontext(self.teacher.score)
+        return nullcontext(self._asked)
+
+    def _asked(self, batch: dict[str, Tensor]) -> TeacherSignal:
+        signal = self.teacher.score(batch)
+        assert not isinstance(signal, SplitSignal), "several teachers are several subjects"
+        return signal
 
     def compared(
         self,

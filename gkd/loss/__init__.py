@@ -12,6 +12,8 @@ eager: the arithmetic of a few tokens' logits: softmax in place, statistics, the
     gradient
 fused: output heads, softmax, divergence and gradient in one pass over chunks of target tokens
 integrand: what a divergence of two next-token distributions is: an integrand and its derivative
+parts: several teachers in one micro-batch: the fused pass runs once for each signal, over the
+    targets that it is about
 projection: hidden states times an output head, and back: which dtype the factors have, and which
     the products
 registry: divergences by name: which there are, and one made with those of the parameters that it

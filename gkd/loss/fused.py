@@ -62,13 +62,41 @@ def fused_divergence(
         ValueError: sizes that do not fit together, a target or a top-k id outside the compared vocabulary, a
             temperature other than 1 with a top-k signal.
     """
+    inputs, gradients = wanted_gradients(student_hidden, student_head)
+    output = run_pass(
+        student_hidden,
+        student_head,
+        signal,
+        targets,
+        weights,
+        settings,
+        ce_weights=ce_weights,
+        check_ids=check_ids,
+        gradients=gradients,
+    )
+    return attached(output, inputs, gradients)
+
+
+def run_pass(
+    student_hidden: Tensor,
+    student_head: Head,
+    signal: TeacherSignal,
+    targets: Tensor,
+    weights: Tensor,
+    settings: LossSettings,
+    *,
+    ce_weights: Tensor | None,
+    check_ids: bool,
+    gradients: Gradients,
+) -> FusedOutput:
+    """As `fused_divergence`, but the loss has no graph yet: the gradients are added to `gradients`."""
     vocab = _compared_vocabulary(student_hidden, student_head, signal, targets, settings)
     if check_ids:
         ids_in_range("target", targets, vocab)
         if isinstance(signal, TopKSignal):
             ids_in_range("top-k id", signal.ids, vocab)
-    student, inputs, gradients = _student(student_hidden, student_head, vocab)
-    dtype = student.dtype
+    dtype = _dtype(student_hidden)
+    student = Projection(student_hidden, student_head, vocab, dtype)
     teacher = Projection(signal.hidden, signal.head, vocab, dtype) if isinstance(signal, DenseSignal) else None
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         work = FusedPass(
@@ -84,10 +112,9 @@ def fused_divergence(
         for at in even_cuts(targets.shape[0], work.chunk):
             work.run_chunk(at)
         output = work.output()
-    if not gradients.any:
-        return output
-    loss = _Attach.apply(output.loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
-    return replace(output, loss=loss)
+    if isinstance(signal, TopKSignal):
+        return replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
+    return output
 
 
 def fused_cross_entropy(
@@ -115,8 +142,9 @@ def fused_cross_entropy(
     vocab, n = settings.shared_vocab or student_head.weight.shape[0], targets.shape[0]
     if check_ids:
         ids_in_range("target", targets, vocab)
-    student, inputs, gradients = _student(student_hidden, student_head, vocab)
-    dtype = student.dtype
+    inputs, gradients = wanted_gradients(student_hidden, student_head)
+    dtype = _dtype(student_hidden)
+    student = Projection(student_hidden, student_head, vocab, dtype)
     entropy, cross_entropy = torch.zeros(2, n, dtype=dtype, device=targets.device)
     weights = ce_weights.to(dtype)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
@@ -140,12 +168,24 @@ def fused_cross_entropy(
     return FusedOutput(loss=loss, student_entropy=entropy, cross_entropy=cross_entropy)
 
 
-def _student(hidden: Tensor, head: Head, vocab: int) -> tuple[Projection, _Inputs, Gradients]:
-    """What projects, what the loss is a function of, and a place for the gradients that are wanted."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+def _dtype(hidden: Tensor) -> torch.dtype:
+    """Of logits, probabilities and gradients."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def wanted_gradients(hidden: Tensor, head: Head) -> tuple[_Inputs, Gradients]:
+    """What the loss is a function of, and a place for the gradients that are wanted."""
     inputs = (hidden, head.weight, head.bias)
     needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
-    return Projection(hidden, head, vocab, dtype), inputs, Gradients.zeros(inputs, needs, dtype)
+    return inputs, Gradients.zeros(inputs, needs, _dtype(hidden))
+
+
+def attached(output: FusedOutput, inputs: _Inputs, gradients: Gradients) -> FusedOutput:
+    """The output, whose loss is a function of `inputs` with these gradients."""
+    if not gradients.any:
+        return output
+    loss = _Attach.apply(output.loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
+    return replace(output, loss=loss)
 
 
 def ids_in_range(name: str, ids: Tensor, vocab: int) -> None:

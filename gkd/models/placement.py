@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -96,10 +96,13 @@ def check_loading(kwargs: dict[str, Any], placement: str, quantized: bool = Fals
 # ------------------------------------------------------------------------------------------------------ placing
 
 
-def place_teacher(model: nn.Module, accelerator: Accelerator, placement: str = "same") -> nn.Module:
+def place_teacher(
+    model: nn.Module, accelerator: Accelerator, placement: str = "same", *, alone: bool = True
+) -> nn.Module:
     """Freeze a model and put it where `teacher_placement` says; the result is what scores and generates.
 
     `same`: as the student is placed (whole, or split up under ZeRO-3). Sharded placements: all ranks call this.
+    `cpu_offload`: unless it is the only teacher, its head goes when its turn is over, too.
 
     Raises:
         ValueError: see `check_placement` and `check_placeable`.
@@ -110,7 +113,7 @@ def place_teacher(model: nn.Module, accelerator: Accelerator, placement: str = "
     if placement in SHARDED:
         return _sharded(freeze(model), placement)
     if placement == "cpu_offload":
-        offload(freeze(model), accelerator.device)
+        offload(freeze(model), accelerator.device, head_stays=alone)
         return model
     return place_frozen(model, accelerator)
 
@@ -118,30 +121,25 @@ def place_teacher(model: nn.Module, accelerator: Accelerator, placement: str = "
 # ------------------------------------------------------------------------------------------------- CPU memory
 
 
-class Offload:
-    """Weights that stand in CPU memory, and on the accelerator inside `here`.
+class _Moved:
+    """Tensors that stand in CPU memory, and on the accelerator inside `here`.
 
     The CPU memory keeps its copy meanwhile (frozen weights do not change), so there is one transfer each time and none
-    back. The output head stays on the accelerator: the loss projects with it after the model has run.
+    back.
     """
 
-    def __init__(self, model: nn.Module, move: Callable[[Tensor], Tensor], pin: bool) -> None:
+    def __init__(self, tensors: Iterable[Tensor], move: Callable[[Tensor], Tensor], pin: bool) -> None:
         self._move = move
         self._depth = 0
-        head = {id(parameter) for parameter in output_layer(model).parameters()}
-        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        for key, tensor in tensors.items():
-            tensor.data = move(tensor.data) if key in head else tensor.data.cpu()
         self._at_home: list[tuple[Tensor, Tensor]] = []
-        for key, tensor in tensors.items():
-            if key not in head:
-                home = tensor.data.pin_memory() if pin else tensor.data
-                tensor.data = home
-                self._at_home.append((tensor, home))
+        for tensor in tensors:
+            home = tensor.data.cpu()
+            tensor.data = home.pin_memory() if pin else home
+            self._at_home.append((tensor, tensor.data))
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
-        """The weights are on the accelerator inside, and off it again on leaving and when the body raises."""
+        """The tensors are on the accelerator inside, and off it again on leaving and when the body raises."""
         self._depth += 1
         try:
             if self._depth == 1:
@@ -155,29 +153,66 @@ class Offload:
                     tensor.data = home
 
 
+class Offload:
+    """A model's weights that stand in CPU memory while it does nothing.
+
+    The loss projects with the output head after the model has run. Of one such model the head stays on the
+    accelerator; where several take turns, it comes for the model and for the loss, and goes again.
+    """
+
+    def __init__(self, model: nn.Module, move: Callable[[Tensor], Tensor], pin: bool, head_stays: bool) -> None:
+        head = {id(parameter) for parameter in output_layer(model).parameters()}
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        if head_stays:
+            for key in head:
+                tensors[key].data = move(tensors[key].data)
+        comes = [] if head_stays else [tensor for key, tensor in tensors.items() if key in head]
+        self.head = _Moved(comes, move, pin)
+        self.body = _Moved((tensor for key, tensor in tensors.items() if key not in head), move, pin)
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """The whole model is on the accelerator inside."""
+        with self.head.here(), self.body.here():
+            yield
+
+
 _OFFLOADED: WeakKeyDictionary[nn.Module, Offload] = WeakKeyDictionary()
 
 
-def offload(model: nn.Module, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> None:
+def offload(
+    model: nn.Module,
+    device: torch.device,
+    move: Callable[[Tensor], Tensor] | None = None,
+    *,
+    head_stays: bool = True,
+) -> None:
     """Keep a frozen model in CPU memory; `on_accelerator` brings it to `device`.
 
     Args:
-        model: a causal language model; its output head goes to `device` for good.
+        model: a causal language model.
         device: the accelerator. On a CPU nothing moves.
         move: instead of the transfer to `device`.
+        head_stays: its output head goes to `device` for good; else `head_on_accelerator` brings it.
     """
     pin = device.type == "cuda"  # pageable memory would be copied to pinned memory first, each time
-    _OFFLOADED[model] = Offload(model, move or (lambda tensor: tensor.to(device, non_blocking=True)), pin)
+    move = move or (lambda tensor: tensor.to(device, non_blocking=True))
+    _OFFLOADED[model] = Offload(model, move, pin, head_stays)
 
 
 @contextlib.contextmanager
 def on_accelerator(model: nn.Module) -> Iterator[None]:
     """Inside, an `offload`ed model is on the accelerator; nothing happens to any other model."""
     state = _OFFLOADED.get(model)
-    if state is None:
+    with contextlib.nullcontext() if state is None else state.here():
         yield
-        return
-    with state.here():
+
+
+@contextlib.contextmanager
+def head_on_accelerator(model: nn.Module) -> Iterator[None]:
+    """Inside, the output head of an `offload`ed model is on the accelerator."""
+    state = _OFFLOADED.get(model)
+    with contextlib.nullcontext() if state is None else state.head.here():
         yield
 
 

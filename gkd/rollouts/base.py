@@ -195,6 +195,10 @@ class Rollout(ABC):
             Completions in the order of the prompts: the ids after the prompt, with the stop token when it was sampled.
         """
 
+    def each(self) -> Sequence[Rollout]:
+        """The rollouts that this one is made of, in the order of their teachers' numbers: itself, or several."""
+        return [self]
+
     def generate_ahead(self, prompts: list[list[int]], step: int, rows: list[int]) -> None:  # noqa: B027
         """Begin with the next step's completions, where that can go on beside the training; else nothing happens."""
 

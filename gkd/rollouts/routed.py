@@ -18,6 +18,9 @@ class RoutedRollout(Rollout):
         super().__init__(of[0].settings)
         self.by_teacher = tuple(of)
 
+    def each(self) -> Sequence[Rollout]:
+        return self.by_teacher
+
     def generate(
         self, prompts: list[list[int]], step: int, rows: list[int] | None = None, teachers: list[int] | None = None
     ) -> list[list[int]]:

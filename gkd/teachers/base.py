@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gkd.loss.parts import SplitSignal
 from gkd.loss.signals import TeacherSignal
 from gkd.models.facts import model_name, revision_of
+from gkd.models.zero import gathered
 from gkd.rollouts.base import Rollout, SamplingSettings
+
+WINDOW = "teacher_hidden"  # what `score_window` has kept stands under this name in a batch
 
 
 class Teacher(ABC):
@@ -24,6 +29,8 @@ class Teacher(ABC):
         loaded: False while a model that can be done without is not in memory (`teacher_scores_dir`).
         remote: it is asked over a network, where one rank can fail alone.
         top_k: how many tokens it scores at a position; None is all of them.
+        together: its model is split up over the ranks, so that all of them ask it at once, or none.
+        scores_windows: a whole window at a time is cheaper for it than one micro-batch at a time.
         writes: it has `rollout` and `log_probs`, in the place of a model that could be asked for them.
         follows: it changes while the student trains, so that nothing it says holds for long.
     """
@@ -33,15 +40,25 @@ class Teacher(ABC):
     loaded: bool = True
     remote: bool = False
     top_k: int | None = None
+    together: bool = False
+    scores_windows: bool = False
     writes: bool = False
     follows: bool = False
 
     @abstractmethod
-    def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
+    def score(self, batch: dict[str, Tensor]) -> TeacherSignal | SplitSignal:
         """`input_ids`, `attention_mask`, `labels` [B, T] -> a signal for the N targets, in row-major order."""
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         """Parameters that the signal refers to and that ZeRO-3 may have sharded."""
+        return ()
+
+    def head_here(self) -> AbstractContextManager[None]:
+        """Inside, what its signal refers to is whole, and where the loss is taken. A collective under ZeRO-3."""
+        return gathered(self.head_parameters())
+
+    def borrowed(self) -> Iterable[Tensor]:
+        """Parameters that another model's engine may have split up, and that are gathered while it scores."""
         return ()
 
     def each(self) -> Sequence[Teacher]:
@@ -84,9 +101,9 @@ class Teacher(ABC):
         """log p, in nats, of the tokens from `start` on of each (ids, start), given all before them."""
         raise NotImplementedError(f"{type(self).__name__} is asked through its model")
 
-    def score_window(self, batches: Sequence[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
-        """Last hidden states of a whole window, in CPU memory, where that is cheaper than one micro-batch at a time;
-        none where it is not. `signal_of` makes a signal of them."""
+    def score_window(self, batches: Sequence[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
+        """What is kept of a whole window in CPU memory, for each micro-batch: last hidden states by the name under
+        which they stand in it from then on (`teacher_hidden...`). None where a micro-batch at a time is as cheap."""
         return []
 
     def signal_of(self, hidden: Tensor) -> TeacherSignal:

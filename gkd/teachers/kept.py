@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -115,6 +116,10 @@ class KeptTeacher(Teacher):
 
     def head_parameters(self) -> Iterable[Tensor | None]:
         return (self._head.weight, self._head.bias)
+
+    def head_here(self) -> AbstractContextManager[None]:
+        here: AbstractContextManager[None] = super().head_here() if self._live is None else self._live.head_here()
+        return here
 
     def repo(self, kwargs: Any = None) -> tuple[str | None, str | None]:
         """Told without loading it."""

@@ -1,18 +1,18 @@
 """A teacher over weights that stand there already: the student's base without its adapter, or with another one.
 
-See `gkd.models.shared_weights.second_model`. B rows, T tokens, N targets, D hidden size.
+See `gkd.models.shared_weights.second_model`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gkd.data.targets import Targets
-from gkd.loss.signals import TeacherSignal
+from gkd.loss.signals import DenseSignal
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.placement import freeze
 from gkd.models.precision import mixed_precision
@@ -43,9 +43,13 @@ class SharedTeacher(LocalTeacher):
         return freeze(model)
 
     @torch.no_grad()
-    def score(self, batch: dict[str, Tensor]) -> TeacherSignal:
-        with gathered(self.model.parameters()):
+    def score(self, batch: dict[str, Tensor]) -> DenseSignal:
+        with gathered(self.borrowed()):
             return super().score(batch)
+
+    def borrowed(self) -> Iterable[Tensor]:
+        parameters: Iterable[Tensor] = self.model.parameters()
+        return parameters
 
 
 def _move(model: Any, device: torch.device) -> None:
@@ -53,24 +57,3 @@ def _move(model: Any, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_split(tensor):
             tensor.data = tensor.data.to(device)
-
-
-def _part(
-    batch: dict[str, Tensor], targets: Targets, rows: list[int], own: Tensor, longest: int, width: int
-) -> dict[str, Tensor]:
-    """Some rows of a batch that is padded on the right, without the padding that all of them have.
-
-    Args:
-        own: which of the batch's targets are theirs. longest: tokens of the longest of them. width: of the batch.
-    """
-    device = targets.at.device
-    at = torch.tensor(rows, device=device)
-    part = {name: batch[name].index_select(0, at)[:, :longest] for name in ("input_ids", "attention_mask", "labels")}
-    new_row = torch.zeros(batch["labels"].shape[0], dtype=torch.long, device=device)
-    new_row.index_copy_(0, at, torch.arange(len(rows), device=device))
-    row = targets.rows.index_select(0, own)
-    part["target_rows"] = new_row.index_select(0, row)
-    part["target_at"] = targets.at.index_select(0, own) - row * width + part["target_rows"] * longest
-    part["target_ids"] = targets.ids.index_select(0, own)
-    part["target_places"] = targets.places.index_select(0, own)
-    return part

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from gkd.data.sequences import PaddingCollator, TokenSequence, collate, unpad
 from gkd.data.targets import Targets, per_target, select_targets, target_weights, targets_of
 from gkd.data.teacher_view import teacher_view
 from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
+from gkd.loss.parts import SplitSignal, fused_by_part
 from gkd.loss.settings import FusedOutput
-from gkd.loss.signals import TeacherSignal, TopKSignal
+from gkd.loss.signals import TeacherSignal
 from gkd.models.facts import head_size
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.hidden import instead_of_logits
 from gkd.models.precision import mixed_precision
-from gkd.models.zero import gathered, zero_stage
+from gkd.models.zero import zero_stage
+from gkd.teachers.base import WINDOW
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +86,11 @@ class MicroBatches:
         compared = trainer.loss_settings.shared_vocab or head_size(self._accelerator.unwrap_model(trainer.model))
         for batch in batches:
             ids_in_range("target", batch["target_ids"], compared)
-        if args.teacher_placement == "cpu_offload" and len(batches) > 1 and not args.trains_on_nll_alone:
+        if trainer.teacher.scores_windows and len(batches) > 1 and not args.trains_on_nll_alone:
             with trainer.training_log.meters["train"].phase("teacher"):
                 read = [teacher_view(batch) for batch in batches]
-                for batch, hidden in zip(batches, trainer.teacher.score_window(read, device), strict=False):
-                    batch["teacher_hidden"] = hidden
+                for batch, kept in zip(batches, trainer.teacher.score_window(read, device), strict=True):
+                    batch.update(kept)
         return batches
 
     def padded_on_the_right(self, inputs: Batch) -> Batch:
@@ -101,16 +103,18 @@ class MicroBatches:
 
     # --------------------------------------------------------------------------------------------- the loss
 
-    def signal(self, inputs: Batch) -> TeacherSignal | None:
+    def signal(self, inputs: Batch) -> TeacherSignal | SplitSignal | None:
         """What the teacher says about the targets, in the student's terms; None in a training that does not ask it."""
         trainer = self._trainer
-        scored: TeacherSignal
-        if "teacher_hidden" in inputs:
-            scored = trainer.teacher.signal_of(inputs["teacher_hidden"])
+        scored: TeacherSignal | SplitSignal
+        if WINDOW in inputs:
+            scored = trainer.teacher.signal_of(inputs[WINDOW])
         elif trainer.model.training and self._args.trains_on_nll_alone:
             return None
         else:
-            scored = score_together(trainer.teacher, teacher_view(inputs), self._accelerator)
+            kept = {name: value for name, value in inputs.items() if name.startswith(WINDOW)}
+            read = teacher_view(inputs)
+            scored = score_together(trainer.teacher, {**read, **kept} if kept else read, self._accelerator)
         return scored if trainer.hygiene.end_map is None else scored.exchanging(trainer.hygiene.end_map)
 
     def model_inputs(self, inputs: Batch) -> dict[str, Any]:
@@ -119,7 +123,11 @@ class MicroBatches:
         return {**own, "output_router_logits": True} if self._trainer.aux_loss_enabled else own
 
     def loss(
-        self, model: nn.Module, inputs: Batch, signal: TeacherSignal | None, num_items: Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        signal: TeacherSignal | SplitSignal | None,
+        num_items: Tensor | int | None,
     ) -> TargetLosses:
         """Sum over the micro-batch's targets / `num_items`, taken inside the student's head: no logits are built.
 
@@ -146,7 +154,7 @@ class MicroBatches:
     def divergence(
         self,
         hidden: Tensor,
-        signal: TeacherSignal | None,
+        signal: TeacherSignal | SplitSignal | None,
         targets: Targets,
         inputs: Batch,
         num_items: Tensor | int | None,
@@ -170,21 +178,12 @@ class MicroBatches:
         if signal is None:
             assert ce_weights is not None
             return fused_cross_entropy(selected, self._head, targets.ids, ce_weights, settings, check_ids=check_ids)
+        beside: dict[str, Any] = {"ce_weights": ce_weights, "check_ids": check_ids}
         # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
-        with gathered(trainer.teacher.head_parameters()):
-            output = fused_divergence(
-                selected,
-                self._head,
-                signal,
-                targets.ids,
-                weights,
-                settings,
-                ce_weights=ce_weights,
-                check_ids=check_ids,
-            )
-        if isinstance(signal, TopKSignal):
-            output = replace(output, top_k_mass=signal.log_probs.exp().sum(dim=1))
-        return output
+        if isinstance(signal, SplitSignal):
+            return fused_by_part(selected, self._head, signal, targets.ids, weights, settings, **beside)
+        with trainer.teacher.head_here():
+            return fused_divergence(selected, self._head, signal, targets.ids, weights, settings, **beside)
 
     def with_aux_loss(self, loss: Tensor, outputs: Any, of_window: bool) -> Tensor:
         """The loss with a mixture of experts' load balancing added, where the model gives one.

@@ -145,8 +145,9 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         student_setup.check_student(self.model)
         check_steps(args, ready.train, self.accelerator.split_batches)
         student_setup.keep_use_cache(self.model, args, use_cache)
-        for role, quantizable in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", ready.teacher)):
-            check_not_quantized(quantizable, role, self.accelerator)
+        check_not_quantized(self.accelerator.unwrap_model(self.model), "student", self.accelerator)
+        for name, teacher in ready.teachers.items():
+            check_not_quantized(teacher, "teacher" if name is None else f"teacher {name!r}", self.accelerator)
         self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
         self.model_accepts_loss_kwargs = True
         self._set_up_models(ready, teacher_processing_class)
@@ -172,7 +173,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         asked = [ready.train, *evaluation_sets(ready.evaluation)]
         load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
         if args.teacher_template == "student":
-            warn_of_differences(self.stop_ids, ready.tokenizer, parts.teacher_tokenizer)
+            for name, side in parts.sides.items():
+                warn_of_differences(side.ids.stop, ready.tokenizer, side.tokenizer, name)
         logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
         logger.info("loss: %s", self.loss_settings.in_words())
 

@@ -94,7 +94,8 @@ def test_the_same_training(source, tmp_path, monkeypatch):
     """A whole run with weights that come and go (for each micro-batch, and to write) equals one where they stay."""
     transfer = Transfer()
     monkeypatch.setattr(
-        "gkd.models.placement.offload", lambda model, device, real=offload: real(model, torch.device("cpu"), transfer)
+        "gkd.models.placement.offload",
+        lambda model, device, real=offload, **how: real(model, torch.device("cpu"), transfer, **how),
     )
     args = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "teacher_cache_dir": "off", **source}
     plain = trainer_of(tmp_path / "a", **args)

@@ -362,7 +362,6 @@ def test_the_teachers_answers_are_kept_apart(base, adapters, tmp_path):
         ({"teacher_adapters": "{}"}, "should be a dict"),
         ({"teacher_adapters": {"a b": "x"}}, "no names"),
         ({"teacher_adapters": {"a": 3}}, "no adapters"),
-        ({"teacher_adapters": {"a": "x"}, "teacher_scores_dir": "y"}, "teacher_scores_dir"),
         ({"share_base_model": True, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}, "no effect with share_base"),
         ({"share_base_model": True, "teacher_placement": "cpu_offload"}, "teacher_placement='cpu_offload'"),
         (

@@ -25,7 +25,7 @@ from vllm_server.serve import INSTALLED, Server
 
 from gkd.assembly.models import resolve_teacher
 from gkd.assembly.servers import connect
-from gkd.assembly.teacher import make_teacher, shared_base
+from gkd.assembly.teacher import TeacherOrder, make_teacher, shared_base
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import TokenSequence, collate
 from gkd.data.targets import target_mask
@@ -115,7 +115,9 @@ class Place:
         accelerator = Accelerator(cpu=True)
         student = get_peft_model(_model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
         model = shared_base(args, resolve_teacher(student, None, args), student)
-        teacher = make_teacher(args, model, student, accelerator, connect(args, tiny_tokenizer())["teacher"])
+        teacher = make_teacher(
+            TeacherOrder(args, model, student, accelerator, connect(args, tiny_tokenizer())["teacher"])
+        )
         teacher.score(_batch(kind))  # for the cached ones: the second time it comes from the disk
         return teacher
 

@@ -14,7 +14,7 @@ from training import trainer_of
 import gkd
 from gkd.data.sequences import collate, join, unpad
 from gkd.data.targets import Targets, find_targets, targets_of
-from gkd.teachers.shared import _part
+from gkd.teachers.routed import _Rows
 from gkd.training.metrics import Meter
 
 PACKAGE = str(Path(gkd.__file__).parent)
@@ -129,9 +129,8 @@ def test_the_targets_of_some_rows_are_those_of_their_labels():
     """What several teachers are asked, without looking at the labels on the device."""
     lengths = ((3, 2), (1, 4), (2, 1), (5, 3))
     batch = collate([join([7] * p, list(range(c)), "data", 0) for p, c in lengths], 0)
-    rows, targets = [3, 1], targets_of(batch)
-    own = torch.cat([(targets.rows == row).nonzero()[:, 0] for row in rows])
-    part = _part(batch, targets, rows, own, 8, batch["labels"].shape[1])
+    batch["teachers"] = torch.tensor([1, 0, 1, 0])
+    part = _Rows(batch).part(0)
     expected, found = find_targets(part["labels"]), targets_of(part)
     assert part["input_ids"].shape == (2, 8)
     for name in vars(Targets(*[torch.empty(0)] * 4)):

@@ -148,18 +148,19 @@ def prepare(recipe: Recipe) -> Precomputation:
         teacher_view=recipe.teacher_view,
     )
     ready = materials(args, given)
-    if own and as_absent(ready.teacher) is None:  # as the student's is in a training: it counts in what is kept
-        align_pad_token(ready.teacher, ready.tokenizer)
+    if own and as_absent(ready.teachers[None]) is None:  # as the student's is in a training: it counts in what is kept
+        align_pad_token(ready.teachers[None], ready.tokenizer)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
     if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
         propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
     parts = assemble(ready, accelerator)
-    server, rollout = parts.servers["teacher"], parts.rollouts["teacher"] if args.seq_kd else None
+    side = parts.sides[None]
+    server, rollout = side.server, parts.rollouts["teacher"] if args.seq_kd else None
     if rollout is not None and rollout.store is None:  # lmbda=1: training would not ask the teacher
         rollout = keep_completions(rollout, args, server or parts.teacher.model, accelerator)
     batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
     if server is None:
-        batch_size = rows_at_a_time(args, parts.teacher_model.config, accelerator.device)
+        batch_size = rows_at_a_time(args, side.model.config, accelerator.device)
     assert ready.train is not None
     return Precomputation(
         rows=ready.train,
@@ -186,7 +187,7 @@ def _teacher_is_the_base(args: GKDConfig) -> bool:
             "the training: use self_teacher='base', or leave gkd precompute out"
         )
     tuned = args.shares_weights and args.teacher_adapter_name_or_path is not None
-    if tuned or args.teacher_adapters is not None:
+    if tuned or args.teacher_names:
         raise ValueError(
             "gkd precompute loads one teacher and no student, so an adapter on its base (share_base_model) and "
             "teacher_adapters do not go with it: their sequences and scores are kept during the training"
