@@ -5,9 +5,11 @@ import logging
 import pytest
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from prepared import GOOD
-from tiny import CHATML, END_OF_TEXT, TURN_END, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import CHATML, END_OF_TEXT, THINKING, TURN_END, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import config
+from vllm_server.fake import FakeServer
 
 from gkd.assembly.materials import Given, materials
 from gkd.assembly.parts import LoadedStudent, assemble
@@ -54,6 +56,33 @@ def test_a_teacher_over_the_students_base_has_the_template_that_its_files_have(s
     ready = materials(args, Given(saved, None, base_tokenizer(), ROWS))
     assert ready.end_map == (256, 258)
     assert len(set(map(tuple, ready.train["teacher_context"]))) > 1
+
+
+def test_a_server_says_under_which_name_its_template_is_found(saved, tmp_path):
+    values = {"teacher_top_k": 4, "lmbda": 0.0, "max_length": 200}
+    with FakeServer(tiny_model(seed=2), tiny_tokenizer(), root=saved) as server:
+        ready = ready_for(tmp_path, None, teacher_server_url=server.url, **values)
+        parts = assemble(ready, Accelerator(cpu=True), LoadedStudent(ready.student, lambda: ready.student))
+    assert parts.end_map == (256, 258)
+    assert 258 in parts.stop_ids["teacher"]
+    with (
+        FakeServer(tiny_model(seed=2), tiny_tokenizer()) as server,
+        pytest.raises(ValueError, match=r"needs the teacher's tokenizer: .*'tiny/base' cannot be loaded"),
+    ):
+        ready_for(tmp_path, None, teacher_server_url=server.url, **values)
+
+
+def test_an_adapters_own_template_comes_before_its_models(saved, tmp_path):
+    adapter = tmp_path / "adapter"
+    get_peft_model(tiny_model(seed=2), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    values = {"teacher_adapter_name_or_path": str(adapter)}
+    config_file = adapter / "adapter_config.json"
+    config_file.write_text(
+        config_file.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{saved}"')
+    )
+    assert ready_for(tmp_path, saved, **values).teacher_tokenizer.chat_template == CHATML
+    tiny_tokenizer(chat_template=THINKING).save_pretrained(adapter)
+    assert ready_for(tmp_path, saved, **values).teacher_tokenizer.chat_template == THINKING
 
 
 def test_the_same_template_is_told_to_change_nothing(tmp_path, caplog):

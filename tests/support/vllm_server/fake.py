@@ -51,6 +51,7 @@ class FakeServer:
     def __init__(self, model: Any, tokenizer: Any = None, port: int = 0, **options: Any) -> None:
         self.base, self.tokenizer = model, tokenizer
         self.options = {
+            "root": "tiny/base",
             "max_model_len": 256,
             "max_logprobs": 20,
             "max_lora_rank": 8,
@@ -116,7 +117,12 @@ class FakeServer:
             return routes[path](body)
 
     def _models(self, _: dict[str, Any]) -> Any:
-        base = {"id": "base", "root": "tiny/base", "parent": None, "max_model_len": self.options["max_model_len"]}
+        base = {
+            "id": "base",
+            "root": self.options["root"],
+            "parent": None,
+            "max_model_len": self.options["max_model_len"],
+        }
         adapters = [{"id": name, "root": "?", "parent": "base", "max_model_len": None} for name in self.adapters]
         return {"object": "list", "data": [base, *adapters]}
 
