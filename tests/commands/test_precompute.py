@@ -11,6 +11,7 @@ import pytest
 from datasets import load_dataset
 from tiny import CHATML, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import Remember
+from views import own_prompt, teacher_prompt, viewed_rows
 from vllm_server.fake import FakeServer
 
 from gkd.cli import main
@@ -409,6 +410,38 @@ def test_answers_that_training_would_leave_out_are_left_out(folder, tmp_path):
 def test_a_recipe_that_trains_on_policy_only_has_a_teacher_to_precompute(folder, tmp_path, asked):
     assert precompute(folder, tmp_path / "out", lmbda=1.0) == 0
     assert sum(map(len, asked)) == 10
+
+
+def test_a_teacher_with_prompts_of_its_own_answers_and_scores_what_the_training_asks(
+    folder, tmp_path, asked, monkeypatch, caplog
+):
+    """And the data set of its answers says what it read, so that training on it goes on with that."""
+    rows = viewed_rows(8)
+    data = tmp_path / "viewed.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"dataset_name": data, "seq_kd": "true", "lmbda": 0.0, "max_new_tokens": 6}
+    common["teacher_scores_dir"] = tmp_path / "scores"
+    argv = flags(folder, tmp_path / "out", **common)
+    assert main(["precompute", str(folder / "recipe.py"), "--scores", *argv]) == 0
+    wanted = {tuple(teacher_prompt(row)) for row in rows}
+    assert {prompt for call in asked for prompt in call} == wanted
+    asked.clear()
+    memory = Remember(monkeypatch)
+    with caplog.at_level("INFO", "gkd"):
+        run(argv=argv)
+    assert not asked
+    assert "the teacher is not loaded" in caplog.text
+    assert precompute(folder, tmp_path / "out", "--precompute_output", str(tmp_path / "data"), **common) == 0
+    assert not asked
+    memory.windows.clear()
+    run(argv=flags(folder, tmp_path / "more", **{**common, "dataset_name": tmp_path / "data", "seq_kd": "false"}))
+    sequences = [sequence for window in memory.windows for sequence in window]
+    assert sequences
+    for sequence in sequences:
+        start, read = sequence.prompt_length, sequence.teacher_row()[0]
+        context = read[: len(read) - sequence.completion_length]
+        assert context == teacher_prompt(rows[sequence.row])
+        assert sequence.input_ids[:start] == own_prompt(rows[sequence.row])
 
 
 def test_a_teacher_on_a_server_answers_beforehand_too(folder, tmp_path, capsys):

@@ -23,6 +23,11 @@ def viewed_rows(number: int) -> list[dict[str, Any]]:
     return rows
 
 
+def own_prompt(row: dict[str, Any]) -> list[int]:
+    """What the student reads in front of it."""
+    return list(TOKENIZER.apply_chat_template(row["messages"][:-1], add_generation_prompt=True)["input_ids"])
+
+
 def teacher_prompt(row: dict[str, Any]) -> list[int]:
     """What the teacher reads in front of a completion: the row's turns as its columns change them, rendered."""
     turns = copy.deepcopy(row["teacher_prompt"] or row["messages"][:-1])

@@ -6,7 +6,7 @@ from datasets import Dataset
 from tiny import CHATML, END_OF_TEXT, tiny_model, tiny_tokenizer
 from training import Remember, config, logged, losses, trainer_of
 from transformers import TrainerCallback
-from views import TOKENIZER, dense_loss, gradient, relative, teacher_prompt, viewed_rows
+from views import dense_loss, gradient, own_prompt, relative, teacher_prompt, viewed_rows
 
 from gkd.loss.registry import DIVERGENCES
 from gkd.training.trainer import GKDTrainer
@@ -99,9 +99,7 @@ def test_the_teacher_writes_from_its_own_prompt(tmp_path, monkeypatch):
         written = sequence.input_ids[sequence.prompt_length :]
         ids = [*prompt, *written]
         assert teacher(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == written
-        turns = ROWS[sequence.row]["messages"][:-1]
-        own = TOKENIZER.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-        assert sequence.input_ids[: sequence.prompt_length] == own
+        assert sequence.input_ids[: sequence.prompt_length] == own_prompt(ROWS[sequence.row])
 
 
 def test_an_evaluation_reads_the_teachers_view(tmp_path):
