@@ -103,14 +103,14 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
     with_rollout = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
     allowed = [with_rollout if generates else 0, args.max_length if args.reads_answers else 0]
     smallest = min((room for room, _ in known.values()), default=None)
-    fits = smallest is not None and all(size is not None and size <= smallest for size in allowed)
-    if smallest is None or (fits and not _has_views(rows)):
+    if smallest is None or all(size is not None and size <= smallest for size in allowed):
         return
     if rows is None or not {"input_ids", "prompt_length"} <= set(rows.column_names):
         return  # a foreign collator: its sequences are not known here
+    if _has_views(rows):
+        known.pop("teacher", None)  # see `check_views`
+    prompt, row = _longest(rows, "student")
     for who, (room, binds) in known.items():
-        prompt, row = _longest(rows, who)
-        own = who == "teacher" and _has_views(rows)
         if generates and prompt + args.max_new_tokens > room:
             text = (
                 f"max_new_tokens={args.max_new_tokens}: with the longest prompt, of {prompt} tokens, that makes "
@@ -122,8 +122,7 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
                 f"max_length={args.max_length}: the longest row has {row} tokens, and the {who} has {room} positions "
                 "(max_position_embeddings)"
             )
-            remedy = "give the teacher shorter prompts, lower max_length" if own else f"set max_length={room}"
-            _raise_or_warn(text, f"{remedy}, or take a model for longer texts", binds)
+            _raise_or_warn(text, f"set max_length={room}, or take a model for longer texts", binds)
 
 
 def check_views(

@@ -134,6 +134,14 @@ def test_a_row_with_such_an_id_is_refused(column, heads, shared, why):
     check_ids_in_use({"train": bad}, (258,), tokenizer, {"student": 260, "teacher": 260}, None)
 
 
+@pytest.mark.parametrize("column", ["teacher_context", "teacher_prompt_ids"])
+def test_what_the_teacher_alone_reads_need_only_be_its_own_token(column):
+    rows = Dataset.from_list([{"input_ids": [1, 2], "prompt_ids": [], column: own} for own in ([], [3, 265])])
+    check_ids_in_use({"train": rows}, (258,), tiny_tokenizer(), {"student": 259, "teacher": 266}, 259)
+    with pytest.raises(ValueError, match=r"row 1 of the prepared train data set holds id 265 in the teacher's prompt"):
+        check_ids_in_use({"train": rows}, (258,), tiny_tokenizer(), {"student": 259, "teacher": 265}, 259)
+
+
 def test_a_stop_token_that_a_side_does_not_know_is_refused():
     with pytest.raises(
         ValueError, match=r"the student's stop token is id 259 .*the teacher's output head has 259 rows"
