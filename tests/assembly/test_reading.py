@@ -42,7 +42,7 @@ def saved(tmp_path_factory):
 def test_the_template_is_found_by_the_teachers_name(saved, tmp_path):
     ready = ready_for(tmp_path, saved)
     assert ready.end_map == (256, 258)
-    assert ready.teacher_tokenizer.chat_template == CHATML
+    assert ready.tokenizer_of(0).chat_template == CHATML
     given = ready_for(tmp_path, tiny_model(seed=2), teacher_tokenizer=tiny_tokenizer())
     assert given.train.to_list() == ready.train.to_list()
     parts = assemble(given, Accelerator(cpu=True), LoadedStudent(given.student, lambda: given.student))
@@ -80,9 +80,9 @@ def test_an_adapters_own_template_comes_before_its_models(saved, tmp_path):
     config_file.write_text(
         config_file.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{saved}"')
     )
-    assert ready_for(tmp_path, saved, **values).teacher_tokenizer.chat_template == CHATML
+    assert ready_for(tmp_path, saved, **values).tokenizer_of(0).chat_template == CHATML
     tiny_tokenizer(chat_template=THINKING).save_pretrained(adapter)
-    assert ready_for(tmp_path, saved, **values).teacher_tokenizer.chat_template == THINKING
+    assert ready_for(tmp_path, saved, **values).tokenizer_of(0).chat_template == THINKING
 
 
 def test_the_same_template_is_told_to_change_nothing(tmp_path, caplog):

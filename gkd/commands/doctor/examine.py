@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.evaluator import Questions, make_evaluator, texts_in_ids
 from gkd.assembly.models import resolve_tokenizer
-from gkd.assembly.reading import teacher_reading
+from gkd.assembly.reading import reading_of_teachers
 from gkd.assembly.rollouts import encoding_options
 from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, spread, timed_steps
 from gkd.commands.doctor.rows import examine_held_out, examine_rows
@@ -86,8 +86,10 @@ def _encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     settings = recipe.settings
     source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
     args, name = settings.training, student_name(settings)
-    teacher = None if args.shares_weights else args.teacher_model_name_or_path
-    reading = teacher_reading(args, tokenizer, name, teacher, view=recipe.teacher_view)
+    named = {
+        key: None if one.shares_weights else one.teacher_model_name_or_path for key, one in args.each_teacher.items()
+    }
+    reading = reading_of_teachers(args, tokenizer, name, named, view=recipe.teacher_view)
     return encoding_options(name, tokenizer, args, source, reading=reading, write=False)
 
 
