@@ -1,9 +1,12 @@
 """The divergences, and the fused pass that takes them. Needs torch and nothing else.
 
+aligned: the divergence of two models that cut the same text into different tokens
 chunks: one call of the fused divergence at work: projections, chunks, blocks, and the gradients
     they add up to
 compiled: the work of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators,
     where traffic is the cost
+cross_entropy: the student's own side without a teacher, chunk by chunk: cross-entropy with its
+    gradient, and what a target costs
 dense: the generalized JSD on dense logits, for those who have them: the drop-in replacement of
     TRL's static method
 divergences: each divergence: its equation, its paper, `phi` and `phi_a` (see `gkd.loss.integrand`),
@@ -27,10 +30,11 @@ from gkd.loss.fused import fused_divergence
 from gkd.loss.integrand import Divergence
 from gkd.loss.registry import DIVERGENCES, make_divergence
 from gkd.loss.settings import LossSettings
-from gkd.loss.signals import DenseSignal, Head, TopKSignal
+from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TopKSignal
 
 __all__ = [
     "DIVERGENCES",
+    "AlignedSignal",
     "DenseSignal",
     "Divergence",
     "Head",

@@ -10,7 +10,7 @@ rather than to [C, V]: cheaper, and the [C, V] gradient keeps the scale of proba
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class Gradients:
     def any(self) -> bool:
         return not (self.hidden is None and self.weight is None and self.bias is None)
 
+    def of_rows(self, count: int) -> Gradients:
+        """The same head's, for `count` hidden states by themselves."""
+        hidden = None if self.hidden is None else self.hidden.new_zeros(count, self.hidden.shape[1])
+        return replace(self, hidden=hidden)
+
     def add(self, student: Projection, at: slice, gradient: Tensor, scale: Tensor) -> None:
         """Take in a chunk: gradient [C, V] with respect to the raw logits, up to each token's factor scale [C, 1]."""
         vocab = student.weight.shape[0]
@@ -113,10 +118,11 @@ class FusedPass:
             safe = self.scale.clamp_min(torch.finfo(self.dtype).tiny)
             self.divergence_share, self.ce_share = of_divergence / safe, self.ce_weights / safe
 
-        default = default_chunk_size(self.vocab, self.dtype.itemsize, device.type, gradients.weight is not None)
+        widest = self.vocab if teacher is None else max(self.vocab, teacher.weight.shape[0])
+        default = default_chunk_size(widest, self.dtype.itemsize, device.type, gradients.weight is not None)
         self.chunk = max(1, min(settings.chunk_size or default, n))
         # Only a CPU gains from small blocks; an accelerator wants few large kernels.
-        block = _BLOCK_BYTES // (self.vocab * self.dtype.itemsize) if device.type == "cpu" else self.chunk
+        block = _BLOCK_BYTES // (widest * self.dtype.itemsize) if device.type == "cpu" else self.chunk
         self.block = max(1, min(block, self.chunk))
         self.z_student = student.buffer(self.chunk)
         self.z_teacher = None if teacher is None else teacher.buffer(self.chunk)

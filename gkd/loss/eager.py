@@ -107,7 +107,7 @@ def top_k_of_dense(log_q: Tensor, q: Tensor, k: int, tail: str) -> TopK:
     """The top k of a teacher whose full distribution is at hand (k < V); q is used up."""
     top, ids = log_q.topk(k, dim=-1)
     rest = q.scatter_(1, ids, 0).sum(dim=-1, keepdim=True)  # added up, not 1 - sum: exact however small
-    return _with_tail(ids, top, _log(rest), tail)
+    return _with_tail(ids, top, log_of(rest), tail)
 
 
 def top_k_of_signal(ids: Tensor, log_q: Tensor, vocab: int, tail: str) -> TopK:
@@ -127,7 +127,7 @@ def _with_tail(ids: Tensor, log_q: Tensor, log_tail: Tensor, tail: str) -> TopK:
     if tail == "renormalize_both":
         return TopK(ids, within, None, tail)
     assert tail == "renormalize"
-    return TopK(ids, within, _log(torch.zeros_like(log_tail)), tail)
+    return TopK(ids, within, log_of(torch.zeros_like(log_tail)), tail)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -135,7 +135,8 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def _log(mass: Tensor) -> Tensor:
+def log_of(mass: Tensor) -> Tensor:
+    """log, of nothing that of the smallest number."""
     return mass.clamp_min(torch.finfo(mass.dtype).tiny).log()
 
 
@@ -158,7 +159,7 @@ def top_k_divergence(divergence: Divergence, student: Distributions, top: TopK, 
     if top.log_tail is not None:
         rest = student.p.scatter_(1, top.ids, 0).sum(dim=-1, keepdim=True)
         student.p.scatter_(1, top.ids, top_p)
-        a, b = torch.cat([a, _log(rest)], dim=1), torch.cat([b, top.log_tail], dim=1)
+        a, b = torch.cat([a, log_of(rest)], dim=1), torch.cat([b, top.log_tail], dim=1)
     p, q = a.exp(), b.exp()
     extra = both_kls(a, b, p, q) if kls else ()
     value, slope = divergence.value_and_slope(a.clone(), b.clone(), p, q)

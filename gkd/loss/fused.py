@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd.loss import eager
-from gkd.loss.chunks import FusedPass, Gradients, default_chunk_size, even_cuts
+from gkd.loss.aligned import check_aligned, run_aligned
+from gkd.loss.chunks import FusedPass, Gradients, even_cuts
+from gkd.loss.cross_entropy import run_cross_entropy
 from gkd.loss.projection import Projection
 from gkd.loss.settings import FusedOutput, LossSettings
-from gkd.loss.signals import DenseSignal, Head, TeacherSignal, TopKSignal
+from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TeacherSignal, TopKSignal
 
 _Inputs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -30,7 +31,7 @@ __all__ = ["FusedOutput", "LossSettings", "fused_cross_entropy", "fused_divergen
 def fused_divergence(
     student_hidden: Tensor,
     student_head: Head,
-    signal: TeacherSignal,
+    signal: TeacherSignal | AlignedSignal,
     targets: Tensor,
     weights: Tensor,
     settings: LossSettings,
@@ -47,7 +48,7 @@ def fused_divergence(
     Args:
         student_hidden: [N, Ds], what the student's head would project.
         student_head: its weight and bias get gradients if they require them.
-        signal: the teacher at the same N targets; gets no gradient.
+        signal: the teacher at the same N targets, or aligned with them; gets no gradient.
         targets: [N] token ids.
         weights: [N], everything that multiplies a token's divergence: mask, 1 / denominator, (1 - ce_weight).
         settings: see `LossSettings`.
@@ -60,7 +61,7 @@ def fused_divergence(
 
     Raises:
         ValueError: sizes that do not fit together, a target or a top-k id outside the compared vocabulary, a
-            temperature other than 1 with a top-k signal.
+            temperature other than 1 with a top-k signal, teacher_top_k or shared_vocab with an aligned one.
     """
     inputs, gradients = wanted_gradients(student_hidden, student_head)
     output = run_pass(
@@ -80,7 +81,7 @@ def fused_divergence(
 def run_pass(
     student_hidden: Tensor,
     student_head: Head,
-    signal: TeacherSignal,
+    signal: TeacherSignal | AlignedSignal,
     targets: Tensor,
     weights: Tensor,
     settings: LossSettings,
@@ -90,6 +91,18 @@ def run_pass(
     gradients: Gradients,
 ) -> FusedOutput:
     """As `fused_divergence`, but the loss has no graph yet: the gradients are added to `gradients`."""
+    if isinstance(signal, AlignedSignal):
+        return _run_aligned_pass(
+            student_hidden,
+            student_head,
+            signal,
+            targets,
+            weights,
+            settings,
+            ce_weights=ce_weights,
+            check_ids=check_ids,
+            gradients=gradients,
+        )
     vocab = _compared_vocabulary(student_hidden, student_head, signal, targets, settings)
     if check_ids:
         ids_in_range("target", targets, vocab)
@@ -117,6 +130,44 @@ def run_pass(
     return output
 
 
+def _run_aligned_pass(
+    student_hidden: Tensor,
+    student_head: Head,
+    signal: AlignedSignal,
+    targets: Tensor,
+    weights: Tensor,
+    settings: LossSettings,
+    *,
+    ce_weights: Tensor | None,
+    check_ids: bool,
+    gradients: Gradients,
+) -> FusedOutput:
+    vocab, teacher_vocab = student_head.weight.shape[0], signal.teacher.head.weight.shape[0]
+    check_aligned(signal, student_hidden, targets, settings)
+    if check_ids:
+        for name, ids, size in (
+            ("target", targets, vocab),
+            ("common token's id", signal.student_ids, vocab),
+            ("teacher's target", signal.targets, teacher_vocab),
+            ("common token's id of the teacher's", signal.teacher_ids, teacher_vocab),
+        ):
+            ids_in_range(name, ids, size)
+    dtype = _dtype(student_hidden)
+    student = Projection(student_hidden, student_head, vocab, dtype)
+    teacher = Projection(signal.teacher.hidden, signal.teacher.head, teacher_vocab, dtype)
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+        return run_aligned(
+            student,
+            teacher,
+            signal=signal,
+            targets=targets,
+            weights=weights,
+            ce_weights=ce_weights,
+            settings=settings,
+            gradients=gradients,
+        )
+
+
 def fused_cross_entropy(
     student_hidden: Tensor,
     student_head: Head,
@@ -139,33 +190,17 @@ def fused_cross_entropy(
     Raises:
         ValueError: a target outside the vocabulary.
     """
-    vocab, n = settings.shared_vocab or student_head.weight.shape[0], targets.shape[0]
+    vocab = settings.shared_vocab or student_head.weight.shape[0]
     if check_ids:
         ids_in_range("target", targets, vocab)
     inputs, gradients = wanted_gradients(student_hidden, student_head)
-    dtype = _dtype(student_hidden)
-    student = Projection(student_hidden, student_head, vocab, dtype)
-    entropy, cross_entropy = torch.zeros(2, n, dtype=dtype, device=targets.device)
-    weights = ce_weights.to(dtype)
+    student = Projection(student_hidden, student_head, vocab, _dtype(student_hidden))
+    weights = ce_weights.to(student.dtype)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        default = default_chunk_size(vocab, dtype.itemsize, targets.device.type, gradients.weight is not None)
-        chunk = max(1, min(settings.chunk_size or default, n))
-        buffer = student.buffer(chunk)
-        for at in even_cuts(n, chunk):
-            z, slope_of_cap = student.logits(student.project(at, buffer))
-            gradient = torch.empty_like(z)
-            eager.log_softmax_(eager.shift_(z), gradient)
-            own = targets[at, None]
-            cross_entropy[at] = -z.gather(1, own)[:, 0]
-            entropy[at] = -(z.mul_(gradient)).sum(dim=-1)
-            gradient.scatter_add_(1, own, -torch.ones_like(own, dtype=dtype))
-            if slope_of_cap is not None:
-                gradient.mul_(slope_of_cap)
-            gradients.add(student, at, gradient, weights[at, None] * student.logit_scale)
+        entropy, cross_entropy = run_cross_entropy(student, targets, weights, settings, gradients)
         loss = (weights * cross_entropy).sum()
-    if gradients.any:
-        loss = _Attach.apply(loss, *inputs, gradients.hidden, gradients.weight, gradients.bias)
-    return FusedOutput(loss=loss, student_entropy=entropy, cross_entropy=cross_entropy)
+    output = FusedOutput(loss=loss, student_entropy=entropy, cross_entropy=cross_entropy)
+    return attached(output, inputs, gradients)
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:

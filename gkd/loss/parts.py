@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gkd.loss.fused import attached, run_pass, wanted_gradients
 from gkd.loss.settings import FusedOutput, LossSettings
-from gkd.loss.signals import Head, TeacherSignal
+from gkd.loss.signals import IN_FULL, AlignedSignal, Head, TeacherSignal
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class SignalPart:
     """
 
     places: Tensor
-    signal: TeacherSignal
+    signal: TeacherSignal | AlignedSignal
     settings: LossSettings | None = None
     weight: float = 1.0
     around: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -98,14 +98,17 @@ def fused_by_part(
 
 
 def _together(outputs: Sequence[FusedOutput], order: Tensor) -> FusedOutput:
-    """The parts' values in the order of the targets; NaN where a part does not tell what another one tells."""
+    """The parts' values in the order of the targets; NaN where a part does not tell what another one tells
+    (a kind: in full)."""
     values = {}
     for name in (field.name for field in fields(FusedOutput) if field.name != "loss"):
         found = [getattr(output, name) for output in outputs]
         known = next((value for value in found if value is not None), None)
         if known is not None:
             rows = [
-                known.new_full(output.student_entropy.shape, torch.nan) if value is None else value
+                known.new_full(output.student_entropy.shape, torch.nan if known.is_floating_point() else IN_FULL)
+                if value is None
+                else value
                 for value, output in zip(found, outputs, strict=True)
             ]
             values[name] = torch.empty_like(order, dtype=known.dtype).index_copy_(0, order, torch.cat(rows))

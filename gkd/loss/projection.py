@@ -5,6 +5,7 @@ Shapes: N target tokens, V vocabulary, D hidden size, C tokens of a chunk.
 
 from __future__ import annotations
 
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -55,6 +56,12 @@ class Projection:
         # Only an accelerator without such products rounds them like the model's own: there fp32 factors cost too much.
         self.in_blocks = compute != dtype and hidden.device.type in ("cpu", "mps")
         self.wide = compute != dtype and has_wide_products(hidden.device, compute)
+
+    def rows(self, index: Tensor) -> Projection:
+        """The same head with some of the hidden states."""
+        some = copy(self)
+        some.hidden = self.hidden.index_select(0, index)
+        return some
 
     def buffer(self, chunk: int) -> Tensor:
         dtype = self.dtype if self.wide or self.in_blocks else self.hidden.dtype

@@ -124,6 +124,9 @@ class FusedOutput:
         cross_entropy: [N] nats, of the student on the target at temperature 1, or None without ce_weights.
         top_k_mass: [N] what the K tokens of a top-k signal hold of the teacher's probability, or None.
         forward_kl: [N] KL(teacher || student) over the compared outcomes, or None. reverse_kl: the other way round.
+        kinds: [N] int8, of an aligned signal: NOT_COMPARED, IN_FULL or IN_TEXT (`gkd.loss.signals`). There, every
+            token of a group has the group's mean divergence and teacher_log_prob, and what is said of one place
+            (teacher_entropy, agreement, both KLs) is 0 where the teacher does not stand.
     """
 
     loss: Tensor
@@ -136,3 +139,4 @@ class FusedOutput:
     top_k_mass: Tensor | None = None
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
+    kinds: Tensor | None = None

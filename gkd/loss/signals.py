@@ -1,6 +1,7 @@
 """What the teacher says about the N target tokens, and the output head that turns hidden states into logits.
 
-Shapes: N target tokens, V vocabulary, D hidden size (Dt the teacher's), K top-k.
+Shapes: N target tokens, V vocabulary, D hidden size (Dt the teacher's), K top-k; of a teacher with another tokenizer
+M target tokens of its own, and S tokens that both spell alike.
 """
 
 from __future__ import annotations
@@ -67,3 +68,38 @@ class TopKSignal:
 
 
 TeacherSignal = DenseSignal | TopKSignal
+
+# How a target of the student is compared with a teacher of another tokenizer: not at all, over all common tokens at
+# its place, or as part of a longer text.
+NOT_COMPARED, IN_FULL, IN_TEXT = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedSignal:
+    """A teacher with another tokenizer: what it says at its own M targets, and where they meet the student's N.
+
+    The tokens of a completion on both sides are spans of the same bytes. A group is as few of them as begin and end
+    at the same bytes: n tokens of the student against m of the teacher. How a group is compared, `gkd.loss.aligned`
+    says. The last four tensors are small and decide shapes: left on the CPU, nothing waits for the device.
+
+    Attributes:
+        teacher: its hidden states at the places that predict its targets, and its head.
+        targets: [M] the teacher's own ids.
+        student_ids: [S]. teacher_ids: [S] the same tokens in the teacher's vocabulary, in this order; each id once.
+        border: [N] for a group's first token of the student: the row of `teacher` that predicts the teacher's first
+            token of the group; -1 for every other token.
+        group: [N] the number of the token's group, from 0; -1 for a token that is not compared.
+        teacher_group: [M] the same of the teacher's tokens. Every number that is in one of the two is in the other.
+    """
+
+    teacher: DenseSignal
+    targets: Tensor
+    student_ids: Tensor
+    teacher_ids: Tensor
+    border: Tensor
+    group: Tensor
+    teacher_group: Tensor
+
+    def exchanging(self, pair: tuple[int, int]) -> AlignedSignal:
+        """The same: its tokens that end a turn are a pair of common tokens already."""
+        return self

@@ -1,0 +1,310 @@
+"""The divergence of two models that cut the same text into different tokens.
+
+Shapes: N target tokens of the student, M of the teacher, V vocabulary, S tokens that both spell alike, R tokens of a
+block. A group (see `AlignedSignal`) has n tokens of the student and m of the teacher.
+
+Each group weighs as much as its n tokens together, so that the loss stays a mean over the student's targets:
+
+- n = m = 1: the divergence at that place over S + 1 outcomes, the common tokens and one for all others.
+- otherwise two terms. The same divergence where both models stand before the group, with the share min(1, n / 2) / n;
+  and the divergence over the two outcomes {this text, any other}, with the rest. The log-probability of the text is
+  the sum over the group's tokens, each at the place that predicts it, student and teacher with tokens of their own.
+- tokens outside all groups count with 0.
+
+Outcomes that are put together can only hide a difference, so each term is a lower bound of the divergence between the
+texts that the two would write (data processing) as long as a common token says the same about the text on both sides.
+That is exact where no token is the beginning of another. Elsewhere it is the known limit of all token-level methods:
+with "1" and "12" in one vocabulary and only "1" in the other, "1" means different things. ULD (arXiv 2402.12030)
+compares sorted probabilities instead, X-Token (2605.21699) projects one vocabulary onto the other, BLD (2604.07466)
+goes to bytes; the chunk term is the sequence likelihood that GOLD merges, with the places that predict.
+
+The chunk term is at temperature 1: products of softened probabilities are no probabilities of a text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gkd.loss import eager
+from gkd.loss.chunks import FusedPass, Gradients, even_cuts
+from gkd.loss.compiled import Constants
+from gkd.loss.cross_entropy import log_probs, run_cross_entropy
+from gkd.loss.integrand import Divergence
+from gkd.loss.projection import Projection
+from gkd.loss.settings import FusedOutput, LossSettings
+from gkd.loss.signals import IN_FULL, IN_TEXT, NOT_COMPARED, AlignedSignal
+
+
+def check_aligned(signal: AlignedSignal, hidden: Tensor, targets: Tensor, settings: LossSettings) -> None:
+    """Raise for sizes that do not fit together and settings that mean nothing here.
+
+    Raises:
+        ValueError: there are some.
+    """
+    for name in ("teacher_top_k", "shared_vocab"):
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(settings, name)} has no effect on a teacher with another tokenizer, which is "
+                "compared over the tokens that both spell alike: leave it out"
+            )
+    if settings.compiled:
+        raise ValueError("compiled=True has no effect on a teacher with another tokenizer: leave it out")
+    n, m = targets.shape[0], signal.targets.shape[0]
+    if not n == hidden.shape[0] == signal.border.shape[0] == signal.group.shape[0]:
+        raise ValueError(
+            f"{hidden.shape[0]} hidden states, {n} targets, {signal.border.shape[0]} borders and "
+            f"{signal.group.shape[0]} groups of the student's"
+        )
+    if not m == signal.teacher.hidden.shape[0] == signal.teacher_group.shape[0]:
+        raise ValueError(
+            f"{signal.teacher.hidden.shape[0]} hidden states, {m} targets and {signal.teacher_group.shape[0]} groups "
+            "of the teacher's"
+        )
+    if signal.student_ids.shape != signal.teacher_ids.shape:
+        raise ValueError(
+            f"{signal.student_ids.shape[0]} common tokens of the student and {signal.teacher_ids.shape[0]} of the "
+            "teacher: they come in pairs"
+        )
+    if signal.teacher.exchanged:
+        raise ValueError(f"the tokens {signal.teacher.exchanged[0]} are a pair of common tokens, nothing to exchange")
+
+
+def run_aligned(
+    student: Projection,
+    teacher: Projection,
+    *,
+    signal: AlignedSignal,
+    targets: Tensor,
+    weights: Tensor,
+    ce_weights: Tensor | None,
+    settings: LossSettings,
+    gradients: Gradients,
+) -> FusedOutput:
+    """The loss of `fused_divergence` for an aligned signal; `gradients` is filled.
+
+    The text terms first, by one projection of their tokens: a text term's gradient is that of the cross-entropies of
+    its tokens, times a factor that the log-probabilities decide. Then every token of the student passes once, those
+    at a border together with the teacher.
+    """
+    dtype = student.dtype
+    groups = _Groups.of(signal, targets.device, dtype)
+    weights = weights.to(dtype)
+    by_group = groups.sums(weights[groups.tokens], groups.of_tokens)
+    ce_total = None if ce_weights is None else ce_weights.to(dtype)
+    text = of_teacher = torch.zeros_like(by_group)
+    if groups.in_text.numel():
+        at, own = groups.in_text, groups.teacher_in_text
+        of_student = groups.sums(log_probs(student.rows(at), targets[at], settings), groups.of_text)
+        of_teacher = groups.sums(log_probs(teacher.rows(own), signal.targets[own], settings), groups.of_teacher_text)
+        text, slope = text_divergence(settings.divergence, of_student, of_teacher)
+        factors = (by_group * groups.text_share * slope)[groups.of_text]
+        ce_total = torch.zeros_like(weights) if ce_total is None else ce_total
+        ce_total = ce_total.index_add(0, at, -factors)
+
+    at = groups.at_border
+    part = gradients.of_rows(at.numel())
+    found = _BorderPass(
+        student.rows(at),
+        teacher.rows(groups.teacher_at_border),
+        aligned=signal,
+        own=signal.targets[groups.teacher_at_border],
+        signal=signal.teacher,
+        targets=targets[at],
+        weights=(by_group * groups.full_share)[groups.of_border],
+        ce_weights=None if ce_total is None else ce_total[at],
+        settings=settings,
+        gradients=part,
+    ).run()
+    alone = groups.elsewhere
+    rest = gradients.of_rows(alone.numel()) if ce_total is not None else Gradients(None, None, None)
+    ce_alone = torch.zeros_like(weights[alone]) if ce_total is None else ce_total[alone]
+    entropy, cross_entropy = run_cross_entropy(student.rows(alone), targets[alone], ce_alone, settings, rest)
+    for rows, of_rows in ((at, part), (alone, rest)):
+        if gradients.hidden is not None and of_rows.hidden is not None:
+            gradients.hidden.index_copy_(0, rows, of_rows.hidden)
+
+    tokens = {name: torch.zeros_like(weights).index_copy_(0, at, values) for name, values in found.items()}
+    tokens["student_entropy"].index_copy_(0, alone, entropy)
+    first = torch.zeros_like(text).index_copy_(0, groups.of_border, found["divergence"])
+    by_text = groups.full_share * first + groups.text_share * text
+    loss = (by_group * by_text).sum()
+    if ce_weights is None:
+        tokens.pop("cross_entropy", None)
+    else:
+        tokens["cross_entropy"].index_copy_(0, alone, cross_entropy)
+        loss = loss + (ce_weights.to(dtype) * tokens["cross_entropy"]).sum()
+    kinds = torch.full_like(targets, NOT_COMPARED, dtype=torch.int8)
+    kinds.index_fill_(0, groups.tokens, IN_FULL).index_fill_(0, groups.in_text, IN_TEXT)
+    tokens["divergence"] = torch.zeros_like(weights).index_copy_(0, groups.tokens, by_text[groups.of_tokens])
+    tokens["teacher_log_prob"].index_copy_(0, groups.in_text, (of_teacher / groups.n)[groups.of_text])
+    return FusedOutput(loss=loss, kinds=kinds, **tokens)
+
+
+def text_divergence(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence [G] over the two outcomes {this text, any other} and its derivative with respect to `student`.
+
+    Args:
+        divergence: which. student, teacher: [G] log-probabilities of the texts.
+    """
+    most = -torch.finfo(student.dtype).eps / 2  # 1 - e^x is known to about one rounding of 1
+    a, b = (torch.stack([x.clamp_max(most), eager.log1mexp(x.clamp_max(most))], dim=-1) for x in (student, teacher))
+    odds = (a[:, 0] - a[:, 1]).exp()
+    value, slope = divergence.value_and_slope(a, b, a.exp(), b.exp())
+    return value, slope[:, 0] - odds * slope[:, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Which rows go where. G groups, in the order of their numbers; everything on the device of the work.
+
+    Attributes:
+        n: [G] tokens of the student. full_share, text_share: [G] of the group's weight.
+        tokens: the student's rows in groups; of_tokens: their groups.
+        in_text, of_text: those of them that have a text term. teacher_in_text, of_teacher_text: the teacher's.
+        at_border: the student's rows at a border; of_border: their groups; teacher_at_border: the teacher's rows.
+        elsewhere: the student's other rows.
+    """
+
+    n: Tensor
+    full_share: Tensor
+    text_share: Tensor
+    tokens: Tensor
+    of_tokens: Tensor
+    in_text: Tensor
+    of_text: Tensor
+    teacher_in_text: Tensor
+    of_teacher_text: Tensor
+    at_border: Tensor
+    of_border: Tensor
+    teacher_at_border: Tensor
+    elsewhere: Tensor
+
+    @classmethod
+    def of(cls, signal: AlignedSignal, device: torch.device, dtype: torch.dtype) -> _Groups:
+        group, other, border = signal.group.cpu(), signal.teacher_group.cpu(), signal.border.cpu()
+        tokens, own = _where(group >= 0), _where(other >= 0)
+        at_border = _where(border >= 0)
+        _check_groups(group, other, border)
+        count = int(group.max()) + 1 if tokens.numel() else 0
+        n, m = torch.bincount(group[tokens], minlength=count), torch.bincount(other[own], minlength=count)
+        longer = (n > 1) | (m > 1)
+        in_text, teacher_in_text = tokens[longer[group[tokens]]], own[longer[other[own]]]
+        size = n.to(dtype)
+        full_share = torch.where(longer, (size / 2).clamp_max(1) / size, 1.0)
+        found = (
+            size,
+            full_share,
+            1 - full_share,
+            tokens,
+            group[tokens],
+            in_text,
+            group[in_text],
+            teacher_in_text,
+            other[teacher_in_text],
+            at_border,
+            group[at_border],
+            border[at_border],
+            _where(border < 0),
+        )
+        return cls(*(tensor.to(device, non_blocking=True) for tensor in found))
+
+    def sums(self, values: Tensor, groups: Tensor) -> Tensor:
+        """Sums [G] of values by group."""
+        return values.new_zeros(self.n.shape[0]).index_add_(0, groups, values)
+
+
+def _where(mask: Tensor) -> Tensor:
+    return mask.nonzero()[:, 0]
+
+
+def _check_groups(group: Tensor, other: Tensor, border: Tensor) -> None:
+    count = max(int(ids.max()) + 1 if ids.numel() else 0 for ids in (group, other))
+    firsts = []
+    for ids in (group, other):
+        tokens = _where(ids >= 0)
+        first = torch.full((count,), ids.numel()).scatter_reduce_(0, ids[tokens], tokens, "amin")
+        if not (first < ids.numel()).all():
+            raise ValueError("a group of an aligned signal has tokens of one side only: give those the number -1")
+        firsts.append(first)
+    if int((border >= 0).sum()) != count or not torch.equal(border[firsts[0]], firsts[1]):
+        raise ValueError("the borders of an aligned signal do not lead from each group's first token to its first row")
+
+
+class _BorderPass(FusedPass):
+    """The tokens at a border, with the teacher's row for each: S outcomes and the rest.
+
+    Where one side has no other tokens there is no rest, and both are compared given that the token is a common one.
+    """
+
+    def __init__(self, student: Projection, teacher: Projection, *, aligned: AlignedSignal, own: Tensor, **work: Any):
+        super().__init__(student, teacher, **work)
+        self.own, self.student_ids, self.teacher_ids = own, aligned.student_ids, aligned.teacher_ids
+        size, rows = self.student_ids.numel(), [model.weight.shape[0] for model in (student, teacher)]
+        self.has_rest = size < min(rows)
+        device = self.targets.device
+        self.student_rest, self.teacher_rest = (
+            torch.ones(count, dtype=self.dtype, device=device).index_fill_(0, ids, 0)
+            for count, ids in zip(rows, (self.student_ids, self.teacher_ids), strict=True)
+        )
+
+    def _constants(self) -> Constants | None:
+        return None  # nothing of this is compiled
+
+    def run(self) -> dict[str, Tensor]:
+        """What is said about each token, by name."""
+        for at in even_cuts(self.targets.shape[0], self.chunk):
+            self.run_chunk(at)
+        self.tokens["divergence"].mul_(self.squared)
+        return self.tokens
+
+    def _run_block(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> None:
+        assert self.teacher is not None
+        assert z_teacher is not None
+        r, settings, tokens = at.stop - at.start, self.settings, self.tokens
+        if self.buffers is None:
+            self.buffers = z_student.new_empty(2, self.block, self.vocab, dtype=self.dtype)
+            self.teacher_buffers = z_teacher.new_empty(2, self.block, z_teacher.shape[1], dtype=self.dtype)
+        (p, scratch), (q, teacher_scratch) = self.buffers[:, :r], self.teacher_buffers[:, :r]
+        z, slope_of_cap = self.student.logits(z_student)
+        zt = self.teacher.logits(z_teacher)[0]
+        both = eager.shift_(z).index_select(1, self.student_ids) + eager.shift_(zt).index_select(1, self.teacher_ids)
+        tokens["agreement"][at] = both.eq(0).any(dim=-1).to(self.dtype)
+        student = eager.distributions(z, self.targets[at], settings.loss_temperature, p, scratch)
+        teacher = eager.distributions(zt, self.own[at], settings.teacher_temperature, q, teacher_scratch)
+        tokens["student_entropy"][at], tokens["teacher_entropy"][at] = student.entropy, teacher.entropy
+        tokens["teacher_log_prob"][at] = teacher.chosen
+        if self.ce_weights is not None:
+            tokens["cross_entropy"][at] = -student.chosen
+        a = self._outcomes(student, self.student_ids, self.student_rest, scratch)
+        b = self._outcomes(teacher, self.teacher_ids, self.teacher_rest, teacher_scratch)
+        of_a, of_b = a.exp(), b.exp()
+        if settings.report_kls:
+            tokens["forward_kl"][at], tokens["reverse_kl"][at] = eager.both_kls(a, b, of_a, of_b)
+        tokens["divergence"][at], slope = settings.divergence.value_and_slope(a, b, of_a, of_b)
+        if self.gradients.any:
+            gradient = self._spread(slope, of_a, student.p, scratch)
+            self._finish_gradient(gradient, at, student, slope_of_cap)
+            z_student.copy_(gradient)
+
+    def _outcomes(self, model: eager.Distributions, ids: Tensor, rest: Tensor, scratch: Tensor) -> Tensor:
+        """Log-probabilities of the compared outcomes [R, S + 1], or [R, S] where there is no rest."""
+        common = model.log_p.index_select(1, ids)
+        if not self.has_rest:
+            return common.log_softmax(dim=-1)
+        mass = torch.mul(model.p, rest, out=scratch).sum(dim=-1, keepdim=True)
+        return torch.cat([common, eager.log_of(mass)], dim=1)
+
+    def _spread(self, slope: Tensor, of_a: Tensor, p: Tensor, out: Tensor) -> Tensor:
+        """The gradient [R, V] with respect to the student's z / T, of phi_a by outcome [R, S + 1].
+
+        The rest's part goes to its tokens in proportion to their probability, p_v / p_rest.
+        """
+        if not self.has_rest:
+            return out.zero_().index_add_(1, self.student_ids, eager.softmax_gradient_(slope, of_a))
+        size, total = self.student_ids.numel(), slope.sum(dim=-1, keepdim=True)
+        torch.mul(slope[:, size:] / of_a[:, size:], self.student_rest, out=out)
+        return out.sub_(total).mul_(p).index_add_(1, self.student_ids, slope[:, :size])

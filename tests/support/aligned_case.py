@@ -1,0 +1,128 @@
+"""One call of the fused pass with a teacher of another tokenizer, beside its definition in float64.
+
+The definition goes group by group in plain Python, from probabilities; autograd gives its gradient.
+"""
+
+import oracle
+import torch
+
+from gkd.loss import make_divergence
+from gkd.loss.fused import fused_divergence
+from gkd.loss.settings import LossSettings
+from gkd.loss.signals import AlignedSignal, DenseSignal, Head
+
+DS, DT = 6, 9
+# (tokens of the student, tokens of the teacher); 0 = that side has no group.
+PATTERNS = [(1, 1), (1, 3), (3, 1), (2, 2), (2, 0), (1, 1), (0, 2), (4, 3), (1, 2), (2, 1), (1, 1)]
+
+
+def numbered(patterns):
+    """border [N], group [N] and teacher_group [M] of groups that follow each other."""
+    border, group, teacher_group, number = [], [], [], 0
+    for n, m in patterns:
+        both = bool(n and m)
+        border += ([len(teacher_group)] + [-1] * (n - 1)) if both else [-1] * n
+        group += [number if both else -1] * n
+        teacher_group += [number if both else -1] * m
+        number += both
+    return tuple(torch.tensor(ids, dtype=torch.long) for ids in (border, group, teacher_group))
+
+
+class AlignedCase:
+    """Random hidden states, heads and targets; `common` pairs of ids."""
+
+    def __init__(
+        self, patterns=PATTERNS, vocab=23, teacher_vocab=19, common=11, dtype=torch.float64, seed=0, scale=1.0,
+        softcap=None, bias=True,
+    ):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape, size=1.0):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(size).to(dtype)
+
+        def order(count):
+            return torch.randperm(count, generator=generator)
+
+        border, group, teacher_group = numbered(patterns)
+        n, m = group.numel(), teacher_group.numel()
+        self.hidden = draw(n, DS).requires_grad_()
+        self.weight = draw(vocab, DS).requires_grad_()
+        self.bias = draw(vocab).requires_grad_() if bias else None
+        self.head = Head(self.weight, self.bias, scale, softcap)
+        teacher = DenseSignal(draw(m, DT), Head(draw(teacher_vocab, DT, size=0.7), draw(teacher_vocab), 0.9))
+        targets, own = (
+            torch.randint(0, size, (count,), generator=generator) for size, count in ((vocab, n), (teacher_vocab, m))
+        )
+        self.targets = targets
+        self.signal = AlignedSignal(
+            teacher, own, order(vocab)[:common], order(teacher_vocab)[:common], border, group, teacher_group
+        )
+        self.weights = torch.rand(n, generator=generator, dtype=torch.float64)
+        self.ce_weights = torch.rand(n, generator=generator, dtype=torch.float64) * (torch.arange(n) % 3 > 0)
+
+    def leaves(self):
+        return [leaf for leaf in (self.hidden, self.weight, self.bias) if leaf is not None]
+
+    def logits(self):
+        z = self.hidden.double() @ self.weight.double().t()
+        if self.bias is not None:
+            z = z + self.bias.double()
+        z = z * self.head.logit_scale
+        if self.head.softcap is not None:
+            z = self.head.softcap * torch.tanh(z / self.head.softcap)
+        head = self.signal.teacher.head
+        zt = self.signal.teacher.hidden.double() @ head.weight.double().t()
+        return z, (zt + head.bias.double()) * head.logit_scale
+
+    def fused(self, name="jsd", parameters=None, ce=False, **options):
+        settings = LossSettings(make_divergence(name, **(parameters or {})), **options)
+        ce_weights = self.ce_weights if ce else None
+        return fused_divergence(
+            self.hidden, self.head, self.signal, self.targets, self.weights, settings, ce_weights=ce_weights
+        )
+
+    def outcomes(self, s, t):
+        """Probabilities of the compared outcomes, of one place."""
+        signal = self.signal
+        a, b = s[signal.student_ids], t[signal.teacher_ids]
+        if len(a) == min(len(s), len(t)):
+            return a / a.sum(), b / b.sum()
+        rest = [p.index_fill(0, ids, 0).sum()[None] for p, ids in ((s, signal.student_ids), (t, signal.teacher_ids))]
+        return torch.cat([a, rest[0]]), torch.cat([b, rest[1]])
+
+    def expected(
+        self, name="jsd", parameters=None, ce=False, loss_temperature=1.0, teacher_loss_temperature=None,
+        scale_by_temperature_squared=False, **_,
+    ):  # fmt: skip
+        z, zt = self.logits()
+        signal, loss, per_token = self.signal, z.sum() * 0, z.new_zeros(z.shape[0])
+        square = loss_temperature**2 if scale_by_temperature_squared else 1
+        for number in range(int(signal.group.max()) + 1 if signal.group.numel() else 0):
+            mine = [i for i, g in enumerate(signal.group.tolist()) if g == number]
+            theirs = [i for i, g in enumerate(signal.teacher_group.tolist()) if g == number]
+            n = len(mine)
+            s = (z[mine[0]] / loss_temperature).softmax(-1)
+            t = (zt[theirs[0]] / (teacher_loss_temperature or loss_temperature)).softmax(-1)
+            value = square * oracle.divergence(name, *self.outcomes(s, t), **(parameters or {}))
+            if (n, len(theirs)) != (1, 1):
+                p = torch.stack([z[i].softmax(-1)[self.targets[i]] for i in mine]).prod()
+                q = torch.stack([zt[i].softmax(-1)[signal.targets[i]] for i in theirs]).prod()
+                text = oracle.divergence(name, torch.stack([p, 1 - p]), torch.stack([q, 1 - q]), **(parameters or {}))
+                value = (min(1, n / 2) * value + (n - min(1, n / 2)) * text) / n
+            per_token[mine] = value.detach()
+            loss = loss + self.weights[mine].sum() * value
+        if ce:
+            loss = loss - (self.ce_weights * z.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]).sum()
+        return loss, per_token
+
+    def check(self, name="jsd", parameters=None, rtol=1e-8, atol=1e-10, **options):
+        output = self.fused(name, parameters, **options)
+        loss, per_token = self.expected(name, parameters, **options)
+        torch.testing.assert_close(output.loss.double(), loss, rtol=rtol, atol=atol)
+        torch.testing.assert_close(output.divergence.double(), per_token, rtol=rtol, atol=atol)
+        leaves = self.leaves()
+        ours, theirs = torch.autograd.grad(output.loss, leaves), torch.autograd.grad(loss, leaves)
+        for gradient, expected in zip(ours, theirs, strict=True):
+            assert gradient.dtype == expected.dtype
+            torch.testing.assert_close(gradient, expected, rtol=rtol, atol=atol)
+        return output
