@@ -115,7 +115,7 @@ def _train(recipe: Recipe) -> None:
         results.write("metrics.jsonl", lambda folder: write_history(trainer, folder))
         facts = results.write(
             "evaluation and plots",
-            lambda folder: report.finish(folder, trainer.training_seconds, settings.script.dataset_name),
+            lambda folder: report.finish(folder, trainer.training_seconds, settings.script.names),
         )
         trainer.card_extras = facts or {}
         results.write("README.md", lambda _: trainer.create_model_card())

@@ -7,12 +7,13 @@ import io
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, Json
+from datasets import Dataset, Json, concatenate_datasets
 
 from gkd.data.formats import LEADING
 
@@ -122,6 +123,17 @@ def _json_array(values: list[Any]) -> pyarrow.Array:
         return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts, pyarrow.string()))
     as_text = [value if isinstance(value, str) else text for value, text in zip(values, texts, strict=True)]
     return pyarrow.array(as_text, pyarrow.string())
+
+
+def in_json(rows: Dataset, columns: Sequence[str]) -> Dataset:
+    """The data set with these columns as JSON, whose values may be of any kind: so it goes together with others."""
+    for name in columns:
+        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in rows[name]]
+        array = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts, pyarrow.string()))
+        own = Dataset(pyarrow.table({name: array}))
+        rest = rows.remove_columns(name)
+        rows = concatenate_datasets([rest, own], axis=1) if rest.column_names else own
+    return rows
 
 
 def _decoded(text: str) -> str | None:

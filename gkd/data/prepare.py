@@ -7,6 +7,7 @@ that ends an answer is. See `gkd.data.formats` for the formats and `gkd.data.enc
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from gkd.data.encode import RowEncoder
 from gkd.data.encoded import Answers, Limits
 from gkd.data.kinds import as_stored, check_kind, transformed
 from gkd.data.prepared_row import PREPARED, Preparation, prepared_row
-from gkd.data.row_report import DataReport, read_notes, row_numbers
+from gkd.data.row_report import MIXED_FROM, DataReport, read_notes, row_numbers
 from gkd.data.row_values import RowPlace
 from gkd.data.targets import IGNORE
 from gkd.data.teacher_rows import IDS, TeacherReading, TeacherRows
@@ -136,6 +137,8 @@ def _usable(encoded: Dataset, plain: Dataset, preparation: Preparation) -> tuple
     """The rows that can be used, of the `plain` ones, and the report of all."""
     name = preparation.name
     kept, prompt_only, report = read_notes(encoded, DataReport(name, preparation.limits, rows=len(plain)))
+    if kept and MIXED_FROM in plain.column_names:
+        report.mixed_from = dict(Counter(plain.select_columns([MIXED_FROM]).select(kept)[MIXED_FROM]))
     logger.log(logging.WARNING if report.remarks() else logging.INFO, "%s", report)
     if not kept:
         raise ValueError(f"no usable row is left.\n{report}")

@@ -15,7 +15,7 @@ from gkd.common.text import printable
 from gkd.data.encoded import Answers, Encoded, Limits
 from gkd.data.formats import ChatRow, TextRow, canonical_row
 from gkd.data.kinds import Transform
-from gkd.data.row_report import DROPPED, NOTES_OF_THE_ANSWER, OF_THE_ANSWER, UNREAD, VIEW
+from gkd.data.row_report import DROPPED, MIXED_FROM, NOTES_OF_THE_ANSWER, OF_THE_ANSWER, UNREAD, VIEW
 from gkd.data.row_values import RowPlace, without_arrow_nulls
 from gkd.data.targets import IGNORE
 from gkd.data.teacher_rows import COLUMNS, Raw, TeacherReading, TeacherRows
@@ -82,7 +82,11 @@ def prepared_row(
     if isinstance(row, ChatRow) and not preparation.prompt_only_ok and preparation.answers.unanswered_rows == "cut":
         row = row.up_to_last_answer()
     read = readers.row(given, row, place, teacher)
-    honoured = (*(() if preparation.reading.view else COLUMNS), *(("teacher",) if preparation.teachers else ()))
+    honoured = (
+        MIXED_FROM,
+        *(() if preparation.reading.view else COLUMNS),
+        *(("teacher",) if preparation.teachers else ()),
+    )
     ignored = [UNREAD + name for name in unread(given.row, row, str(template or ""), honoured, read)]
     with _stumbles_named(place):
         encoded = readers.encoded(encoder.encode(row, place), row, read, place, teacher)

@@ -23,6 +23,7 @@ OF_THE_ANSWER = {"row_too_long", "no_room", "empty_answer", "untrained"}
 NOTES_OF_THE_ANSWER = {"eos_appended", "prompt_not_prefix", "turn_not_found", "prompt_twice"}
 NOTES_OF_THE_ANSWER |= {"answer_shortened", "thought_left_out", "empty_thought"}
 VIEW = "teacher_view"  # the note of a row of which the teacher reads a prompt of its own
+MIXED_FROM = "mixed_from"  # a mixture's column of which of its data sets a row is
 UNREAD = "unread:"  # before the name of a column that nothing reads, as a note of a row
 NOTES = {
     "question_left_out": "cut: what stands behind the last answer, a question without one",
@@ -51,7 +52,8 @@ NAMED = 10  # row numbers named per line of a report
 class DataReport:
     """What became of a data set's rows. `rows_with` maps each key of DROPPED and NOTES to row numbers (all of them);
     `unread` maps columns, and keys of turns, that hold something which nothing reads; token counts are of the kept
-    rows, and so are `views`, the rows of which the teacher reads a prompt of its own."""
+    rows, and so are `views`, the rows of which the teacher reads a prompt of its own, and `mixed_from`, those of each
+    data set of a mixture."""
 
     name: str
     limits: Limits
@@ -63,6 +65,7 @@ class DataReport:
     longest_prompt: int = 0
     longest_row: int = 0
     views: int = 0
+    mixed_from: dict[str, int] = field(default_factory=dict)
     rows_with: dict[str, list[int]] = field(default_factory=dict)
     unread: dict[str, list[int]] = field(default_factory=dict)
 
@@ -77,6 +80,9 @@ class DataReport:
             f"  {self.target_tokens:,} target tokens, {self.prompt_tokens:,} prompt tokens; longest prompt "
             f"{self.longest_prompt:,}, longest row {self.longest_row:,}",
         ]
+        if self.mixed_from:
+            shares = (f"{number:,} of {name} ({number / self.kept:.1%})" for name, number in self.mixed_from.items())
+            lines.append(f"  a mixture: {', '.join(shares)}")
         if self.views:
             lines.append(f"  in {self.views:,} of them the teacher reads a prompt of its own")
         return "\n".join(lines + [f"  {line}" for line in self.remarks()])

@@ -6,6 +6,8 @@ command_line: the parser of a run's flags and of its `--config` YAML: TRL's; an 
     and remedy
 mistakes: a user's mistake ends in one line, anybody else's with its traceback
 report: what a run shows of itself: student before and after, in the log, the table, the files and the card
+mixture: a mixture of data sets (`datasets` in YAML): entries with a weight and a teacher each, made one data
+    set
 rows: a run's data: local files, data sets by name, or what a recipe's `load_data` gives; an error names what is wrong
 run_end: the end of a run: what was trained is kept even where the output folder cannot take it, and what
     cannot be written is reported when everything else has been

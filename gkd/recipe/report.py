@@ -87,7 +87,7 @@ class Report:
         self.trainer.log(self.after.as_log("eval_after"))
         self.comparison = as_dict(self.before, self.after, self.teacher)
 
-    def finish(self, output_dir: str, seconds: float, dataset_name: str | None) -> dict[str, Any]:
+    def finish(self, output_dir: str, seconds: float, datasets: list[str]) -> dict[str, Any]:
         """Write evaluation.json and the plots; returns what the model card should say (fields of `CardInfo`)."""
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Report:
         plots = write_plots(self.trainer.state.log_history, folder / "plots", self.comparison)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         return {
-            "datasets": [Repo(dataset_name)] if dataset_name else [],
+            "datasets": [Repo(name) for name in datasets],
             "evaluation": self.comparison,
             "plots": [(str(path.relative_to(folder)), caption) for path, caption in plots],
             "wall_time_s": seconds,

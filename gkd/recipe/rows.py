@@ -10,6 +10,7 @@ from datasets.exceptions import DatasetsError
 
 from gkd.data.files import DATA_ENDINGS, read_rows
 from gkd.data.kinds import check_kind
+from gkd.recipe.mixture import Entry, entries_of, mixture
 from gkd.recipe.settings import _DATA_SETS, LoadData, Settings, _check_read, _in_load_data, _loaded, _Precomputed
 from gkd.report.dataset_folder import is_precomputed
 
@@ -20,10 +21,18 @@ def load_rows(name: str, config: str | None = None, split: str | None = None) ->
     Raises:
         ValueError: a local file that is missing or broken (with its line number), or a name that cannot be loaded.
     """
+    loaded = _load(name, config, split)
+    if _in_load_data.get() and is_precomputed(loaded if split else loaded.get("train")):
+        raise _Precomputed
+    return loaded
+
+
+def _load(name: str, config: str | None, split: str | None, what: str = "dataset_name") -> Any:
     path = Path(name).expanduser()
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if config is not None and (saved or path.is_file()):
-        raise ValueError(f"dataset_config={config!r} has no effect with the local data {name!r}: leave it out")
+        field = "dataset_config" if what == "dataset_name" else "name"
+        raise ValueError(f"{field}={config!r} has no effect with the local data {name!r}: leave it out")
     if name.lower().endswith(DATA_ENDINGS) or path.is_file():
         rows = read_rows(path)
         return rows if split else {"train": rows}
@@ -32,19 +41,17 @@ def load_rows(name: str, config: str | None = None, split: str | None = None) ->
             found = load_from_disk(str(path))
             splits = found if isinstance(found, dict) else {"train": found}
             return splits[split] if split else splits
-        loaded = load_dataset(str(path) if path.is_dir() else name, name=config, split=split)
+        return load_dataset(str(path) if path.is_dir() else name, name=config, split=split)
     except (FileNotFoundError, ConnectionError, DatasetsError) as error:
         why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
-            f"dataset_name={name!r} is neither a local file nor a data set that can be loaded: {why}"
+            f"{what}={name!r} is neither a local file nor a data set that can be loaded: {why}"
         ) from error
-    if _in_load_data.get() and is_precomputed(loaded if split else loaded.get("train")):
-        raise _Precomputed
-    return loaded
 
 
 def dataset_by_name(settings: Settings) -> dict[str, Any]:
-    """The `load_data` of a recipe whose data set is simply `--dataset_name`, with its train and test splits.
+    """The `load_data` of a recipe whose data set is simply `--dataset_name`, with its train and test splits; or the
+    mixture of `datasets`.
 
     Raises:
         ValueError: no name, or no such split.
@@ -52,8 +59,12 @@ def dataset_by_name(settings: Settings) -> dict[str, Any]:
     script = settings.script
     if script.dataset_streaming:
         raise ValueError("dataset_streaming=True is not supported: rows are counted and numbered before training")
+    if script.datasets is not None:
+        return _mixture(settings)
     if not script.dataset_name:
-        raise ValueError("dataset_name is missing: pass --dataset_name, a Hub name or a local .jsonl file")
+        raise ValueError(
+            "dataset_name is missing: pass --dataset_name, a Hub name or a local .jsonl file, or give datasets"
+        )
     splits = load_rows(script.dataset_name, script.dataset_config)
     if script.dataset_train_split not in splits:
         raise ValueError(
@@ -66,6 +77,22 @@ def dataset_by_name(settings: Settings) -> dict[str, Any]:
             f"{', '.join(splits)}"
         )
     return {"train": splits[script.dataset_train_split], "eval": splits.get(script.dataset_test_split)}
+
+
+def _mixture(settings: Settings) -> dict[str, Any]:
+    entries, names = entries_of(settings.script.datasets), settings.training.teacher_names
+    for entry in entries:
+        if entry.teacher is not None and entry.teacher not in names:
+            known = f"the teachers are {', '.join(names)}" if names else "there are not several teachers: leave it out"
+            raise ValueError(f"{entry.label}: teacher={entry.teacher!r}: {known}")
+    return mixture(entries, _splits_of, int(settings.training.data_seed or 0))
+
+
+def _splits_of(entry: Entry) -> Any:
+    try:
+        return _load(entry.path, entry.name, None, "path")
+    except ValueError as error:
+        raise ValueError(f"{entry.label}: {error}") from error
 
 
 def recipe_data(load_data: LoadData, settings: Settings) -> dict[str, Any]:

@@ -48,7 +48,8 @@ RULES = (
     Rule("optim", ("optim_args",)),
     Rule("gradient_checkpointing", ("gradient_checkpointing_kwargs",), "off"),
     Rule("model_name_or_path", ("model_revision",)),
-    Rule("dataset_name", ("dataset_config", "dataset_train_split", "dataset_test_split")),
+    Rule("dataset_name", ("dataset_config", "dataset_train_split", "dataset_test_split", "datasets")),
+    Rule("datasets", ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"), "on"),
     # max_steps decides wherever it is set
     Rule("num_train_epochs", ("max_steps",), "given"),
     Rule("eval_strategy", ("load_best_model_at_end",), "off"),

@@ -18,8 +18,39 @@ from gkd.config.field_types import check_types
 from gkd.config.fields import GKDConfig
 from gkd.evaluation.public_tasks import check_installed
 from gkd.recipe.command_line import Parser, arguments, read_config, refuse_unknown
+from gkd.recipe.mixture import entries_of
 from gkd.recipe.set_aside import flag_values, set_aside
 from gkd.report.dataset_folder import is_precomputed_folder, precomputed_data
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """Which rows: TRL's fields of one data set, or several of them."""
+
+    datasets: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture, in YAML or JSON: a list of {path, name, split, test_split, weight, teacher, columns}, "
+            "in the place of dataset_name."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.datasets is None:
+            return
+        entries_of(self.datasets)  # told before anything is loaded
+        if self.dataset_name is not None:
+            raise ValueError(
+                f"datasets does not go with dataset_name={self.dataset_name!r}: make it an entry of datasets, or "
+                "leave one of them out"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Of all data sets."""
+        if self.datasets is not None:
+            return list(dict.fromkeys(entry.path for entry in entries_of(self.datasets)))
+        return [] if self.dataset_name is None else [self.dataset_name]
 
 
 @dataclass
@@ -58,14 +89,14 @@ class RunArguments:
 class Settings:
     """Everything that was parsed; handed to a recipe's `load_data`."""
 
-    script: ScriptArguments
+    script: DataArguments
     training: GKDConfig
     model: ModelConfig
     run: RunArguments
     remarks: list[str] = field(default_factory=list)  # the recipe's values that were set aside
 
 
-_PARSED = (ScriptArguments, GKDConfig, ModelConfig, RunArguments)
+_PARSED = (DataArguments, GKDConfig, ModelConfig, RunArguments)
 LoadData = Callable[[Settings], dict[str, Any]]
 _DATA_SETS = ("train", "eval", "prompts")
 
@@ -137,24 +168,24 @@ def _loaded(load_data: LoadData, settings: Settings) -> tuple[Any, Collection[st
 _READ = "_read"
 
 
-class _Watched(ScriptArguments):
+class _Watched(DataArguments):
     """Notes which of its fields are read."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("dataset_"):
+        if name.startswith("dataset"):
             self.__dict__.setdefault(_READ, set()).add(name)
         return super().__getattribute__(name)
 
 
-def _check_read(script: ScriptArguments, read: Collection[str]) -> None:
+def _check_read(script: DataArguments, read: Collection[str]) -> None:
     """Refuse what names other data than those that were loaded.
 
     Raises:
         ValueError: a field about the data set that has no effect.
     """
-    for one in fields(ScriptArguments):
+    for one in fields(DataArguments):
         value = getattr(script, one.name)
-        if one.name.startswith("dataset_") and one.name not in read and value != one.default:
+        if one.name.startswith("dataset") and one.name not in read and value != one.default:
             raise ValueError(
                 f"{one.name}={value!r} has no effect: this recipe's load_data brings its own data and does not read "
                 f"settings.script.{one.name}. Leave it out, or let load_data call gkd.run.dataset_by_name(settings)"

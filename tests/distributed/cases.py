@@ -71,6 +71,7 @@ VIEWS: dict[str, Any] = {
     "teacher_cache_dir": "off",
 }
 SEVERAL = ("math", "chat", "itself", "itself", "math")  # the rows' teachers in turn
+OF_ITSELF = ("live", "ema")
 PROBE = torch.tensor([[257, 65, 66, 67, 258]])
 STOPS = [258, *range(64)]  # so many stop tokens that untrained models stop, each row somewhere else
 
@@ -89,7 +90,8 @@ class Case:
         one_row: every row of the data is the same.
         in_memory: pass model objects rather than names.
         disturb: give every rank's global random streams a state of their own before the trainer and before training.
-        shares: the teacher is the student's base: "itself", with an adapter ("math"), or "several" of these.
+        shares: the teacher is the student's base: "itself", with an adapter ("math"), or "several" of these; or the
+            student itself, which reads other prompts then: "live", or its average, "ema".
         resume: stop after this many steps, build everything anew and go on from the checkpoint.
         views: the teacher reads prompts of its own (tests/support/views.py).
         refused: the words of the ValueError that must come instead of a training.
@@ -187,7 +189,10 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
     rows = tiny_rows(1) * ROWS if case.one_row else tiny_rows(ROWS)
     rows = viewed_rows(20) if case.views else rows
     shared: dict[str, Any] = {}
-    if case.shares:
+    if case.shares in OF_ITSELF:
+        teacher, shared = None, {"self_teacher": case.shares}
+        rows = [{**row, "teacher_system": "Be brief." if i % 3 else None} for i, row in enumerate(rows)]
+    elif case.shares:
         teacher, shared = None, {"share_base_model": True}
         if case.shares in ADAPTERS:
             shared["teacher_adapter_name_or_path"] = str(models / case.shares)
@@ -252,7 +257,7 @@ def wiring(trainer: GKDTrainer) -> str:
         return ""
     stage = wrapped.zero_optimization_stage()
     if stage == 3:
-        own = () if trainer.args.share_base_model else (trainer.teacher_model,)
+        own = () if trainer.args.shares_weights else (trainer.teacher_model,)
         parameters = [p for model in (wrapped, *own) for p in model.parameters()]
         assert all(hasattr(p, "ds_id") for p in parameters)
         # the forward passes of an evaluation leave parameters whole

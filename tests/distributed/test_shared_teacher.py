@@ -15,6 +15,8 @@ from results import assert_all_saved_whole, assert_as_one_process, read
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
 
 ALL_BRANCHES: dict[str, Any] = {"gradient_accumulation_steps": 2, "seq_kd": True, "gradient_checkpointing": True}
+# Of a model and itself the divergence is small, and Adam would make steps of the rounding of small gradients.
+SGD: dict[str, Any] = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.3}
 ZERO_3 = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
 CASES = [
     Case(f"{engine}_{shares}", {**ALL_BRANCHES, **args}, engine=engine, shares=shares, resume=resume)
@@ -26,6 +28,25 @@ CASES = [
         ("zero-3", "itself", {"gradient_checkpointing": False}, None),
         ("zero-3", "math", {"max_steps": 4}, 2),
         ("zero-3", "several", {"per_device_train_batch_size": 1}, None),
+    )
+]
+CASES += [
+    Case(
+        f"{engine}_{shares}{'' if lora else '_all_weights'}",
+        {**ALL_BRANCHES, **args},
+        engine=engine,
+        lora=lora,
+        shares=shares,
+        resume=resume,
+    )
+    for engine, shares, lora, args, resume in (
+        ("ddp", "ema", True, {"max_steps": 4}, 2),
+        ("ddp", "live", False, SGD, None),
+        ("zero-2", "live", False, SGD, None),
+        ("zero-2", "ema", True, {"max_steps": 3}, None),
+        ("zero-3", "ema", True, {"max_steps": 4, "gradient_checkpointing": False}, 2),
+        ("zero-3", "live", False, {**SGD, "gradient_checkpointing": False}, None),
+        ("zero-3", "live", True, {"max_steps": 3}, None),
     )
 ]
 

@@ -163,7 +163,7 @@ def test_yaml_and_json_blocks_are_settings_and_rows(page, tmp_path):
             file.write_text(block)
             values = yaml.safe_load(block)
             settings = parse({}, ["--output_dir", "out", "--config", str(file)])
-            parsed = {**vars(settings.training), **vars(settings.model)}
+            parsed = {**vars(settings.script), **vars(settings.training), **vars(settings.model)}
             for name, value in values.items():
                 assert parsed[name] == (float(value) if isinstance(parsed[name], float) else value), name
         if language == "json":

@@ -17,7 +17,7 @@ from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from resumed import history, weights
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-from training import config, losses
+from training import Remember, config, losses
 from transformers import TrainerCallback
 
 from gkd.commands.plan.memory import estimate
@@ -48,7 +48,9 @@ def student_of(kind: Any = LoraConfig, **options: Any) -> Any:
     return student
 
 
-def build(folder: Path, kind: str, student: Any = None, teacher: Any = None, **values: Any) -> GKDTrainer:
+def build(
+    folder: Path, kind: str, student: Any = None, teacher: Any = None, rows: Dataset | None = None, **values: Any
+) -> GKDTrainer:
     """Its own answers and the data's, with dropout in the adapter: the teacher has none, so the two differ."""
     defaults = {
         "max_steps": STEPS, "optim": "adamw_torch", "learning_rate": 1e-2, "ce_weight": 0.5, "lmbda": 0.5,
@@ -59,7 +61,7 @@ def build(folder: Path, kind: str, student: Any = None, teacher: Any = None, **v
         student if student is not None else student_of(lora_dropout=0.3),
         teacher,
         config(folder, self_teacher=kind, **{**defaults, **values}),
-        train_dataset=Dataset.from_list(tiny_rows(12)),
+        train_dataset=rows if rows is not None else Dataset.from_list(tiny_rows(12)),
         processing_class=tiny_tokenizer(),
     )
 
@@ -77,6 +79,75 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seen.append(weights(self.trainer))
+
+
+# --------------------------------------------------------------------------- a prompt of the teacher's own
+
+
+def rows_with_views(n: int = 12) -> Dataset:
+    """Two of three rows have a system turn for the teacher alone."""
+    system = ("Answer in at most three words.", None, "Be brief.")
+    return Dataset.from_list([{**row, "teacher_system": system[i % 3]} for i, row in enumerate(tiny_rows(n))])
+
+
+def dense_gradients(student: Any, teacher: Any, window: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """JSD(0.5) in float64 of the completions, each model behind its own prompt, one row at a time; its gradient."""
+    losses = []
+    for sequence in window:
+        start, length = sequence.prompt_length, len(sequence.input_ids)
+        context = sequence.teacher_context or sequence.input_ids[:start]
+        q = student(input_ids=torch.tensor([sequence.input_ids])).logits[0, start - 1 : length - 1].softmax(-1)
+        read = torch.tensor([[*context, *sequence.input_ids[start:]]])
+        with torch.no_grad():
+            p = teacher(input_ids=read).logits[0, len(context) - 1 : -1].softmax(-1)
+        m = (p + q) / 2
+        losses.append(((p * (p / m).log() + q * (q / m).log()) / 2).sum())
+    loss = sum(losses) / sum(sequence.completion_length for sequence in window)
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    return loss.item(), dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+@pytest.mark.parametrize("kind", [*SELF_TEACHERS, "live, all weights"])
+def test_each_step_is_that_of_two_models_in_float64(kind, tmp_path, monkeypatch):
+    """The student's own answers and the teacher's; the teacher as it must be at each step, from recorded weights."""
+    adapted, kind = "," not in kind, kind.partition(",")[0]
+
+    def make() -> Any:
+        return (student_of() if adapted else tiny_model(seed=1)).eval()
+
+    remember = Remember(monkeypatch)
+    values = {"optim": "sgd", "learning_rate": 0.5, "ce_weight": 0.0, "seq_kd": True, "max_grad_norm": 0.0}
+    trainer = build(
+        tmp_path, kind, make(), rows=rows_with_views(), gradient_accumulation_steps=2, save_strategy="no", **values
+    )
+    watch, gradients = Watch(trainer), []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            named = trainer.model.named_parameters()
+            gradients.append({name: p.grad.double().clone() for name, p in named if p.requires_grad})
+
+    trainer.add_callback(Gradients())
+    trainer.train()
+    average = watch.seen[0]
+    for step, window in enumerate(remember.windows):
+        present = watch.seen[step]
+        if step > 0:
+            average = {name: DECAY * average[name] + (1 - DECAY) * value.double() for name, value in present.items()}
+        models = [make(), make()]
+        for model, values in zip(models, (present, {"live": present, "ema": average}.get(kind, present)), strict=True):
+            model.load_state_dict(values, strict=False)
+        student, teacher = (model.double() for model in models)
+        if kind == "base":
+            teacher = tiny_model(seed=1).double().eval()
+        loss, expected = dense_gradients(student, teacher, window)
+        assert losses(trainer)[step] == pytest.approx(loss, rel=1e-6)
+        assert loss > 1e-4
+        size = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+        for name, gradient in expected.items():
+            assert float((gradients[step][name] - gradient).abs().max() / size) < 1e-6
+    assert any(sequence.teacher_context for window in remember.windows for sequence in window)
+    assert {sequence.source for window in remember.windows for sequence in window} == {"student", "teacher"}
 
 
 # ------------------------------------------------------------------------------------------------- live

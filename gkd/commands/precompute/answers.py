@@ -293,7 +293,7 @@ def provenance(recipe: Recipe, work: Precomputation, kept: int, left_out: dict[s
         "key": made["key"],
         "tokenizer": _public_name(recipe.settings.model.model_name_or_path),
         "prompts": {
-            "dataset": _public_name(script.dataset_name),
+            "dataset": ", ".join(str(_public_name(name)) for name in script.names) or None,
             "config": script.dataset_config,
             "split": script.dataset_train_split,
             "max_prompt_length": args.prompt_limit,
