@@ -92,14 +92,15 @@ class TrainingLog:
     def _warn_of_little_mass(self, logs: dict[str, float]) -> None:
         mass = logs.get("teacher/top_k_mass", 1.0)
         if mass < LITTLE_MASS and not self._warned_of_little_mass:
-            self._warned_of_little_mass = True
+            self._warned_of_little_mass, several = True, self._args.teachers is not None
             logger.warning(
-                "the teacher's %d most likely tokens hold %.3g of its probability on average, where those of a "
+                "the teacher's %s most likely tokens hold %.3g of its probability on average, where those of a "
                 "language model hold nearly all: does the server give log-probabilities of the whole vocabulary, at "
                 "temperature 1? "
-                "If it does, raise teacher_top_k",
-                self._args.teacher_top_k,
+                "If it does, raise %s",
+                "top_k" if several else self._args.teacher_top_k,
                 mass,
+                "top_k of those of teachers that are on servers" if several else "teacher_top_k",
             )
 
     def _warn_of_truncation(self, logs: dict[str, float]) -> None:

@@ -71,8 +71,11 @@ class Meter:
         for i, (_, attribute) in enumerate(TOKEN_METRICS):
             values = getattr(output, attribute)
             if values is not None:  # stays on the device: no synchronisation per micro-batch
-                self._token_sums[i] = self._token_sums[i] + values.to(self._dtype) @ membership
-                self._token_counts[i] = self._token_counts[i] + membership.sum(dim=0)
+                told = membership
+                if attribute == "top_k_mass":  # NaN for the targets of a teacher that tells about all tokens
+                    told, values = membership * ~values.isnan()[:, None], values.nan_to_num()
+                self._token_sums[i] = self._token_sums[i] + values.to(self._dtype) @ told
+                self._token_counts[i] = self._token_counts[i] + told.sum(dim=0)
         if self.teachers and output.divergence is not None:
             assert teachers is not None
             values = [getattr(output, attribute).to(self._dtype) for _, attribute in TEACHER_METRICS]

@@ -72,6 +72,7 @@ VIEWS: dict[str, Any] = {
 }
 SEVERAL = ("math", "chat", "itself", "itself", "math")  # the rows' teachers in turn
 OF_ITSELF = ("live", "ema")
+KINDS = ("split", "math", "itself", "split", "math")  # the same, of teachers of several kinds
 PROBE = torch.tensor([[257, 65, 66, 67, 258]])
 STOPS = [258, *range(64)]  # so many stop tokens that untrained models stop, each row somewhere else
 
@@ -90,8 +91,9 @@ class Case:
         one_row: every row of the data is the same.
         in_memory: pass model objects rather than names.
         disturb: give every rank's global random streams a state of their own before the trainer and before training.
-        shares: the teacher is the student's base: "itself", with an adapter ("math"), or "several" of these; or the
-            student itself, which reads other prompts then: "live", or its average, "ema".
+        shares: the teacher is the student's base: "itself", with an adapter ("math"), or "several" of these; "kinds":
+            two on that base, and one with weights of its own, split up over the ranks; or the student itself, which
+            reads other prompts then: "live", or its average, "ema".
         resume: stop after this many steps, build everything anew and go on from the checkpoint.
         views: the teacher reads prompts of its own (tests/support/views.py).
         refused: the words of the ValueError that must come instead of a training.
@@ -199,6 +201,11 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
         if case.shares == "several":
             shared["teacher_adapters"] = {"math": str(models / "math"), "chat": str(models / "chat"), "itself": None}
             rows = [{**row, "teacher": SEVERAL[i % len(SEVERAL)]} for i, row in enumerate(rows)]
+        if case.shares == "kinds":
+            placement = {"placement": "zero3"} if case.engine else {}
+            split = {"model": str(models / "teacher"), **placement}
+            shared["teachers"] = {"math": {"adapter": str(models / "math")}, "split": split, "itself": None}
+            rows = [{**row, "teacher": KINDS[i % len(KINDS)]} for i, row in enumerate(rows)]
     args = GKDConfig(output_dir=str(out), **{**DEFAULTS, **shared, **case.args})
     if case.in_memory:
         student, teacher = _in_memory(models / case.student), _in_memory(models / "teacher")

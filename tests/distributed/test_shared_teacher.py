@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import SEVERAL, Case
+from cases import KINDS, SEVERAL, Case
 from launch import launch
 from results import assert_all_saved_whole, assert_as_one_process, read
 
@@ -28,6 +28,9 @@ CASES = [
         ("zero-3", "itself", {"gradient_checkpointing": False}, None),
         ("zero-3", "math", {"max_steps": 4}, 2),
         ("zero-3", "several", {"per_device_train_batch_size": 1}, None),
+        ("ddp", "kinds", {"per_device_train_batch_size": 1, "max_steps": 4}, 2),
+        ("zero-2", "kinds", {"per_device_train_batch_size": 1}, None),
+        ("zero-3", "kinds", {"per_device_train_batch_size": 1}, None),
     )
 ]
 CASES += [
@@ -84,8 +87,9 @@ def test_saved(case, folder, models):
 
 def assert_any_rank_lacks_a_teacher(case: Case, folder: Path) -> None:
     """With several teachers some rank has no row of one that the other has: there a collective could hang."""
-    if case.shares != "several":
+    if case.shares not in ("several", "kinds"):
         return
+    names = SEVERAL if case.shares == "several" else KINDS
     ranks = read(folder / case.name).ranks
-    whose = [[{SEVERAL[s[0] % len(SEVERAL)] for s in step} for step in rank] for rank in ranks]
+    whose = [[{names[s[0] % len(names)] for s in step} for step in rank] for rank in ranks]
     assert any(a != b for a, b in zip(*whose, strict=True))

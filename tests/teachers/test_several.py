@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import several_worker
 import torch
-from datasets import Dataset
+from several_worker import NAMES, RESUMED, TOP_K, entries, rows_of, trainer_on
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import change, config, logged, losses
 from vllm_server.fake import FakeServer
 
 from gkd.config.fields import GKDConfig
+from gkd.models.placement import offload
 from gkd.training.trainer import GKDTrainer
-
-NAMES = ("dense", "offloaded", "served")
-TOP_K = 20
-ON_SERVER: dict[str, Any] = {"teacher_top_k": TOP_K}
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +38,12 @@ def server():
         yield server
 
 
-def entries(models: Path, server: FakeServer) -> dict[str, dict[str, Any]]:
-    return {
-        "dense": {"model": str(models / "dense")},
-        "offloaded": {"model": str(models / "offloaded"), "placement": "cpu_offload"},
-        "served": {"server": server.url, "top_k": TOP_K},
-    }
-
-
 def alone(name: str, models: Path, server: FakeServer) -> dict[str, Any]:
     """The fields of a run with this teacher only."""
     if name == "served":
         return {"teacher_server_url": server.url, "teacher_top_k": TOP_K}
     placement = {"teacher_placement": "cpu_offload"} if name == "offloaded" else {}
     return {"teacher_model_name_or_path": str(models / name), **placement}
-
-
-def rows_of(*names: str, n: int = 12) -> list[dict[str, Any]]:
-    """Rows of several teachers in turn, without those of others."""
-    every = [{**row, "teacher": NAMES[i % len(NAMES)]} for i, row in enumerate(tiny_rows(n))]
-    return [row for row in every if row["teacher"] in names]
-
-
-def trainer_on(folder: Path, rows: list[dict[str, Any]], student: Any = None, **values: Any) -> GKDTrainer:
-    extra = {name: values.pop(name) for name in ("eval_dataset", "callbacks") if name in values}
-    return GKDTrainer(
-        student or tiny_model(seed=1),
-        args=config(folder, **{"lmbda": 0.0, "max_length": 128, **values}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tiny_tokenizer(),
-        **extra,
-    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -75,7 +53,7 @@ def test_a_mixed_micro_batch_is_the_single_runs_summed(with_ce, accumulation, mo
     together = trainer_on(
         tmp_path / "all",
         rows_of(*NAMES),
-        teachers=entries(models, server),
+        teachers={name: {**entry, "weight": None} for name, entry in entries(models, server.url).items()},
         per_device_train_batch_size=12 // accumulation,
         **common,
     )
@@ -165,3 +143,75 @@ def test_a_model_that_nobody_stands_on_and_a_base_that_nobody_names(models, tmp_
         GKDTrainer(tiny_model(), tiny_model(), config(tmp_path, **own), processing_class=tiny_tokenizer())
     with pytest.raises(ValueError, match=r"teachers\['dense'\]: there is no teacher"):
         trainer_on(tmp_path, rows_of("dense"), teachers={"dense": {}})
+
+
+class Accelerator:
+    """Stands in for one: copies of weights that were brought there, as long as anybody holds them."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[weakref.ref[Any], int]] = []
+        self.peak = 0
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        self.copies.append((weakref.ref(copy.untyped_storage()), copy.untyped_storage().nbytes()))
+        self.peak = max(self.peak, self.resident)
+        return copy
+
+    @property
+    def resident(self) -> int:
+        return sum(size for copy, size in self.copies if copy() is not None)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3], ids=["a micro-batch", "a window"])
+def test_offloaded_teachers_take_turns(accumulation, models, tmp_path, monkeypatch):
+    """Scoring a micro-batch or a whole window, writing, and in the loss: one teacher's weights at a time."""
+    common = {
+        "per_device_train_batch_size": 12 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "lmbda": 0.5,
+        "seq_kd": True,
+        "temperature": 0.0,
+        "teacher_cache_dir": "off",
+    }
+    names = ("dense", "offloaded")
+    standing = {name: {"model": str(models / name)} for name in names}
+    expected = trainer_on(tmp_path / "a", rows_of(*names, n=18), teachers=standing, **common)
+    accelerator = Accelerator()
+    monkeypatch.setattr(
+        "gkd.models.placement.offload",
+        lambda model, device, real=offload, **how: real(model, torch.device("cpu"), accelerator, **how),
+    )
+    moved = {name: {**entry, "placement": "cpu_offload"} for name, entry in standing.items()}
+    trainer = trainer_on(tmp_path / "b", rows_of(*names, n=18), teachers=moved, **common)
+    assert accelerator.resident == 0, "something of a teacher stands there while it does nothing"
+    torch.testing.assert_close(change(trainer), change(expected), rtol=0, atol=0)
+    assert losses(trainer) == losses(expected)
+    assert accelerator.resident == 0
+
+    def size(model: Any) -> int:
+        return sum(parameter.numel() * 4 for parameter in model.parameters())
+
+    sizes = [size(teacher.model) for teacher in trainer.teacher.each()]
+    student = size(trainer.model)
+    assert sum(sizes) > 1.3 * max(sizes)
+    assert max(sizes) <= accelerator.peak
+    assert student + accelerator.peak <= 1.05 * (student + max(sizes))
+
+
+def test_a_run_of_several_kinds_goes_on_bit_for_bit_after_kill_9(models, server, tmp_path):
+    """Scores, sequences and weights: of a process that is gone in the middle of a step, and one that never stopped."""
+    values = {"teachers": entries(models, server.url), **RESUMED}
+    whole = trainer_on(tmp_path / "whole", rows_of(*NAMES), **values)
+    whole.train()
+    worker = Path(several_worker.__file__)
+    paths = [str(worker.parent), str(worker.parents[2]), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, str(worker), str(tmp_path / "parts"), str(models), server.url]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    resumed = trainer_on(tmp_path / "parts", rows_of(*NAMES), **values)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert {source: n for source, n in resumed.ledger.sequences.items() if n} == {"student": 18, "teacher": 18}
+    for (name, found), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
