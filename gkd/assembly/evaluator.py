@@ -99,6 +99,7 @@ def make_evaluator(
         held_out_starts=questions.starts,
         teacher_reads=questions.as_the_teacher_reads_them(run.hygiene.end_map),
         num_samples=num_samples,
+        teacher_follows=run.teacher.follows,
     )
 
 

@@ -80,6 +80,7 @@ class Evaluator:
         teacher_reads: what the teacher reads in the place of the student's prompts; None = the same.
         held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
         num_samples: prompts whose completions are kept as text.
+        teacher_follows: the teacher changes while the student trains: a model is compared with it as it is then.
 
     Raises:
         ValueError: no prompts, an empty prompt, a held-out text without a target.
@@ -98,6 +99,7 @@ class Evaluator:
     held_out_starts: list[int] | None = None
     teacher_reads: TeacherReads | None = None
     num_samples: int = 3
+    teacher_follows: bool = False
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
     _bar: Any = field(default=None, init=False, repr=False)
 
@@ -176,6 +178,9 @@ class Evaluator:
             "sampling temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
             "seed": self.conditions.seed,
+            **(
+                {"teacher": "as it was first measured, before it followed the student"} if self.teacher_follows else {}
+            ),
         }
 
     def _divergence_name(self) -> str:

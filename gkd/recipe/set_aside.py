@@ -66,7 +66,7 @@ RULES = (
     Rule("teacher_server_url", ("rollout_server_timeout", "server_proxy"), "off", unless=("rollout_server_url",)),
     Rule("share_base_model", (*_OTHER_TEACHERS, "teacher_server_url"), "on"),
     Rule("self_teacher", (*_OTHER_TEACHERS, "teacher_server_url", "teacher_adapter_name_or_path"), "on"),
-    Rule("self_teacher", ("teacher_adapters", "share_base_model"), "on"),
+    Rule("self_teacher", ("teacher_adapters", "teachers", "share_base_model"), "on"),
     Rule("self_teacher", ("self_teacher_decay",)),
     Rule("teacher_template", ("teacher_end_of_turn",)),
     Rule("teacher_model_name_or_path", ("teacher_server_url", "self_teacher", "self_teacher_decay"), "on"),

@@ -76,6 +76,8 @@ KINDS: dict[str, Kind] = {
     "local": Kind(),
     "adapter": Kind({"teacher_adapter_name_or_path": ADAPTER}, tuned=True),
     "the student's base": Kind(SHARED),
+    "the student itself, new": Kind({"self_teacher": "live"}),
+    "the new student's average": Kind({"self_teacher": "ema"}),
     "the student's base, another adapter": Kind({**SHARED, "teacher_adapter_name_or_path": ADAPTER}, tuned=True),
     "several, by row": Kind(SEVERAL, tuned=True, teachers=0),
     "cached": Kind({"teacher_scores_dir": SCORES}),
@@ -110,7 +112,7 @@ class Place:
         if SERVER in kind.fields.values():
             known[SERVER] = self.start_server()
         fields = _replaced(kind.fields, known)
-        lent = bool({"share_base_model", "teacher_server_url"} & fields.keys())
+        lent = bool({"share_base_model", "self_teacher", "teacher_server_url"} & fields.keys())
         args: GKDConfig = config(self.folder / name, teacher_model_name_or_path=None if lent else self.base, **fields)
         accelerator = Accelerator(cpu=True)
         student = get_peft_model(_model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))

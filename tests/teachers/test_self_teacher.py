@@ -20,11 +20,13 @@ from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import Remember, config, losses
 from transformers import TrainerCallback
 
+from gkd.commands.doctor.examine import examine
+from gkd.commands.evaluate import evaluate_recipe
 from gkd.commands.plan.memory import estimate
 from gkd.commands.plan.plan import setup_of
 from gkd.config.fields import GKDConfig
 from gkd.config.teacher import SELF_TEACHERS
-from gkd.recipe.capture import capture
+from gkd.recipe.capture import capture, run_recipe
 from gkd.training.card import card_info
 from gkd.training.going_on import files
 from gkd.training.teacher_state import FILE
@@ -368,6 +370,37 @@ def test_the_card_says_who_teaches(tmp_path):
         "live": "The student is its own teacher: its weights as they are at each step.",
         "ema": f"The student is its own teacher: a moving average of its adapter (decay {DECAY}).",
     }
+
+
+@pytest.mark.parametrize("kind", SELF_TEACHERS)
+def test_a_run_a_look_before_it_and_its_measures(kind, tmp_path):
+    """The recipe's own teacher is set aside; the table has a column of the teacher behind its own prompt."""
+    base = save_tiny(tmp_path / "base", seed=1)
+    rows = [{**row, "teacher_system": "Be brief."} for row in tiny_rows(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from gkd.run import dataset_by_name, run, with_held_out\n"
+        "run(lambda settings: with_held_out(dataset_by_name(settings), 2),\n"
+        "    defaults={'max_new_tokens': 6, 'teacher_model_name_or_path': 'another'})\n"
+    )
+    values = {
+        "model_name_or_path": base, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out",
+        "self_teacher": kind, "use_peft": True, "max_steps": 2, "num_eval_prompts": 2, "report_to": "none",
+        "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    argv = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    found = examine(capture(recipe, argv))
+    assert found.passed, found
+    run_recipe(recipe, argv)
+    table = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    own = next(row for row in table["rows"] if row["key"] == "divergence_own")
+    assert own["before"]["value"] > 1e-4
+    assert own["teacher"]["value"] == pytest.approx(0, abs=1e-6)
+    assert ("teacher" in table["settings"]) == (kind != "base")
+    columns = evaluate_recipe(capture(recipe, argv), None)
+    assert [column.name for column in columns] == ["student", "teacher"]
+    assert columns[0].values["divergence_own"].value > 1e-4
 
 
 def test_the_plan_counts_the_average_alone(tmp_path):

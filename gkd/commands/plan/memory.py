@@ -244,6 +244,8 @@ def estimate(setup: Setup) -> Estimate:
     standing = ["student weights", "gradient buckets", "optimizer", "teacher weights", "overhead"]
     # One after the other: the teacher's forward pass, the loss on top of the student's, the student's backward pass.
     scoring = parts["teacher activations"] + coming_teacher
+    if setup.shares_base and setup.zero_stage == 3:  # it runs outside the engine: all of the student is gathered
+        scoring += student.parameters * setup.weight_bytes
     moment = max(scoring, kept_activations(setup) + parts["loss"], parts["student activations"])
     gradients = parts["gradients"]
     if setup.zero_stage:  # DeepSpeed keeps them from step to step
