@@ -1,5 +1,9 @@
 """From a row to a padded batch: formats, tokens, sources, sequences, targets.
 
+alignment: two tokenizers' ids of one completion, side by side: groups of tokens that stand for the same
+    bytes
+common_tokens: the tokens that two vocabularies spell alike: over these, two models can be
+    compared in full
 encode: token ids and labels of one row: where the answer begins and ends, found from texts and lengths,
     never from ids
 encoded: one row in ids, which of its answers are trained on, and the lengths that it is held to
@@ -17,6 +21,8 @@ left_out: what a row holds and its chat template does not write: counted, and na
 prepare: data sets: rows of any format become ids and labels, with a report of every row that could not be
     used as it is
 prepared_row: one row of a data set: read, put into ids for student and teacher, and held to the limits
+respelling: one completion in the ids of two tokenizers: rewritten from one's to the other's, and put side
+    by side
 row_report: what became of a data set's rows: kept, dropped, cut, noted, and what in them nothing reads
 row_values: values of a row: where they stand (for messages), what is JSON as text, and the nulls that
     Arrow puts in
@@ -29,6 +35,8 @@ teacher_view: a batch as the teacher reads it, where that is not as the student 
 template_day: what a chat template takes for today, where it writes a date (`strftime_now`: Llama-3.2,
     gpt-oss and others)
 templates: chat templates: rendering, whatever form a template wants a text in and whatever day it is
+token_bytes: the bytes that each id of a vocabulary stands for in running text: what two tokenizers have
+    in common
 token_rows: rows that are token ids already: labels or masks, as `gkd precompute`, TRL and other trainers
     write them
 tokenizer: `eos_token` and `chat_template_path`: options of `SFTConfig` about the tokenizer, applied

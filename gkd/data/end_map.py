@@ -37,11 +37,7 @@ def find_end_map(
     Raises:
         ValueError: it would be a guess; or what the user says are no two tokens, or ends no turn.
     """
-    if said is not None:
-        found = _tokens_of(said, student, teacher)
-        _check_stops(said, found[0], student, student_stops)
-    else:
-        found = (_end("student", student, student_stops), _end("teacher", teacher, teacher_stops))
+    found = end_pair(student, teacher, student_stops, teacher_stops, said)
     if found[0] == found[1]:
         return None
     logger.info(
@@ -49,6 +45,24 @@ def find_end_map(
         "other, in what it reads, in what it writes and in what it says of the next token",
         *(f"{i} ({who.convert_ids_to_tokens(i)})" for i, who in zip(found, (student, teacher), strict=True)),
     )
+    return found
+
+
+def end_pair(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    student_stops: Collection[int] = (),
+    teacher_stops: Collection[int] = (),
+    said: str | None = None,
+) -> tuple[int, int]:
+    """The id that ends a turn in the student's vocabulary, and in the teacher's, which may be another one.
+
+    Arguments and errors are those of `find_end_map`.
+    """
+    if said is None:
+        return _end("student", student, student_stops), _end("teacher", teacher, teacher_stops)
+    found = _tokens_of(said, student, teacher)
+    _check_stops(said, found[0], student, student_stops)
     return found
 
 
