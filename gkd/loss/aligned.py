@@ -271,17 +271,18 @@ class _BorderPass(FusedPass):
         (p, scratch), (q, teacher_scratch) = self.buffers[:, :r], self.teacher_buffers[:, :r]
         z, slope_of_cap = self.student.logits(z_student)
         zt = self.teacher.logits(z_teacher)[0]
-        both = eager.shift_(z).index_select(1, self.student_ids) + eager.shift_(zt).index_select(1, self.teacher_ids)
-        tokens["agreement"][at] = both.eq(0).any(dim=-1).to(self.dtype)
+        eager.shift_(z), eager.shift_(zt)
         student = eager.distributions(z, self.targets[at], settings.loss_temperature, p, scratch)
         teacher = eager.distributions(zt, self.own[at], settings.teacher_temperature, q, teacher_scratch)
         tokens["student_entropy"][at], tokens["teacher_entropy"][at] = student.entropy, teacher.entropy
         tokens["teacher_log_prob"][at] = teacher.chosen
         if self.ce_weights is not None:
             tokens["cross_entropy"][at] = -student.chosen
-        a = self._outcomes(student, self.student_ids, self.student_rest, scratch)
-        b = self._outcomes(teacher, self.teacher_ids, self.teacher_rest, teacher_scratch)
-        of_a, of_b = a.exp(), b.exp()
+        common = student.log_p.index_select(1, self.student_ids), teacher.log_p.index_select(1, self.teacher_ids)
+        most = student.log_p.amax(dim=-1, keepdim=True) + teacher.log_p.amax(dim=-1, keepdim=True)
+        tokens["agreement"][at] = (common[0] + common[1]).eq(most).any(dim=-1).to(self.dtype)
+        a, of_a = self._outcomes(student, common[0], self.student_ids, self.student_rest)
+        b, of_b = self._outcomes(teacher, common[1], self.teacher_ids, self.teacher_rest)
         if settings.report_kls:
             tokens["forward_kl"][at], tokens["reverse_kl"][at] = eager.both_kls(a, b, of_a, of_b)
         tokens["divergence"][at], slope = settings.divergence.value_and_slope(a, b, of_a, of_b)
@@ -290,13 +291,15 @@ class _BorderPass(FusedPass):
             self._finish_gradient(gradient, at, student, slope_of_cap)
             z_student.copy_(gradient)
 
-    def _outcomes(self, model: eager.Distributions, ids: Tensor, rest: Tensor, scratch: Tensor) -> Tensor:
-        """Log-probabilities of the compared outcomes [R, S + 1], or [R, S] where there is no rest."""
-        common = model.log_p.index_select(1, ids)
+    def _outcomes(
+        self, model: eager.Distributions, common: Tensor, ids: Tensor, rest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the compared outcomes [R, S + 1], or [R, S] where there is no rest; and e to them."""
         if not self.has_rest:
-            return common.log_softmax(dim=-1)
-        mass = torch.mul(model.p, rest, out=scratch).sum(dim=-1, keepdim=True)
-        return torch.cat([common, eager.log_of(mass)], dim=1)
+            within = common.log_softmax(dim=-1)
+            return within, within.exp()
+        of_rest = eager.log_of(model.p.mv(rest))[:, None]
+        return torch.cat([common, of_rest], dim=1), torch.cat([model.p.index_select(1, ids), of_rest.exp()], dim=1)
 
     def _spread(self, slope: Tensor, of_a: Tensor, p: Tensor, out: Tensor) -> Tensor:
         """The gradient [R, V] with respect to the student's z / T, of phi_a by outcome [R, S + 1].

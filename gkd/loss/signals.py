@@ -85,7 +85,8 @@ class AlignedSignal:
     Attributes:
         teacher: its hidden states at the places that predict its targets, and its head.
         targets: [M] the teacher's own ids.
-        student_ids: [S]. teacher_ids: [S] the same tokens in the teacher's vocabulary, in this order; each id once.
+        student_ids: [S] the common tokens, quickest in ascending order. teacher_ids: [S] the same tokens in the
+            teacher's vocabulary. Each id once.
         border: [N] for a group's first token of the student: the row of `teacher` that predicts the teacher's first
             token of the group; -1 for every other token.
         group: [N] the number of the token's group, from 0; -1 for a token that is not compared.
