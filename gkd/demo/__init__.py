@@ -20,7 +20,14 @@ _HOMES = {
         "openwebtext_excerpts",
         "translation_sentences",
     ),
-    "gkd.demo.minimind": ("minimind_rows", "minimind_student", "minimind_student_moe", "minimind_teacher"),
+    "gkd.demo.minimind": (
+        "minimind_questions",
+        "minimind_rows",
+        "minimind_specialists",
+        "minimind_student",
+        "minimind_student_moe",
+        "minimind_teacher",
+    ),
 }
 
 

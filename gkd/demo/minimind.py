@@ -9,6 +9,10 @@ used and one shared) as ordinary Hugging Face models, and is fine-tuned for a mi
 | minimind_teacher()      | 2 layers of 192, Llama    | 0.9M       |
 | minimind_student()      | 1 layer of 96, Llama      | 0.1M       |
 | minimind_student_moe()  | 1 layer of 96, Qwen2-MoE  | 0.4M       |
+| minimind_specialists()  | two teachers' shapes      | 0.9M each  |
+
+Of the specialists one has seen nothing but numbers, and one nothing but words; recipes/gkd_two_teachers.py makes one
+student of both.
 
 `python -m gkd.demo.minimind student-moe` makes one and prints its folder; `rows` is the toy data.
 """
@@ -18,7 +22,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +33,7 @@ from gkd.demo.models import cached_folder
 ROWS, ROWS_OF_THE_MODELS = 400, 1500  # of the data set; other ones that the models are fine-tuned on
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _OPPOSITES = {"hot": "cold", "big": "small", "old": "new", "fast": "slow", "dark": "light", "soft": "hard"}
+_KINDS = {"numbers": (0, 1), "words": (2, 3, 4)}  # of `_exchange`, by who knows them
 _COLOURS = ["red", "blue", "green", "white", "black", "brown"]
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -46,11 +51,13 @@ class Shape:
     layers: int
     steps: int
     experts: int = 0
+    kinds: str | None = None  # of the conversations that it is fine-tuned on, a key of _KINDS; None is all
 
 
 TEACHER = Shape(hidden=192, layers=2, steps=350)
 STUDENT = Shape(hidden=96, layers=1, steps=60)
 STUDENT_MOE = Shape(hidden=96, layers=1, steps=60, experts=4)
+SPECIALISTS = {name: Shape(hidden=192, layers=2, steps=250, kinds=name) for name in _KINDS}
 
 
 def minimind_teacher() -> Path:
@@ -68,6 +75,22 @@ def minimind_student_moe() -> Path:
     return _model("minimind-student-moe", STUDENT_MOE)
 
 
+def minimind_specialists() -> dict[str, dict[str, str]]:
+    """The value of the field `teachers`: "numbers" counts and adds, "words" knows days, opposites and orders."""
+    return {name: {"model": str(_model(f"minimind-{name}", shape))} for name, shape in SPECIALISTS.items()}
+
+
+def minimind_questions(rows: int = ROWS) -> list[dict[str, Any]]:
+    """Questions with a right answer, in the column `teacher` which of the specialists knows it."""
+    draw, found = random.Random(0), []
+    for number in range(rows):
+        name = list(_KINDS)[number % 2]
+        question, answer = _exchange(draw, _KINDS[name])
+        prompt = [{"role": "user", "content": question}]
+        found.append({"prompt": prompt, "completion": answer, "teacher": name})
+    return found
+
+
 def minimind_rows() -> Path:
     """A .jsonl file of toy `conversations`."""
 
@@ -78,7 +101,7 @@ def minimind_rows() -> Path:
     return cached_folder("minimind-rows", {"rows": ROWS}, write) / "sft_data.jsonl"
 
 
-def toy_conversations(rows: int, seed: int = 0) -> list[dict[str, Any]]:
+def toy_conversations(rows: int, seed: int = 0, kinds: Sequence[int] = range(5)) -> list[dict[str, Any]]:
     """Conversations of one or two turns: counting, sums, days, opposites, words said backwards."""
     draw = random.Random(seed)
     return [
@@ -86,15 +109,15 @@ def toy_conversations(rows: int, seed: int = 0) -> list[dict[str, Any]]:
             "conversations": [
                 {"role": role, "content": text}
                 for _ in range(draw.randint(1, 2))
-                for role, text in zip(("user", "assistant"), _exchange(draw), strict=True)
+                for role, text in zip(("user", "assistant"), _exchange(draw, kinds), strict=True)
             ]
         }
         for _ in range(rows)
     ]
 
 
-def _exchange(draw: random.Random) -> tuple[str, str]:
-    kind = draw.randrange(5)
+def _exchange(draw: random.Random, kinds: Sequence[int]) -> tuple[str, str]:
+    kind = draw.choice(kinds)
     if kind == 0:
         start, length = draw.randint(0, 30), draw.randint(2, 6)
         numbers = " ".join(str(number) for number in range(start, start + length))
@@ -116,14 +139,17 @@ def _exchange(draw: random.Random) -> tuple[str, str]:
 
 
 def _model(name: str, shape: Shape) -> Path:
-    return cached_folder(name, {"shape": asdict(shape), "rows": ROWS_OF_THE_MODELS}, lambda out: _make(out, shape))
+    made_of = {key: value for key, value in asdict(shape).items() if value is not None}
+    return cached_folder(name, {"shape": made_of, "rows": ROWS_OF_THE_MODELS}, lambda out: _make(out, shape))
 
 
 def _make(out: Path, shape: Shape) -> None:
     import torch
 
     rows = toy_conversations(ROWS_OF_THE_MODELS, seed=1)
-    tokenizer = _tokenizer(rows)
+    tokenizer = _tokenizer(rows)  # of all kinds, whatever the model has seen
+    if shape.kinds is not None:
+        rows = toy_conversations(ROWS_OF_THE_MODELS, seed=1, kinds=_KINDS[shape.kinds])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shape.hidden)
         model = _untrained(shape, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -88,7 +89,8 @@ class Parser(TrlParser):
         names = {arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")} | set(given)
         for action in self._actions:
             if callable(action.default):
-                action.default = None if action.dest in names else str(action.default())
+                made = None if action.dest in names else action.default()
+                action.default = json.dumps(made) if isinstance(made, dict) else None if made is None else str(made)
 
 
 def arguments(argv: list[str] | None) -> list[str]:

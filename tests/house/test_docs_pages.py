@@ -25,6 +25,7 @@ from gkd.cli import _parser
 from gkd.config.fields import GKDConfig
 from gkd.data.formats import canonical_row
 from gkd.data.row_values import RowPlace
+from gkd.data.teacher_rows import COLUMNS
 from gkd.evaluation.measures import METRICS
 from gkd.loss import DIVERGENCES
 from gkd.recipe.capture import execute_recipe
@@ -32,7 +33,13 @@ from gkd.recipe.settings import RunArguments, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), ROOT / "recipes" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(DOCS.rglob("*.md")),
+    ROOT / "recipes" / "README.md",
+    *sorted((ROOT / "studies").rglob("*.md")),
+]
 SHELL = ("bash", "sh")
 FIELDS = {
     field.name
@@ -202,7 +209,7 @@ def test_the_faq_names_fields_and_metrics_that_exist():
     text = (DOCS / "faq.md").read_text(encoding="utf-8")
     names = set(re.findall(r"`(\w+_\w+)`", text)) - FIELDS - set(DIVERGENCES) - {"eval_loss", "merge_and_unload"}
     files = {path.stem for folder in ("docs", "recipes", "deepspeed_configs") for path in (ROOT / folder).iterdir()}
-    assert names - files - {"nonfinite_steps", "chat_template_kwargs"} == set()
+    assert names - files - {"nonfinite_steps", "chat_template_kwargs", *COLUMNS} == set()
     metrics = set(re.findall(r"`((?:loss|rollout|student|teacher|time)/\w+(?:/\w+)?)`", text))
     assert metrics - {f"{name}{s}" for name in documented() for s in ("", "/data", "/student", "/teacher")} == set()
 

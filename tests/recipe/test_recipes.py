@@ -66,10 +66,12 @@ DATA = {
     "gkd_gsm8k": GSM8K,
     "gkd_xsum": XSUM,
     "gkd_wmt14": WMT14,
-    "gkd_glass": None,  # these two take their rows from packages
+    "gkd_glass": None,  # these take their rows from packages
     "gkd_smollm2": None,
+    "gkd_context": None,
 }
-SCORED = {"gkd_gsm8k", "gkd_xsum", "gkd_wmt14"}
+SCORED = {"gkd_gsm8k", "gkd_xsum", "gkd_wmt14", "gkd_context"}
+OWN_TEACHER = {"gkd_context": {"teacher_model_name_or_path": None}}  # it says itself who teaches
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def run_recipe(name, models, folder, monkeypatch, rows=(), **changes):
     if rows:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         values["dataset_name"] = folder / "rows.jsonl"
-    argv = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+    argv = [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *argv])
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
     return folder / "out"
@@ -120,7 +122,7 @@ def test_recipe_runs_two_steps(name, models, tmp_path, monkeypatch):
     monkeypatch.setattr("gkd.demo.texts.healthsearchqa_prompts", lambda: [f"Is {n} healthy?" for n in range(80)])
     monkeypatch.setattr("gkd.demo.texts.openwebtext_excerpts", lambda: ["Rain falls on the roof."] * 3)
     rows = (DATA[name] or []) * 4
-    out = run_recipe(name, models, tmp_path, monkeypatch, rows)
+    out = run_recipe(name, models, tmp_path, monkeypatch, rows, **OWN_TEACHER.get(name, {}))
 
     losses = [entry["loss"] for entry in history(out) if "loss" in entry]
     assert len(losses) == 2
@@ -241,6 +243,21 @@ def functions(name):
 )
 def test_gsm8k_score(completion, points):
     assert functions("gkd_gsm8k")["score"](completion, GSM8K[0]) == points
+
+
+@pytest.mark.parametrize(
+    ("completion", "points"),
+    [
+        ("Il est à l'école, et elle est à la maison.", 100),
+        ("He is at school, and she is at home.", 0),
+        ("LA VILLE EST LA", 100),
+        ("the la", 0),
+        ("Leslie dances", 0),
+        ("", 0),
+    ],
+)
+def test_context_score_is_of_words_that_are_whole(completion, points):
+    assert functions("gkd_context")["score"](completion, {}) == points
 
 
 def test_gsm8k_reads_thousands_and_drops_the_calculator():
