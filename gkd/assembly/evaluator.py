@@ -16,7 +16,8 @@ from gkd.data.prepare import prepare_dataset
 from gkd.data.sequences import EndMap, sequence_of
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.public_tasks import PublicTasks
-from gkd.evaluation.subject import Conditions, subject_of
+from gkd.evaluation.several import Member, SeveralSubject
+from gkd.evaluation.subject import Conditions, Subject, subject_of
 from gkd.evaluation.task_score import CorpusScore, Score, TaskScore
 from gkd.evaluation.view import TeacherReads
 from gkd.loss.settings import LossSettings
@@ -57,6 +58,8 @@ class Questions:
         starts: where the targets of each text start; None is behind its first token.
         teacher_prompts: what the teacher answers; None is the same. teacher_contexts: what it reads in front of each
             text's targets; None is the same.
+        teachers, held_out_teachers: numbers of the prompts' and of the texts' teachers, of several; none where a text
+            is nobody's.
     """
 
     prompts: list[list[int]]
@@ -64,6 +67,8 @@ class Questions:
     starts: list[int] | None
     teacher_prompts: list[list[int]] | None = None
     teacher_contexts: list[list[int]] | None = None
+    teachers: tuple[int, ...] = ()
+    held_out_teachers: tuple[int, ...] = ()
 
     def as_the_teacher_reads_them(self, end_map: EndMap | None) -> TeacherReads | None:
         """None where that is as the student does."""
@@ -84,23 +89,42 @@ def make_evaluator(
     num_samples: int = 3,
 ) -> Evaluator:
     """The harness with a run's teacher, sampling and loss; what is asked beside is as in `Evaluator`."""
-    args = run.args
+    args, several = run.args, bool(run.args.teacher_names)
+    sampling = run.rollouts["teacher"].settings
     return Evaluator(
-        subject_of(run.teacher),
+        _teacher(run, questions.teachers),
         run.processing_class,
         questions.prompts,
         questions.held_out,
         run.rollouts["student"].settings,
         run.loss_settings,
-        teacher_sampling=run.rollouts["teacher"].settings,
+        teacher_sampling=replace(sampling, stop_ids=run.hygiene.stop_ids["teacher"]) if several else sampling,
         conditions=Conditions(args.seed, args.per_device_eval_batch_size, run.accelerator, args.fold_adapter),
         score=score,
         public_tasks=public_tasks,
         held_out_starts=questions.starts,
         teacher_reads=questions.as_the_teacher_reads_them(run.hygiene.end_map),
+        teachers=questions.teachers if several else (),
+        held_out_teachers=questions.held_out_teachers if several else (),
         num_samples=num_samples,
         teacher_follows=run.teacher.follows,
     )
+
+
+def _teacher(run: Assembled, numbers: tuple[int, ...]) -> Subject | None:
+    """What the models are compared with: the teacher, or each row's own."""
+    names = run.args.teacher_names
+    if not names:
+        return subject_of(run.teacher)
+    settings = run.teacher.settings_of_each()
+    members = []
+    for name, teacher, rollout, loss in zip(
+        names, run.teacher.each(), run.rollouts["teacher"].each(), settings, strict=True
+    ):
+        subject = subject_of(teacher)
+        assert subject is not None, "a teacher that is neither here nor on a server"
+        members.append(Member(name, subject, rollout.settings, loss))
+    return SeveralSubject(tuple(members), numbers)
 
 
 HELD_OUT_ROWS = 256  # answers of the eval rows that the perplexity is measured on, when no texts are given
@@ -148,10 +172,11 @@ def evaluator_of(
             "num_eval_prompts=%d: there are %d, all of them are measured", asked.num_eval_prompts, len(prompts)
         )
     questions = replace(
-        _held_out(data, run), prompts=prompts, teacher_prompts=None if teacher_prompts == prompts else teacher_prompts
+        _held_out(data, run),
+        prompts=prompts,
+        teacher_prompts=None if teacher_prompts == prompts else teacher_prompts,
+        teachers=tuple(sequence.teacher for sequence in sequences),
     )
-    if subject_of(run.teacher) is None:
-        logger.warning("there is no single teacher in this process: only the student is measured, by itself")
     of_task = None
     if score is not None or corpus_score is not None:
         of_task = TaskScore([rows[number] for number in asked_rows["row"]], score, corpus_score)
@@ -175,6 +200,7 @@ def _prepared(rows: Dataset, run: Assembled, name: str, max_length: int | None) 
         prompt_only_ok=True,
         prompts_needed=max_length is None,  # an answer's perplexity needs none
         name=name,
+        teachers=args.teacher_names,
         **run.encoding,
     )
     return prepared
@@ -205,4 +231,5 @@ def _held_out(data: dict[str, Any], run: Assembled) -> Questions:
         [sequence.input_ids for sequence in sequences],
         [sequence.prompt_length for sequence in sequences],
         teacher_contexts=contexts if any(sequence.has_view for sequence in sequences) else None,
+        held_out_teachers=tuple(sequence.teacher for sequence in sequences),
     )

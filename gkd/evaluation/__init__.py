@@ -5,6 +5,8 @@ harness: one harness for the student before training, the student after, and the
 measures: what an evaluation found of one model: numbers with standard errors
 public_tasks: named public tasks through lm-eval (EleutherAI's lm-evaluation-harness), beside what the
     harness measures itself
+several: several teachers under measurement as one: each prompt is answered, and each answer judged, by its
+    row's own
 subject: a model under measurement, in this process or on a server: it writes, it is compared with the
     teacher at the targets of (context, text) pairs, and it says -log p of their tokens
 task_score: A recipe's own scores: of each completion by itself, and of all completions at once (corpus

@@ -78,6 +78,8 @@ class Evaluator:
         score: the task's, for the greedy completions and samples at T = 1; None without a task.
         public_tasks: named tasks through lm-eval, for models in this process.
         teacher_reads: what the teacher reads in the place of the student's prompts; None = the same.
+        teachers: number of each prompt's teacher, and `held_out_teachers` of each held-out text's, where the teacher
+            is several; no numbers of texts: the teacher's perplexity is not measured.
         held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
         num_samples: prompts whose completions are kept as text.
         teacher_follows: the teacher changes while the student trains: a model is compared with it as it is then.
@@ -98,6 +100,8 @@ class Evaluator:
     public_tasks: PublicTasks | None = None
     held_out_starts: list[int] | None = None
     teacher_reads: TeacherReads | None = None
+    teachers: tuple[int, ...] = ()
+    held_out_teachers: tuple[int, ...] = ()
     num_samples: int = 3
     teacher_follows: bool = False
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
@@ -124,19 +128,17 @@ class Evaluator:
             )
         self.held_out_starts = starts
         self._trained_as = self.loss
-        # As trained, but against all that the teacher says.
-        top_k = None if self.teacher is None else self.teacher.top_k
-        plain = self.loss.loss_temperature == self.loss.teacher_temperature == 1
-        self.loss = replace(self.loss, teacher_top_k=top_k, top_k_tail="bucket", report_kls=plain)
-        # The forward KL that runs are compared by is of the two models as they are, whatever the training softens: at
-        # temperature 1 it comes with the divergence, else from a second look at the heads.
-        self._plain_kl = replace(
-            self.loss,
-            divergence=forward_kl(),
-            loss_temperature=1.0,
-            teacher_loss_temperature=None,
-            scale_by_temperature_squared=False,
-        )
+        if self.teacher is not None and self._of_one_teacher:
+            self.loss = self._loss_against(self.loss, self.teacher)
+
+    @property
+    def _of_one_teacher(self) -> bool:
+        return not self.teachers
+
+    def _loss_against(self, loss: LossSettings, teacher: Subject) -> LossSettings:
+        """As trained, but against all that the teacher says."""
+        plain = loss.loss_temperature == loss.teacher_temperature == 1
+        return replace(loss, teacher_top_k=teacher.top_k, top_k_tail="bucket", report_kls=plain)
 
     def measure(self, model: Subject, name: str) -> Measures:
         """Everything there is to measure of one model (`model` may be the teacher itself).
@@ -157,6 +159,7 @@ class Evaluator:
                 **self._scores(model, sampling, own),
             }
         extra: dict[str, Metric] = {}
+        extra |= {key: metric for key, metric in self._of_each_teacher().items() if key in values}
         if self._of_answers:
             extra["perplexity"] = replace(METRICS["perplexity"], label="Perplexity, held-out answers")
         if self.public_tasks is not None:
@@ -187,6 +190,9 @@ class Evaluator:
         if self.teacher is None:
             return "not measured: there is no single teacher here"
         loss, trained = self.loss, self._trained_as
+        if not self._of_one_teacher:
+            names = ", ".join(str(share.name) for share in self.teacher.shares(self.teachers))
+            return f"{loss.in_words()}, each row with its own teacher ({names})"
         if trained.teacher_top_k is None or trained.teacher_top_k == loss.teacher_top_k:
             return loss.in_words()
         return f"{loss.in_words()} (trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})"
@@ -255,36 +261,76 @@ class Evaluator:
             "forward_kl_teacher_text": theirs["forward_kl"],
             "agreement_own": mine["agreement"],
             "agreement_teacher_text": theirs["agreement"],
+            **{f"divergence_own_{name}": mine[name] for name in mine if name not in TARGET_VALUES},
+        }
+
+    def _of_each_teacher(self) -> dict[str, Metric]:
+        """What is told of each of several teachers."""
+        if self.teacher is None or self._of_one_teacher:
+            return {}
+        plain = METRICS["divergence_own"]
+        return {
+            f"divergence_own_{share.name}": replace(
+                plain, key=f"divergence_own_{share.name}", label=f"{plain.label}, {share.name}"
+            )
+            for share in self.teacher.shares(self.teachers)
         }
 
     def _target_means(self, model: Subject, completions: list[list[int]]) -> dict[str, Estimate]:
-        """Token means of TARGET_VALUES over the completions."""
+        """Token means of TARGET_VALUES over the completions; and of the divergence by the name of each of several
+        teachers."""
         assert self.teacher is not None
         counts = [len(completion) for completion in completions]
         # The teacher is compared with itself in its own view, so there is but one.
         reads = None if model == self.teacher else self.teacher_reads
         source = "teacher" if completions is self._teacher_text else "student"
-        sequences = answered(self._prompts_of(model), completions, reads, source=source)
-        compare = partial(self._target_values, exchanged=None if reads is None else reads.end_map)
-        found = model.compared(self.teacher, sequences, compare, self.conditions, self._tick)
-        if found is None:  # compared with itself
-            same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
-            return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
+        sequences = answered(self._prompts_of(model), completions, reads, source=source, teachers=self.teachers)
         sums = torch.zeros(len(completions), len(TARGET_VALUES), dtype=torch.float64)
-        sums.index_add_(0, torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), torch.cat(found))
-        return {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
+        means: dict[str, Estimate] = {}
+        for share in self.teacher.shares([sequence.teacher for sequence in sequences]):
+            asked = share.subject if model == self.teacher else model
+            loss = self.loss if self._of_one_teacher else self._loss_against(share.loss or self.loss, share.subject)
+            compare = partial(self._target_values, loss=loss, exchanged=None if reads is None else reads.end_map)
+            mine = [sequences[row] for row in share.rows]
+            found = asked.compared(share.subject, mine, compare, self.conditions, self._tick)
+            if found is None:  # compared with itself
+                sums[list(share.rows), 2] = torch.tensor([counts[row] for row in share.rows], dtype=torch.float64)
+            else:
+                sums[list(share.rows)] = torch.stack([values.sum(dim=0) for values in found])
+            if share.name is not None:
+                of_share = [counts[row] for row in share.rows]
+                means[share.name] = ratio_estimate(sums[list(share.rows), 0].tolist(), of_share)
+            elif found is None:
+                same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
+                return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
+        return means | {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
 
     def _target_values(
-        self, own: DenseSignal, signal: TeacherSignal, targets: Tensor, exchanged: tuple[int, int] | None = None
+        self,
+        own: DenseSignal,
+        signal: TeacherSignal,
+        targets: Tensor,
+        *,
+        loss: LossSettings,
+        exchanged: tuple[int, int] | None = None,
     ) -> Tensor:
         """TARGET_VALUES of each target, [N, 3] on the CPU."""
         if exchanged is not None:
             signal = signal.exchanging(exchanged)
         no_loss = torch.zeros(len(targets), device=own.hidden.device)
-        output = fused_divergence(own.hidden, own.head, signal, targets, no_loss, self.loss)
+        output = fused_divergence(own.hidden, own.head, signal, targets, no_loss, loss)
         kl = output.forward_kl
         if kl is None:
-            kl = fused_divergence(own.hidden, own.head, signal, targets, no_loss, self._plain_kl).divergence
+            # The forward KL that runs are compared by is of the two models as they are, whatever the training softens:
+            # at temperature 1 it comes with the divergence, else from a second look at the heads.
+            plain = replace(
+                loss,
+                divergence=forward_kl(),
+                loss_temperature=1.0,
+                teacher_loss_temperature=None,
+                scale_by_temperature_squared=False,
+            )
+            kl = fused_divergence(own.hidden, own.head, signal, targets, no_loss, plain).divergence
         return torch.stack([value.cpu().double() for value in (output.divergence, kl, output.agreement)], dim=1)
 
     def _perplexity(self, model: Subject) -> dict[str, Estimate]:
@@ -293,7 +339,15 @@ class Evaluator:
             return {}
         assert self.held_out_starts is not None
         by_teacher = model == self.teacher
-        rows = held_out(self.held_out, self.held_out_starts, self.teacher_reads, by_teacher=by_teacher)
+        if by_teacher and not self._of_one_teacher and not self.held_out_teachers:
+            return {}  # texts that are nobody's
+        rows = held_out(
+            self.held_out,
+            self.held_out_starts,
+            self.teacher_reads,
+            by_teacher=by_teacher,
+            teachers=self.held_out_teachers,
+        )
         nll = model.nll(rows, self.conditions, self._tick)
         return {
             "perplexity": exponential_estimate(ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll))))

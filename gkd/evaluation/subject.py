@@ -26,6 +26,7 @@ from gkd.data.teacher_view import teacher_view
 from gkd.evaluation.measures import Estimate, Metric
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.loss.parts import SplitSignal
+from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, Head, TeacherSignal
 from gkd.models.generation_mode import generation_mode
 from gkd.models.head import head_of, output_layer
@@ -85,6 +86,23 @@ class Conditions:
     fold_adapter: bool = True
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one teacher is asked about.
+
+    Attributes:
+        subject: the teacher. rows: which of the sequences are its own.
+        name: its name, of several. number: its place among them.
+        loss: the loss's settings for it; None is as for all.
+    """
+
+    subject: Subject
+    rows: Sequence[int]
+    name: str | None = None
+    number: int = 0
+    loss: LossSettings | None = None
+
+
 class Subject(ABC):
     """A model under measurement. Two subjects of the same model are equal.
 
@@ -94,10 +112,22 @@ class Subject(ABC):
 
     top_k: int | None = None
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingSettings, how: Conditions) -> list[list[int]]:
-        """One completion of each prompt. The source of the random numbers is no training source, so none is used
-        twice, and they belong to no training step."""
-        return self._rollout(sampling, how, source="evaluation").generate(prompts, step=0)
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingSettings,
+        how: Conditions,
+        rows: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """One completion of each prompt; `rows` are their numbers in the evaluation, without them they are all. The
+        source of the random numbers is no training source, so none is used twice, and they belong to no training
+        step."""
+        rollout = self._rollout(sampling, how, source="evaluation")
+        return rollout.generate(prompts, step=0, rows=None if rows is None else list(rows))
+
+    def shares(self, numbers: Sequence[int]) -> list[Share]:
+        """Who stands for the teacher, of sequences whose teachers have these numbers: itself, or several."""
+        return [Share(self, list(range(len(numbers))))]
 
     @abstractmethod
     def _rollout(self, sampling: SamplingSettings, how: Conditions, source: str) -> Rollout:

@@ -30,29 +30,45 @@ class TeacherReads:
 
 
 def answered(
-    prompts: Sequence[Ids], completions: Sequence[Ids], teacher: TeacherReads | None, *, source: str
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    teacher: TeacherReads | None,
+    *,
+    source: str,
+    teachers: Sequence[int] = (),
 ) -> list[TokenSequence]:
     """Completions behind the student's prompts, and behind the teacher's in its view.
 
     Args:
         source: who wrote them, "student" or "teacher".
+        teachers: number of each row's, of several.
     """
     read = prompts if teacher is None else teacher.prompts
     end_map = None if teacher is None else teacher.end_map
     return [
-        join(prompt, completion, source, row, teacher_prompt=own, end_map=end_map)
-        for row, (prompt, completion, own) in enumerate(zip(prompts, completions, read, strict=True))
+        join(prompt, completion, source, row, teacher=number, teacher_prompt=own, end_map=end_map)
+        for row, (prompt, completion, own, number) in enumerate(
+            zip(prompts, completions, read, teachers or [0] * len(prompts), strict=True)
+        )
     ]
 
 
 def held_out(
-    texts: Sequence[Ids], starts: Sequence[int], teacher: TeacherReads | None, *, by_teacher: bool
+    texts: Sequence[Ids],
+    starts: Sequence[int],
+    teacher: TeacherReads | None,
+    *,
+    by_teacher: bool,
+    teachers: Sequence[int] = (),
 ) -> list[TokenSequence]:
-    """Held-out texts with targets from `starts` on, as the student reads them or as the teacher does."""
+    """Held-out texts with targets from `starts` on, as the student reads them or as the teacher does; `teachers` are
+    the numbers of the texts', of several."""
     read = teacher.contexts if teacher is not None and teacher.contexts else [()] * len(texts)
     end_map = teacher.end_map if teacher is not None and teacher.contexts else None
     rows = [
-        join(ids[:start], ids[start:], "data", row, teacher_prompt=context, end_map=end_map)
-        for row, (ids, start, context) in enumerate(zip(texts, starts, read, strict=True))
+        join(ids[:start], ids[start:], "data", row, teacher=number, teacher_prompt=context, end_map=end_map)
+        for row, (ids, start, context, number) in enumerate(
+            zip(texts, starts, read, teachers or [0] * len(texts), strict=True)
+        )
     ]
     return [row.as_the_teacher_reads_it() for row in rows] if by_teacher else rows

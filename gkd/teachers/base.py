@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gkd.loss.parts import SplitSignal
+from gkd.loss.settings import LossSettings
 from gkd.loss.signals import TeacherSignal
 from gkd.models.facts import model_name, revision_of
 from gkd.models.zero import gathered
@@ -64,6 +65,10 @@ class Teacher(ABC):
     def each(self) -> Sequence[Teacher]:
         """The teachers that this one is made of, in the order of their numbers: itself, or several."""
         return [self]
+
+    def settings_of_each(self) -> Sequence[LossSettings | None]:
+        """The loss's settings for each of them; None where they are those for all."""
+        return [None] * len(self.each())
 
     def models(self) -> list[Callable[[], Any]]:
         """What gives the model of each of them, for those that write."""

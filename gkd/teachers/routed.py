@@ -113,6 +113,9 @@ class RoutedTeacher(Teacher):
     def each(self) -> Sequence[Teacher]:
         return self.teachers
 
+    def settings_of_each(self) -> Sequence[LossSettings | None]:
+        return [how.settings for how in self.compared]
+
     def repo(self, kwargs: Any = None) -> tuple[str | None, str | None]:
         """Where all of them have the same name: several adapters on one base."""
         found = {teacher.repo(kwargs) for teacher in self.teachers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,12 @@ from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import change, config, logged, losses
 from vllm_server.fake import FakeServer
 
+from gkd.assembly.evaluator import Questions, make_evaluator
 from gkd.config.fields import GKDConfig
+from gkd.data.sequences import sequence_of
+from gkd.evaluation.harness import Evaluator
+from gkd.evaluation.measures import Measures
+from gkd.evaluation.subject import LocalSubject
 from gkd.models.placement import offload
 from gkd.training.trainer import GKDTrainer
 
@@ -215,3 +221,43 @@ def test_a_run_of_several_kinds_goes_on_bit_for_bit_after_kill_9(models, server,
     assert {source: n for source, n in resumed.ledger.sequences.items() if n} == {"student": 18, "teacher": 18}
     for (name, found), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(found, expected), name
+
+
+def test_every_prompt_is_measured_against_its_own_teacher(models, server, tmp_path):
+    """The numbers of the evaluations that each teacher has for its own prompts, weighted by tokens."""
+    every = entries(models, server.url)
+    greedy = {"temperature": 0.0, "eval_strategy": "no"}
+    trainer = trainer_on(tmp_path / "all", rows_of(*NAMES), teachers=every, **greedy)
+
+    def measured(trainer: GKDTrainer) -> tuple[Evaluator, Measures, Measures]:
+        rows = [sequence_of(row) for row in trainer.train_dataset]
+        questions = Questions(
+            [row.prompt for row in rows],
+            [row.input_ids for row in rows],
+            [row.prompt_length for row in rows],
+            teachers=tuple(row.teacher for row in rows),
+            held_out_teachers=tuple(row.teacher for row in rows),
+        )
+        evaluator = make_evaluator(trainer, questions)
+        student = evaluator.measure(LocalSubject(trainer.model), "student")
+        return evaluator, student, evaluator.measure(evaluator.teacher, "teacher")
+
+    evaluator, student, teacher = measured(trainer)
+    assert "each row with its own teacher (dense, offloaded, served)" in evaluator.settings()["divergence"]
+    assert teacher.values["divergence_own"].value == pytest.approx(0, abs=1e-6)
+    texts, logs, counts = [], 0.0, 0
+    for number, name in enumerate(NAMES):
+        one, own, of_teacher = measured(
+            trainer_on(tmp_path / name, rows_of(name), **alone(name, models, server), **greedy)
+        )
+        mine = [i for i, other in enumerate(evaluator.teachers) if other == number]
+        assert [evaluator.teacher_text()[i] for i in mine] == one.teacher_text()
+        value = own.values["divergence_own"].value
+        assert student.values[f"divergence_own_{name}"].value == pytest.approx(value, rel=1e-6)
+        assert student.extra[f"divergence_own_{name}"].label == f"Divergence, own completions, {name}"
+        texts.append((own.values["divergence_teacher_text"].value, sum(map(len, one.teacher_text()))))
+        held = sum(len(ids) - start for ids, start in zip(one.held_out, one.held_out_starts, strict=True))
+        logs, counts = logs + held * math.log(of_teacher.values["perplexity"].value), counts + held
+    total = sum(value * number for value, number in texts) / sum(number for _, number in texts)
+    assert student.values["divergence_teacher_text"].value == pytest.approx(total, rel=1e-6)
+    assert teacher.values["perplexity"].value == pytest.approx(math.exp(logs / counts), rel=1e-6)

@@ -233,15 +233,14 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
     student = evaluator.measure(LocalSubject(trainer.model), "student")
     out.add_rollouts(student.samples, student.questions)
     found = [student]
-    if evaluator.teacher is None:
-        out.add("Perplexity", "warning", "there is no single teacher: only the student is measured")
-    else:
+    if evaluator.teacher is not None:
         teacher = evaluator.measure(evaluator.teacher, "teacher")
         found.append(teacher)
         _perplexities(out, student, teacher, len(evaluator.held_out))
         _divergence(out, student, evaluator.settings()["divergence"])
-        rows = data["train"].select(spread(prepared, ROLLOUTS))
-        examine_template(out, trainer, evaluator.teacher, rows, evaluator.conditions)
+        if not trainer.args.teacher_names:
+            rows = data["train"].select(spread(prepared, ROLLOUTS))
+            examine_template(out, trainer, evaluator.teacher, rows, evaluator.conditions)
     for measures in found:
         _rollouts(out, measures, trainer.args.max_new_tokens, trainer.args.repetition_threshold)
 
@@ -260,7 +259,13 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
     # running text has no prompt: its first half is continued
     halves = [row.input_ids[: -(-len(row.input_ids) // 2)] for row in rows[:ROLLOUTS]]
     prompts = [row.prompt or half for row, half in zip(rows, halves, strict=False)]
-    questions = Questions(prompts, held_out, starts)
+    questions = Questions(
+        prompts,
+        held_out,
+        starts,
+        teachers=tuple(row.teacher for row in rows[:ROLLOUTS]),
+        held_out_teachers=tuple(row.teacher for row in answered) if starts is not None else (),
+    )
     if any(row.has_view or row.teacher_prompt_ids for row in rows):
         own = [row.teacher_prompt or half for row, half in zip(rows, halves, strict=False)]
         questions = replace(questions, teacher_prompts=own, teacher_contexts=contexts)
@@ -270,6 +275,10 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
 def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: int) -> None:
     if "perplexity" not in student.values:
         out.add("Perplexity", "ok", "not measured: the rows have no answers, and load_data gives no held_out_text")
+        return
+    if "perplexity" not in teacher.values:
+        value = student.values["perplexity"].value
+        out.add("Perplexity", "ok", f"student {value:.3g} on {texts} texts, which are no teacher's in particular")
         return
     values = [measures.values["perplexity"].value for measures in (student, teacher)]
     message = f"student {values[0]:.3g}, teacher {values[1]:.3g} on {texts} texts"
