@@ -68,6 +68,8 @@ RULES = (
     Rule("self_teacher", (*_OTHER_TEACHERS, "teacher_server_url", "teacher_adapter_name_or_path"), "on"),
     Rule("self_teacher", ("teacher_adapters", "teachers", "share_base_model"), "on"),
     Rule("self_teacher", ("self_teacher_decay",)),
+    Rule("teachers", ("teacher_server_url", "teacher_adapters", "teacher_adapter_name_or_path"), "on"),
+    Rule("teachers", ("self_teacher", "self_teacher_decay"), "on"),
     Rule("teacher_template", ("teacher_end_of_turn",)),
     Rule("teacher_model_name_or_path", ("teacher_server_url", "self_teacher", "self_teacher_decay"), "on"),
 )

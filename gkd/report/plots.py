@@ -32,6 +32,7 @@ COLOURS = {
     "first": "#CC79A7",
     "second": "#56B4E9",
 }
+SEVERAL = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # several teachers, in turn
 STYLES = {"total": "-", "student": "-", "data": "--", "teacher": "-.", "first": "-", "second": "--"}
 SMOOTH_FROM = 60  # points in a series from which on a running mean is drawn over the raw line
 BAR_KEYS = (  # the measures of the before/after picture, as in gkd.evaluation.measures.METRICS
@@ -55,6 +56,7 @@ class Line:
     key: str
     label: str
     role: str
+    colour: str | None = None  # another than the role's
 
 
 LOSS_LINES = (
@@ -117,6 +119,25 @@ def plot_entropy(history: History) -> Figure | None:
     )
 
 
+def plot_teachers(history: History) -> Figure | None:
+    """Divergence from each of several teachers on its own targets, and agreement with it; None without them."""
+    names = dict.fromkeys(
+        key.split("/")[1] for entry in history for key in entry if key.startswith("teacher/") and key.count("/") == 2
+    )
+    lines = {
+        what: [
+            Line(f"teacher/{name}/{what}", name, "total", SEVERAL[number % len(SEVERAL)])
+            for number, name in enumerate(sorted(names))
+        ]
+        for what in ("divergence", "agreement")
+    }
+    return _panels(
+        history,
+        (lines["divergence"], "Divergence from each teacher, on its own rows", "nats per target token", False),
+        (lines["agreement"], "Student and teacher rank the same token first", "share of targets", True),
+    )
+
+
 def plot_positions(history: History) -> Figure | None:
     """Divergence along the completion by source, in the first and in the last third of the training.
 
@@ -156,7 +177,10 @@ def plot_evaluation(comparison: Mapping[str, Any]) -> Figure | None:
     Args:
         comparison: the dictionary of `gkd.report.comparison.as_dict`.
     """
-    rows = [row for key in BAR_KEYS for row in comparison.get("rows", ()) if row["key"] == key and _bars(row)]
+    found = comparison.get("rows", ())
+    of_each = [row["key"] for row in found if row["key"].startswith("divergence_own_")]  # of several teachers
+    keys = (BAR_KEYS[0], *of_each, *BAR_KEYS[1:])
+    rows = [row for key in keys for row in found if row["key"] == key and _bars(row)]
     if not rows:
         return None
     columns = min(4, len(rows))
@@ -184,6 +208,7 @@ def write_plots(
         ),
         ("lengths.png", "Lengths of the completions and how they end", lambda: plot_lengths(history)),
         ("entropy.png", "Entropies and agreement of student and teacher", lambda: plot_entropy(history)),
+        ("teachers.png", "Each teacher on its own rows", lambda: plot_teachers(history)),
         ("evaluation.png", "Before and after, with standard errors", lambda: plot_evaluation(comparison or {})),
     ]
     written = []
@@ -243,7 +268,7 @@ def _draw(axes: Axes, history: History, lines: Sequence[Line]) -> bool:
         if not steps:
             continue
         drawn = True
-        colour, style = COLOURS[line.role], STYLES.get(line.role, "-")
+        colour, style = line.colour or COLOURS[line.role], STYLES.get(line.role, "-")
         marker = "o" if len(steps) <= 15 else None
         if len(steps) < SMOOTH_FROM:
             axes.plot(

@@ -62,6 +62,11 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     args, accelerator = trainer.args, trainer.accelerator
     student = accelerator.unwrap_model(trainer.model)
     facts: dict[str, Any] = {name: value for name, value in args.to_dict().items() if _is_fact(name)}
+    if args.teachers is not None:  # where servers are is no matter
+        facts["teachers"] = {
+            name: {key: "somewhere" if key == "server" else value for key, value in (entry or {}).items()}
+            for name, entry in args.teachers.items()
+        }
     facts["rows"] = rows_of(trainer.train_dataset)
     facts["student"] = model_name(student)
     facts |= {f"LoRA's {name}": value for name, value in _lora(student).items()}

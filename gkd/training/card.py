@@ -31,7 +31,7 @@ def card_info(
     values = {
         "model_name": model_name or args.output_dir.rstrip("/").split("/")[-1],
         "student": Repo(name_of(student) or "in memory", revision_of(student, args.model_init_kwargs)),
-        "teacher": _teacher(trainer.teacher, args.teacher_model_init_kwargs),
+        "teacher": _teacher(trainer.teacher, args),
         "settings": settings_for_card(args),
         "lora": _lora(student),
         "ledger": trainer.ledger.as_dict(),
@@ -43,7 +43,7 @@ def card_info(
         "steps": trainer.state.global_step,
         "num_processes": trainer.accelerator.num_processes,
         "hub_model_id": getattr(trainer, "hub_model_id", None) or args.hub_model_id,  # the first with its owner
-        "notes": [*_about_teacher(args), *extras.pop("notes", ())],
+        "notes": [*_about_teacher(args), *_about_several(trainer.teacher, args), *extras.pop("notes", ())],
     }
     if trainer.checkpoints.is_saving:
         values |= _at_a_checkpoint(args.output_dir, trainer.state, values["notes"])
@@ -89,6 +89,26 @@ def _about_teacher(args: Any) -> list[str]:
     return about
 
 
-def _teacher(teacher: Teacher, kwargs: Any) -> Repo:
-    name, revision = teacher.repo(kwargs)
+def _about_several(teacher: Teacher, args: Any) -> list[str]:
+    """Each of `teachers`, by name."""
+    if args.teachers is None:
+        return []
+    listed = []
+    for own, one, weight in zip(teacher.each(), args.each_teacher.items(), args.teacher_weights, strict=True):
+        name, fields = one
+        repo, revision = own.repo(fields.teacher_model_init_kwargs)
+        adapter, top_k = fields.teacher_adapter_name_or_path, fields.teacher_top_k
+        parts = [f"`{Repo(repo or 'in memory', revision).display_name}`"]
+        parts += [f"with the adapter `{Repo(adapter).display_name}`"] if adapter else []
+        parts += ["on a server"] if fields.teacher_server_url is not None else []
+        parts += [f"its {top_k} most likely tokens"] if top_k is not None else []
+        parts += [f"weight {weight:g}"] if weight != 1 else []
+        listed.append(f"{name} ({', '.join(parts)})")
+    return [f"Several teachers; every row has its own: {', '.join(listed)}."]
+
+
+def _teacher(teacher: Teacher, args: Any) -> Repo:
+    name, revision = teacher.repo(args.teacher_model_init_kwargs)
+    if name is None and args.teachers is not None:
+        return Repo(f"its row's own teacher ({', '.join(args.teacher_names)})", on_hub=False)
     return Repo(name or "in memory", revision)

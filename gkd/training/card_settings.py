@@ -48,6 +48,7 @@ ELSEWHERE = {
     "teacher_model_name_or_path",
     "teacher_adapter_name_or_path",
     "teacher_adapters",
+    "teachers",
 }
 # What the configuration or the trainer fills in, whatever the user says.
 FILLED_IN = {

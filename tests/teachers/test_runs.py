@@ -135,9 +135,11 @@ def test_the_doctor_finds_nothing_wrong(argv, folder):
     assert any("the same base model" in check.message for check in found.checks)
 
 
-def test_evaluate_with_several_teachers_measures_the_student_alone(folder):
+def test_evaluate_with_several_teachers_measures_each_row_against_its_own(folder):
     columns = evaluate_recipe(recipe_of(folder, several(folder)), str(folder / "trained"))
-    assert [column.name for column in columns] == ["student", "student + adapter"]
+    assert [column.name for column in columns] == ["student", "student + adapter", "teacher"]
+    assert {"divergence_own", "divergence_own_math"} <= set(columns[1].values)
+    assert columns[2].values["divergence_own"].value == pytest.approx(0, abs=1e-6)
 
 
 def test_the_plan_counts_one_copy_of_the_weights(folder):
