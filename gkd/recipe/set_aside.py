@@ -56,10 +56,10 @@ RULES = (
     Rule("save_strategy", ("load_best_model_at_end",), "off"),
     # who writes, and where
     Rule("lmbda", ("rollout_backend", *_SERVER), "off"),
-    Rule("lmbda", ("rollout_server_timeout", "server_proxy"), "off", unless=("teacher_server_url",)),
+    Rule("lmbda", ("rollout_server_timeout", "server_proxy"), "off", unless=("teacher_server_url", "teachers")),
     Rule("lmbda", ("teacher_scores_dir",), "1", unless=("eval_strategy",)),
     Rule("rollout_backend", _SERVER),
-    Rule("rollout_backend", ("rollout_server_timeout", "server_proxy"), unless=("teacher_server_url",)),
+    Rule("rollout_backend", ("rollout_server_timeout", "server_proxy"), unless=("teacher_server_url", "teachers")),
     # one teacher in place of another
     Rule("teacher_server_url", (*_OTHER_TEACHERS, "teacher_adapter_name_or_path", "teacher_scores_dir"), "on"),
     Rule("teacher_server_url", ("teacher_adapters", "share_base_model"), "on"),

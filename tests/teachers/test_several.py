@@ -26,6 +26,8 @@ from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
 from gkd.evaluation.subject import LocalSubject
 from gkd.models.placement import offload
+from gkd.report.plots import plot_teachers
+from gkd.training.belongs import facts_of
 from gkd.training.trainer import GKDTrainer
 
 
@@ -261,3 +263,20 @@ def test_every_prompt_is_measured_against_its_own_teacher(models, server, tmp_pa
     total = sum(value * number for value, number in texts) / sum(number for _, number in texts)
     assert student.values["divergence_teacher_text"].value == pytest.approx(total, rel=1e-6)
     assert teacher.values["perplexity"].value == pytest.approx(math.exp(logs / counts), rel=1e-6)
+
+
+def test_card_facts_and_pictures_name_every_teacher(models, server, tmp_path):
+    trainer = trainer_on(tmp_path / "run", rows_of(*NAMES), teachers=entries(models, server.url), max_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "its row's own teacher (dense, offloaded, served)" in card
+    assert "dense (`dense`), offloaded (`offloaded`, weight 2), served (`tiny/base`, on a server, its 20" in card
+    assert str(models) not in card
+    assert server.url not in card
+    facts = facts_of(trainer)
+    assert {"teacher 'dense'", "teacher 'offloaded'", "teacher 'served'"} <= set(facts)
+    assert facts["teachers"]["served"] == {"server": "somewhere", "top_k": TOP_K}
+    figure = plot_teachers(trainer.state.log_history)
+    assert [line.get_label() for line in figure.axes[0].lines] == sorted(NAMES)
+    assert plot_teachers([{"step": 1, "loss": 1.0, "teacher/entropy": 2.0}]) is None
