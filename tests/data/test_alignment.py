@@ -1,5 +1,6 @@
 """Groups of two tokenizers' ids: the same bytes on both sides, all of them, in order, and as short as can be."""
 
+import os
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from gkd.data.alignment import Group, align, special_bytes
 from gkd.data.respelling import Respelling
 from gkd.data.token_bytes import spelled
 
+TEXTS = int(os.environ.get("GKD_TEST_TEXTS", "60"))  # 10,000 take three minutes
 MOST = 16  # tokens in a group of more than one character
 
 
@@ -94,7 +96,9 @@ def check_groups(respelling, student_ids, teacher_ids):
                 ]
                 assert not ends[0] & ends[1]
         if max(g.num_student, g.num_teacher) > MOST:
-            characters = regex.findall(r"\X", text.decode("utf-8", "replace").strip(" "))
+            # Indentation, or a line of dots, may be one token on one side and sign by sign on the other.
+            signs = regex.sub(r"(.)\1+", r"\1", "".join(text.decode("utf-8", "replace").split()))
+            characters = regex.findall(r"\X", signs)
             # What is not compared may hold a token that begins in one such character and ends in the next.
             assert len(characters) <= (1 if g.compared else 3), text
     return groups, len(read)
@@ -123,15 +127,7 @@ PAIRS += [("composed", "pieces"), ("smollm2", "numbers"), ("smollm2", "pieces")]
 def test_random_texts_are_covered_once_in_order_and_in_short_groups(student, teacher):
     if not is_there(student):
         pytest.skip("SmolLM2's tokenizer is not there (make fetch)")
-    compare(student, teacher, 150)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_ten_thousand_random_texts(student, teacher):
-    if not is_there(student):
-        pytest.skip("SmolLM2's tokenizer is not there (make fetch)")
-    compare(student, teacher, 10_000, seed=1)
+    compare(student, teacher, TEXTS)
 
 
 @pytest.mark.parametrize("kind", ["pieces", "digits", "composed"])
