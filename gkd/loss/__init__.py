@@ -1,6 +1,8 @@
 """The divergences, and the fused pass that takes them. Needs torch and nothing else.
 
 aligned: the divergence of two models that cut the same text into different tokens
+borders: tokens at which two models of different tokenizers stand at one place of the text: common
+    tokens and the rest
 chunks: one call of the fused divergence at work: projections, chunks, blocks, and the gradients
     they add up to
 compiled: the work of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators,

@@ -14,7 +14,8 @@ Each group weighs as much as its n tokens together, so that the loss stays a mea
 Outcomes that are put together can only hide a difference, so each term is a lower bound of the divergence between the
 texts that the two would write (data processing) as long as a common token says the same about the text on both sides.
 That is exact where no token is the beginning of another. Elsewhere it is the known limit of all token-level methods:
-with "1" and "12" in one vocabulary and only "1" in the other, "1" means different things. ULD (arXiv 2402.12030)
+with "1" and "12" in one vocabulary and only "1" in the other, "1" means different things, unless "12" is joined with
+it (`student_joined`): both are then the text that begins with "1". ULD (arXiv 2402.12030)
 compares sorted probabilities instead, X-Token (2605.21699) projects one vocabulary onto the other, BLD (2604.07466)
 goes to bytes; the chunk term is the sequence likelihood that GOLD merges, with the places that predict.
 
@@ -24,14 +25,13 @@ The chunk term is at temperature 1: products of softened probabilities are no pr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gkd.loss import eager
-from gkd.loss.chunks import FusedPass, Gradients, even_cuts
-from gkd.loss.compiled import Constants
+from gkd.loss.borders import BorderPass
+from gkd.loss.chunks import Gradients
 from gkd.loss.cross_entropy import log_probs, run_cross_entropy
 from gkd.loss.integrand import Divergence
 from gkd.loss.projection import Projection
@@ -107,7 +107,7 @@ def run_aligned(
 
     at = groups.at_border
     part = gradients.of_rows(at.numel())
-    found = _BorderPass(
+    found = BorderPass(
         student.rows(at),
         teacher.rows(groups.teacher_at_border),
         aligned=signal,
@@ -232,82 +232,3 @@ def _check_groups(group: Tensor, other: Tensor, border: Tensor) -> None:
         firsts.append(first)
     if int((border >= 0).sum()) != count or not torch.equal(border[firsts[0]], firsts[1]):
         raise ValueError("the borders of an aligned signal do not lead from each group's first token to its first row")
-
-
-class _BorderPass(FusedPass):
-    """The tokens at a border, with the teacher's row for each: S outcomes and the rest.
-
-    Where one side has no other tokens there is no rest, and both are compared given that the token is a common one.
-    """
-
-    def __init__(self, student: Projection, teacher: Projection, *, aligned: AlignedSignal, own: Tensor, **work: Any):
-        super().__init__(student, teacher, **work)
-        self.own, self.student_ids, self.teacher_ids = own, aligned.student_ids, aligned.teacher_ids
-        size, rows = self.student_ids.numel(), [model.weight.shape[0] for model in (student, teacher)]
-        self.has_rest = size < min(rows)
-        device = self.targets.device
-        self.student_rest, self.teacher_rest = (
-            torch.ones(count, dtype=self.dtype, device=device).index_fill_(0, ids, 0)
-            for count, ids in zip(rows, (self.student_ids, self.teacher_ids), strict=True)
-        )
-
-    def _constants(self) -> Constants | None:
-        return None  # nothing of this is compiled
-
-    def run(self) -> dict[str, Tensor]:
-        """What is said about each token, by name."""
-        for at in even_cuts(self.targets.shape[0], self.chunk):
-            self.run_chunk(at)
-        self.tokens["divergence"].mul_(self.squared)
-        return self.tokens
-
-    def _run_block(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> None:
-        assert self.teacher is not None
-        assert z_teacher is not None
-        r, settings, tokens = at.stop - at.start, self.settings, self.tokens
-        if self.buffers is None:
-            self.buffers = z_student.new_empty(2, self.block, self.vocab, dtype=self.dtype)
-            self.teacher_buffers = z_teacher.new_empty(2, self.block, z_teacher.shape[1], dtype=self.dtype)
-        (p, scratch), (q, teacher_scratch) = self.buffers[:, :r], self.teacher_buffers[:, :r]
-        z, slope_of_cap = self.student.logits(z_student)
-        zt = self.teacher.logits(z_teacher)[0]
-        eager.shift_(z), eager.shift_(zt)
-        student = eager.distributions(z, self.targets[at], settings.loss_temperature, p, scratch)
-        teacher = eager.distributions(zt, self.own[at], settings.teacher_temperature, q, teacher_scratch)
-        tokens["student_entropy"][at], tokens["teacher_entropy"][at] = student.entropy, teacher.entropy
-        tokens["teacher_log_prob"][at] = teacher.chosen
-        if self.ce_weights is not None:
-            tokens["cross_entropy"][at] = -student.chosen
-        common = student.log_p.index_select(1, self.student_ids), teacher.log_p.index_select(1, self.teacher_ids)
-        most = student.log_p.amax(dim=-1, keepdim=True) + teacher.log_p.amax(dim=-1, keepdim=True)
-        tokens["agreement"][at] = (common[0] + common[1]).eq(most).any(dim=-1).to(self.dtype)
-        a, of_a = self._outcomes(student, common[0], self.student_ids, self.student_rest)
-        b, of_b = self._outcomes(teacher, common[1], self.teacher_ids, self.teacher_rest)
-        if settings.report_kls:
-            tokens["forward_kl"][at], tokens["reverse_kl"][at] = eager.both_kls(a, b, of_a, of_b)
-        tokens["divergence"][at], slope = settings.divergence.value_and_slope(a, b, of_a, of_b)
-        if self.gradients.any:
-            gradient = self._spread(slope, of_a, student.p, scratch)
-            self._finish_gradient(gradient, at, student, slope_of_cap)
-            z_student.copy_(gradient)
-
-    def _outcomes(
-        self, model: eager.Distributions, common: Tensor, ids: Tensor, rest: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the compared outcomes [R, S + 1], or [R, S] where there is no rest; and e to them."""
-        if not self.has_rest:
-            within = common.log_softmax(dim=-1)
-            return within, within.exp()
-        of_rest = eager.log_of(model.p.mv(rest))[:, None]
-        return torch.cat([common, of_rest], dim=1), torch.cat([model.p.index_select(1, ids), of_rest.exp()], dim=1)
-
-    def _spread(self, slope: Tensor, of_a: Tensor, p: Tensor, out: Tensor) -> Tensor:
-        """The gradient [R, V] with respect to the student's z / T, of phi_a by outcome [R, S + 1].
-
-        The rest's part goes to its tokens in proportion to their probability, p_v / p_rest.
-        """
-        if not self.has_rest:
-            return out.zero_().index_add_(1, self.student_ids, eager.softmax_gradient_(slope, of_a))
-        size, total = self.student_ids.numel(), slope.sum(dim=-1, keepdim=True)
-        torch.mul(slope[:, size:] / of_a[:, size:], self.student_rest, out=out)
-        return out.sub_(total).mul_(p).index_add_(1, self.student_ids, slope[:, :size])

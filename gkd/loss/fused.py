@@ -152,6 +152,13 @@ def _run_aligned_pass(
             ("common token's id of the teacher's", signal.teacher_ids, teacher_vocab),
         ):
             ids_in_range(name, ids, size)
+        for name, joined, size in (
+            ("joined token", signal.student_joined, vocab),
+            ("joined token of the teacher's", signal.teacher_joined, teacher_vocab),
+        ):
+            if joined is not None:
+                ids_in_range(name, joined[0], size)
+                ids_in_range("common token's place", joined[1], signal.student_ids.numel())
     dtype = _dtype(student_hidden)
     student = Projection(student_hidden, student_head, vocab, dtype)
     teacher = Projection(signal.teacher.hidden, signal.teacher.head, teacher_vocab, dtype)

@@ -91,6 +91,8 @@ class AlignedSignal:
             token of the group; -1 for every other token.
         group: [N] the number of the token's group, from 0; -1 for a token that is not compared.
         teacher_group: [M] the same of the teacher's tokens. Every number that is in one of the two is in the other.
+        student_joined: [2, F] ids of the student and which of the S common tokens each is counted with, or None: "12"
+            with "1", where the teacher writes "1", "2". teacher_joined: the same the other way round.
     """
 
     teacher: DenseSignal
@@ -100,6 +102,8 @@ class AlignedSignal:
     border: Tensor
     group: Tensor
     teacher_group: Tensor
+    student_joined: Tensor | None = None
+    teacher_joined: Tensor | None = None
 
     def exchanging(self, pair: tuple[int, int]) -> AlignedSignal:
         """The same: its tokens that end a turn are a pair of common tokens already."""

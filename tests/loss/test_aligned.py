@@ -186,6 +186,73 @@ def test_two_views_of_one_model_have_no_loss_and_no_gradient(left, right):
             assert (output.kinds != NOT_COMPARED).sum() >= len(targets) - 3
 
 
+def test_joined_tokens_make_the_digits_of_one_model_agree():
+    """The student writes two digits as one token, the teacher each by itself: both codes of one chain of symbols, the
+    longest token first, as tokenizers write. What a digit by itself says about the symbol after it is left out: the
+    student goes by the last symbol alone."""
+    generator = torch.Generator().manual_seed(7)
+    digits = 3  # symbols 0 to 2; symbol 3 is a letter
+    chain = torch.rand(4, 4, generator=generator, dtype=torch.float64).add(0.1)
+    chain /= chain.sum(-1, keepdim=True)
+    text = [*torch.randint(0, 4, (60,), generator=generator).tolist(), 3]
+    code = [*((s,) for s in range(4)), *((a, b) for a in range(digits) for b in range(digits))]
+    weight = torch.full((len(code), 4), -torch.inf, dtype=torch.float64)
+    for before in range(4):
+        for v, token in enumerate(code):
+            first = chain[before, token[0]]
+            if len(token) == 2:
+                weight[v, before] = (first * chain[token[0], token[1]]).log()
+            else:  # a digit by itself is the last one: a letter follows
+                weight[v, before] = (first * (chain[token[0], 3] if token[0] < digits else 1)).log()
+    targets, places, patterns, at = [], [], [], 1
+    while at < len(text):
+        pair = tuple(text[at : at + 2])
+        token = pair if len(pair) == 2 and max(pair) < digits else pair[:1]
+        targets.append(code.index(token))
+        places.append(text[at - 1])
+        patterns.append((1, len(token)))
+        at += len(token)
+    one, eye = torch.arange(4), torch.eye(4, dtype=torch.float64)
+    joined = torch.tensor([[code.index(token) for token in code[4:]], [token[0] for token in code[4:]]])
+    signal = AlignedSignal(
+        DenseSignal(eye[text[:-1]], Head(chain.log().t().contiguous())),
+        torch.tensor(text[1:]),
+        one,
+        one,
+        *numbered(patterns),
+    )
+    for name, parameters in ALL:
+        found = {}
+        for joins in (None, joined):
+            leaf = eye[places].requires_grad_()
+            settings = LossSettings(make_divergence(name, **parameters))
+            weights = torch.full((len(targets),), 1 / len(targets))
+            own = replace(signal, student_joined=joins)
+            output = fused_divergence(leaf, Head(weight), own, torch.tensor(targets), weights, settings)
+            (gradient,) = torch.autograd.grad(output.loss, leaf)
+            found[joins is None] = output.loss.item(), gradient.abs().max().item()
+        assert found[True][0] > 1e-3
+        assert abs(found[False][0]) < 1e-6, name
+        assert found[False][1] < 1e-6 or name == "total_variation", name
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_joined_tokens_are_their_definition(left):
+    for name, parameters in ALL:
+        for side in ("student", "teacher", "both"):
+            case, generator = AlignedCase(), torch.Generator().manual_seed(2)
+            change = {}
+            for one, vocab in (("student", 23), ("teacher", 19)):
+                if side in (one, "both"):
+                    ids = set(getattr(case.signal, f"{one}_ids").tolist())
+                    others = torch.tensor([v for v in range(vocab) if v not in ids][left:])
+                    change[f"{one}_joined"] = torch.stack(
+                        [others, torch.randint(0, 11, others.shape, generator=generator)]
+                    )
+            case.signal = replace(case.signal, **change)
+            case.check(name, parameters, ce=True, chunk_size=5)
+
+
 # --- where the gradient goes ----------------------------------------
 
 
@@ -359,6 +426,8 @@ def test_weights_are_left_alone():
         ({"teacher_group": torch.full((17,), -1)}, "tokens of one side only"),
         ({"group": torch.zeros(3, dtype=torch.long)}, "3 groups of the student's"),
         ({"targets": torch.full((17,), 19)}, "teacher's target is outside the 19"),
+        ({"teacher_joined": torch.tensor([[19], [0]])}, "joined token of the teacher's is outside the 19"),
+        ({"student_joined": torch.tensor([[2], [11]])}, "common token's place is outside the 11"),
         ({"student_ids": torch.arange(20, 31)}, "common token's id is outside the 23"),
     ],
 )

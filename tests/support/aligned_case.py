@@ -84,11 +84,21 @@ class AlignedCase:
     def outcomes(self, s, t):
         """Probabilities of the compared outcomes, of one place."""
         signal = self.signal
-        a, b = s[signal.student_ids], t[signal.teacher_ids]
-        if len(a) == min(len(s), len(t)):
-            return a / a.sum(), b / b.sum()
-        rest = [p.index_fill(0, ids, 0).sum()[None] for p, ids in ((s, signal.student_ids), (t, signal.teacher_ids))]
-        return torch.cat([a, rest[0]]), torch.cat([b, rest[1]])
+        found, rest = [], []
+        for p, ids, joined in (
+            (s, signal.student_ids, signal.student_joined),
+            (t, signal.teacher_ids, signal.teacher_joined),
+        ):
+            others = [] if joined is None else joined.t().tolist()
+            mass = p[ids]
+            if others:
+                mass = torch.stack([m + sum(p[w] for w, at in others if at == c) for c, m in enumerate(mass)])
+            found.append(mass)
+            left = p.index_fill(0, ids, 0).index_fill(0, ids.new_tensor([w for w, _ in others]), 0)
+            rest.append((left.sum()[None], len(p) - len(ids) - len(others)))
+        if min(count for _, count in rest) == 0:
+            return found[0] / found[0].sum(), found[1] / found[1].sum()
+        return torch.cat([found[0], rest[0][0]]), torch.cat([found[1], rest[1][0]])
 
     def expected(
         self, name="jsd", parameters=None, ce=False, loss_temperature=1.0, teacher_loss_temperature=None,
