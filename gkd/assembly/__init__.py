@@ -20,4 +20,6 @@ several: the models of `teachers`: each as a run's one teacher would be loaded, 
     base loaded once
 student: the student: looked at before its weights are loaded, made ready to be trained, saved as it came
 teacher: which kind of teacher the fields ask for, made ready to score
+token_ids: token ids of student and teachers: which are compared, which end a completion, which nobody
+    writes
 """

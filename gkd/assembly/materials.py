@@ -66,15 +66,19 @@ class Materials:
 
     def tokenizer_of(self, number: int) -> PreTrainedTokenizerBase | None:
         """The one that was given, or whose template the teacher of that number reads."""
-        reading: TeacherReading = self.encoding["reading"]
-        own = reading.template(number)
+        own = self.reading.template(number)
         return self.teacher_tokenizer if own is None else own.tokenizer
+
+    @property
+    def reading(self) -> TeacherReading:
+        """How its teachers read the rows."""
+        found: TeacherReading = self.encoding["reading"]
+        return found
 
     @property
     def end_map(self) -> tuple[int, int] | None:
         """The ids that end a turn of the student's and of the teacher's, where they are not the same."""
-        reading: TeacherReading = self.encoding["reading"]
-        return reading.end_map
+        return self.reading.end_map
 
 
 def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:

@@ -18,14 +18,14 @@ from gkd.assembly.scores import evaluation_sets, rows_of_teacher
 from gkd.assembly.servers import connect
 from gkd.assembly.several import lends_base
 from gkd.assembly.teacher import TeacherOrder, make_teacher, shared_base, warn_of_one_model
+from gkd.assembly.token_ids import SharedIds, ids_apart, in_common, shared_ids
 from gkd.config.fields import GKDConfig
 from gkd.config.settings import hygiene, loss_settings
 from gkd.config.several import of_entry
 from gkd.data.end_map import check_end_map
-from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
+from gkd.data.rewritten import Rewriting, end_of_answers, text_by
 from gkd.loss.settings import LossSettings
 from gkd.models.facts import head_size, vocabulary_rows
-from gkd.models.loading import generation_config_of
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.routed import routed
@@ -33,6 +33,7 @@ from gkd.servers.checks import Server
 from gkd.teachers.absent import as_absent
 from gkd.teachers.base import Teacher
 from gkd.teachers.routed import Compared, RoutedTeacher
+from gkd.teachers.writer import WriterTeacher
 
 
 @dataclass(frozen=True)
@@ -44,25 +45,12 @@ class LoadedStudent:
 
 
 @dataclass(frozen=True)
-class SharedIds:
-    """Token ids of two models.
-
-    `shared` is how many of them are compared; None: all. `pad` can be read by both. By source: which ids `stop` a
-    completion, and which are never written, since the other model would leave them `unread`.
-    """
-
-    shared: int | None
-    pad: int
-    stop: dict[str, tuple[int, ...]]
-    unread: dict[str, range]
-
-
-@dataclass(frozen=True)
 class Side:
     """One teacher, put together: all that a run with it alone would have of it.
 
     `args` are the fields of such a run. `model` is what the `teacher` was made from, which is None where it is on a
-    server that only writes. `heads` are rows of both output heads, `ids` what the token ids have in common.
+    server that only writes. `heads` are rows of both output heads, `ids` what the token ids have in common; with
+    other tokens, `rewriting` puts what it writes into the student's.
     """
 
     args: GKDConfig
@@ -73,6 +61,7 @@ class Side:
     ids: SharedIds
     teacher: Teacher | None
     rollout: Rollout
+    rewriting: Rewriting | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +107,7 @@ def assemble(
         with of_entry(name):
             sides[name] = _side(order, name, one)
     every = list(sides.values())
-    ids = _in_common([side.ids for side in every])
+    ids = in_common([side.ids for side in every])
     rollouts: dict[str, Any] = {} if student is None else {"student": _student_rollout(order, every, ids)}
     rollouts["teacher"] = routed(side.rollout for side in every)
     if student is not None and args.teachers is None:
@@ -134,7 +123,7 @@ def assemble(
         rollouts=rollouts,
         loss_settings=of_all,
         stop_ids=ids.stop,
-        hygiene=hygiene(args, ids.stop, ready.end_map),
+        hygiene=replace(hygiene(args, ids.stop, ready.end_map), rewriting=every[0].rewriting),
         pad_id=ids.pad,
         end_map=ready.end_map,
     )
@@ -169,31 +158,38 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
         check_lengths(args, {"student": order.loaded, "teacher": model}, ready.train)
     number = 0 if name is None else ready.args.teacher_names.index(name)
     tokenizer = order.teacher_tokenizer or ready.tokenizer_of(number) or tokenizer_of_teacher(model, order.known, args)
-    server = connect(args, ready.tokenizer, ("teacher",), name)["teacher"]
+    foreign = ready.reading.foreign
+    read = tokenizer if foreign and tokenizer is not None else ready.tokenizer
+    server = connect(args, read, ("teacher",), name)["teacher"]
     train, evaluation = ready.train, evaluation_sets(ready.evaluation)
     if not alone:
         train, *evaluation = (rows_of_teacher(rows, number) for rows in (train, *evaluation))
     check_views(args, train, evaluation, model, server)
     heads = _heads(ready, order.student, model)
-    ids = _shared_ids(ready, heads, order.known, model, tokenizer, server)
+    of_both = ids_apart if foreign else shared_ids
+    ids = of_both(ready, heads, order.known, model, tokenizer, server)
     check_end_map(ready.end_map, ids.shared or min(heads.values()))
     teacher: Teacher | None = None
-    if order.loaded is not None or server is None:
+    if foreign and server is not None:
+        teacher = WriterTeacher(name=server.fingerprint)
+    elif order.loaded is not None or server is None:
         lent = not alone and name in ready.args.teachers_on_base and lends_base(ready.args)
         teacher = make_teacher(TeacherOrder(args, model, order.loaded, accelerator, server, lent, alone))
+        teacher = WriterTeacher(teacher) if foreign else teacher
     writer = Writer(
         "teacher",
         _nowhere,
         stop_ids=ids.stop["teacher"],
-        pad_id=ids.pad,
+        pad_id=ids.pad if ids.teacher_pad is None else ids.teacher_pad,
         foreign_ids=ids.unread["teacher"],
         server=server,
-        vocabulary=heads["student"],
+        vocabulary=None if foreign else heads["student"],
         absent=as_absent(model),
     )
     models = [writer.get_model] if teacher is None else teacher.models()
     rollout = routed(make_rollout(args, replace(writer, get_model=get), accelerator) for get in models)
-    return Side(args, model, tokenizer, server, heads, ids, teacher, rollout)
+    rewriting = _rewriting(order, ids, tokenizer) if foreign else None
+    return Side(args, model, tokenizer, server, heads, ids, teacher, rollout, rewriting)
 
 
 def _nowhere() -> Any:
@@ -227,47 +223,17 @@ def _loss_settings(
     return replace(plain, shared_vocab=ids.shared), list(each)
 
 
-def _in_common(sides: list[SharedIds]) -> SharedIds:
-    """What student and all teachers have in common."""
-    if len(sides) == 1:
-        return sides[0]
-    known = [ids.shared for ids in sides if ids.shared is not None]
-    of_teachers = tuple(sorted({stop for ids in sides for stop in ids.stop["teacher"]}))
-    unread = max((ids.unread["student"] for ids in sides), key=len)  # they end with the student's head
-    return SharedIds(
-        min(known, default=None),
-        min(ids.pad for ids in sides),
-        {"student": sides[0].stop["student"], "teacher": of_teachers},
-        {"student": unread, "teacher": range(0)},
+def _rewriting(order: SideOrder, ids: SharedIds, teacher_tokenizer: PreTrainedTokenizerBase | None) -> Rewriting:
+    """What puts the teacher's completions into the student's tokens."""
+    ready = order.ready
+    assert teacher_tokenizer is not None
+    return Rewriting(
+        tokenizer=ready.tokenizer,
+        text_of=text_by(teacher_tokenizer),
+        stop_ids=ids.stop["teacher"],
+        end_id=end_of_answers(ready.tokenizer, ids.stop["student"]),
+        most=ready.args.max_new_tokens,
     )
-
-
-def _shared_ids(
-    ready: Materials,
-    heads: dict[str, int],
-    student: Any,
-    teacher: Any,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
-    server: Server | None,
-) -> SharedIds:
-    """What the models, or their names, have in common; `server` is the teacher's.
-
-    Raises:
-        ValueError: vocabularies that cannot be compared, or rows with ids that one of the models does not know.
-    """
-    tokenizer = ready.tokenizer
-    shared = shared_vocabulary(tokenizer, teacher_tokenizer, heads["student"], heads["teacher"])
-    pad = readable_pad_id(tokenizer, min(heads.values()))
-    stop = {
-        "student": stop_token_ids(tokenizer, generation_config_of(student, loading_options(ready.args))),
-        "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
-    }
-    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
-    check_ids_in_use({**evaluated, "train": ready.train}, stop["student"], tokenizer, heads, shared)
-    unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
-    if server is None:
-        unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
-    return SharedIds(shared, pad, stop, unread)
 
 
 def _heads(ready: Materials, student: LoadedStudent | None, teacher_model: Any) -> dict[str, int]:

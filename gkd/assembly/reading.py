@@ -12,7 +12,7 @@ from gkd.config.fields import GKDConfig
 from gkd.config.several import of_entry
 from gkd.data.end_map import find_end_map
 from gkd.data.teacher_rows import OwnTemplate, TeacherReading, View
-from gkd.data.vocabulary import check_token_maps, configured_stop_ids
+from gkd.data.vocabulary import check_token_maps, configured_stop_ids, same_token_maps
 from gkd.models.facts import model_name
 from gkd.models.loading import base_name, generation_config_of, load_tokenizer
 from gkd.servers.checks import served_model
@@ -44,6 +44,12 @@ def reading_of_teachers(
             )
     if args.teachers is None:
         return found[None]
+    for name, reading in found.items():
+        if reading.foreign:
+            raise ValueError(
+                f"teachers[{name!r}] has another tokenizer than the student, and of several teachers none may: train "
+                "on what it writes in a run of its own, or take teachers of the student's family"
+            )
     ends = {name: reading.end_map for name, reading in found.items()}
     first, *others = ends
     for name in others:
@@ -86,6 +92,9 @@ def teacher_reading(
         ValueError: the teacher has no tokenizer or no template of its own, or one with other tokens, or the token
             that ends its turns would be a guess.
     """
+    other = _other_tokenizer(args, tokenizer, student, teacher, teacher_tokenizer)
+    if other is not None:
+        return TeacherReading(view, (other,) * max(1, len(args.teacher_names)))
     if args.teacher_template == "student":
         return TeacherReading(view)
     name = _name(args, student, teacher)
@@ -106,6 +115,42 @@ def teacher_reading(
     else:
         logger.info("the teacher reads chats in its own template (teacher_template='own')")
     return TeacherReading(view, (OwnTemplate(own, stop_ids, end_map),) * max(1, len(args.teacher_names)))
+
+
+def _other_tokenizer(
+    args: GKDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Any,
+    teacher: Any,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> OwnTemplate | None:
+    """What a teacher reads that only writes, and in other tokens than the student's; None for any other."""
+    asked = args.teacher_template == "own" or teacher_tokenizer is not None
+    if not args.trains_on_nll_alone or args.shares_weights or (args.teacher_server_url is not None and not asked):
+        return None
+    name = _name(args, student, teacher)
+    own = teacher_tokenizer
+    if own is None and (name is not None or args.teacher_template == "own"):
+        try:
+            own = _own_tokenizer(args, name)
+        except ValueError as error:
+            if args.teacher_template == "own":
+                raise
+            logger.warning("the teacher's token map cannot be compared with the student's: %s", error)
+    if own is None or same_token_maps(tokenizer, own):
+        return None
+    if args.teacher_end_of_turn is not None:
+        raise ValueError(
+            f"teacher_end_of_turn={args.teacher_end_of_turn!r} has no effect: the teacher has another tokenizer and "
+            "only writes, and where it ends an answer the student's ends: leave it out"
+        )
+    logger.info(
+        "the teacher has another tokenizer: it writes from prompts in its own%s, and its text is trained on in the "
+        "student's tokens",
+        " template" if own.chat_template else "",
+    )
+    known = name if teacher is None else teacher
+    return OwnTemplate(own, configured_stop_ids(generation_config_of(known)), foreign=True)
 
 
 def _kwargs(given: Any) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def written_keys(rows: Any, rollout: Rollout, hygiene: Hygiene) -> Iterator[byte
 
 def written(row: TokenSequence, completion: list[int], hygiene: Hygiene) -> TokenSequence | None:
     """A row with the completion that the teacher has written for it; None when it is not trained on."""
-    verdict = hygiene.judge(completion, "teacher")
+    completion, verdict = hygiene.received(completion, "teacher")
     if not hygiene.trains(verdict):
         return None
     sequence = join(

@@ -23,6 +23,7 @@ prepare: data sets: rows of any format become ids and labels, with a report of e
 prepared_row: one row of a data set: read, put into ids for student and teacher, and held to the limits
 respelling: one completion in the ids of two tokenizers: rewritten from one's to the other's, and put side
     by side
+rewritten: what a teacher with other tokens has written, in the student's: by way of its text
 row_report: what became of a data set's rows: kept, dropped, cut, noted, and what in them nothing reads
 row_values: values of a row: where they stand (for messages), what is JSON as text, and the nulls that
     Arrow puts in

@@ -41,11 +41,17 @@ class OwnTemplate:
         tokenizer: the teacher's, with its chat template.
         stop_ids: at which the teacher stops beside what its tokenizer says.
         end_map: the ids that end a turn of the student's and of the teacher's, where they differ.
+        foreign: its ids stand for other tokens than the student's, so that it writes, and reads no completion.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...] = ()
     end_map: tuple[int, int] | None = None
+    foreign: bool = False
+
+    @property
+    def writes_chats(self) -> bool:
+        return bool(self.tokenizer.chat_template)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ class TeacherReading:
         found = {own.end_map for own in self.own if own is not None}
         assert len(found) < 2, "teachers that end their turns differently"
         return next(iter(found), None)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its teachers have other tokens than the student."""
+        return any(own is not None and own.foreign for own in self.own)
 
     def template(self, teacher: int) -> OwnTemplate | None:
         return self.own[teacher] if teacher < len(self.own) else None
@@ -116,22 +127,25 @@ class TeacherRows:
             return None
         own, view = self.reading.template(teacher), self.reading.view
         if view is not None:
-            has_template = own is not None or self.student.template is not None
+            has_template = self.student.template is not None if own is None else own.writes_chats
             return _returned(view(copy.deepcopy(dict(raw.stored))), row, place, has_template, bool(raw.exact))
         known = row
         if own is not None and isinstance(row, TextRow):  # an instruction is a chat where there is a template
-            known = canonical_row(raw.row, place, True, raw.exact)
+            known = canonical_row(raw.row, place, own.writes_chats, raw.exact)
         read = _of_columns(raw, known, place)
         if own is None:
             return None if read is row else read
         if isinstance(read, TokenRow) and (read.teacher_context or read.teacher_prompt_ids):
             return None
+        if own.foreign and isinstance(read, TextRow):
+            return read
         if not isinstance(read, ChatRow) and is_empty(raw.row.get("teacher_prompt")):
             kind = "token ids" if isinstance(read, TokenRow) else "plain text"
+            remedy = "" if own.foreign else ", or leave teacher_template out"
             raise ValueError(
                 f"{place} is {kind}, which has no turns that the teacher's own template could write "
-                "(teacher_template='own'): give it as a list of turns, or what the teacher reads in a column "
-                "teacher_prompt, or leave teacher_template out"
+                f"(teacher_template='own'): give it as a list of turns, or what the teacher reads in a column "
+                f"teacher_prompt{remedy}"
             )
         return read
 
@@ -149,7 +163,12 @@ class TeacherRows:
         if read is not None:
             encoder, own = self._encoder(teacher), self.reading.template(teacher)
             there = replace(place, reader="as its teacher reads it")
-            context, prompt = _front(encoder, student, _answered(read, row), there, own.end_map if own else None)
+            if own is not None and own.foreign:
+                prompt = encoder.encode(read, there).prompt
+                context = prompt
+            else:
+                end_map = own.end_map if own else None
+                context, prompt = _front(encoder, student, _answered(read, row), there, end_map)
         elif isinstance(row, TokenRow) and (row.teacher_context or row.teacher_prompt_ids):
             self._encoder(teacher).check_ids(row.teacher_context, "teacher_context", place)
             self._encoder(teacher).check_ids(row.teacher_prompt_ids, "teacher_prompt_ids", place)

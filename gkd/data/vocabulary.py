@@ -20,8 +20,8 @@ from gkd.data.templates import STUMBLES, ChatTemplate, common_prefix
 logger = logging.getLogger(__name__)
 
 _REMEDY = (
-    "Take a teacher of the student's family, whose tokenizer gives every token the same id; "
-    "distillation between different tokenizers is not supported"
+    "Take a teacher of the student's family, whose tokenizer gives every token the same id; or let it only write "
+    "(seq_kd=True, seq_kd_loss='nll', lmbda=0): its text is then trained on in the student's tokens"
 )
 
 
@@ -83,6 +83,15 @@ def check_token_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     pads = {_mere_pad(student), _mere_pad(teacher)} - {None}
     known = _first_foreign_pad(*ids, pads) or 1 + max(max(own.values()) for own in ids)
     _check_same_tokens({token: i for token, i in ids[0].items() if i < known}, ids[1])
+
+
+def same_token_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether ids stand for the same tokens; see `check_token_maps`."""
+    try:
+        check_token_maps(student, teacher)
+    except ValueError:
+        return False
+    return True
 
 
 def readable_pad_id(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:

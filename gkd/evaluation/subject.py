@@ -272,4 +272,4 @@ def subject_of(teacher: Teacher) -> Subject | None:
     """What the evaluation compares with; None when there is no single teacher that could write and be measured."""
     if teacher.writes:
         return ServedSubject(teacher)
-    return None if teacher.model is None else LocalSubject(teacher.model)
+    return None if teacher.model is None or teacher.writes_only else LocalSubject(teacher.model)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gkd.common.ranges import whole, within
+from gkd.data.rewritten import Rewriting
 
 
 def is_truncated(completion: list[int], stop_ids: tuple[int, ...], max_new_tokens: int) -> bool:
@@ -42,6 +43,7 @@ class Hygiene:
         train_repetitive: whether repetitive rollouts are trained on. Data rows always are.
         end_map: the token that ends a turn for the student, and the one that does for the teacher, where they are
             not the same: what the teacher has written is trained on with the student's.
+        rewriting: of a teacher with other tokens, what puts its completions into the student's.
 
     Raises:
         ValueError: a value out of range.
@@ -53,20 +55,34 @@ class Hygiene:
     train_truncated: bool = True
     train_repetitive: bool = True
     end_map: tuple[int, int] | None = None
+    rewriting: Rewriting | None = None
 
     def __post_init__(self) -> None:
         whole("max_new_tokens", self.max_new_tokens, 1)
         within("repetition_threshold", self.repetition_threshold, 0, 1, "1 calls nothing repetitive")
 
+    def received(self, completion: list[int], source: str) -> tuple[list[int], Verdict]:
+        """A completion as `source` has written it: in the student's tokens, and what it is like."""
+        if source != "teacher" or self.rewriting is None:
+            return completion, self.judge(completion, source)
+        ids, ended = self.rewriting(completion)
+        return ids, self._verdict(ids, ended=ended, truncated=not ended)
+
     def judge(self, completion: list[int], source: str) -> Verdict:
-        """What this completion, written by `source`, is like, as it was written or as it is trained on."""
-        stops = self.stop_ids["teacher" if source == "teacher" else "student"]
+        """What this completion, written by `source`, is like, as it is trained on; where the teacher's tokens are the
+        student's, as it was written, too."""
+        foreign = source == "teacher" and self.rewriting is not None
+        stops = self.stop_ids["teacher" if source == "teacher" and not foreign else "student"]
         if source == "teacher" and self.end_map is not None:
             stops = (*stops, self.end_map[0])
         ended = bool(completion) and completion[-1] in stops
+        cut = not ended if foreign else source != "data" and is_truncated(completion, stops, self.max_new_tokens)
+        return self._verdict(completion, ended=ended, truncated=cut)
+
+    def _verdict(self, completion: list[int], *, ended: bool, truncated: bool) -> Verdict:
         return Verdict(
             ended=ended,
-            truncated=source != "data" and is_truncated(completion, stops, self.max_new_tokens),
+            truncated=truncated,
             empty=len(completion) == int(ended),
             repetitive=repeated_ngram_share(completion) > self.repetition_threshold,
         )

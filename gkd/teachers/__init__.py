@@ -12,4 +12,5 @@ server: A teacher on a vLLM server: it scores token ids and answers with its K m
 shared: a teacher over weights that stand there already: the student's base without its adapter, or with
     another one
 store: the teacher's last hidden states on disk, found again by the hash of a sequence and of its targets
+writer: A teacher that only writes: its tokens are not the student's, or it shows no probabilities
 """

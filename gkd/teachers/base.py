@@ -34,6 +34,7 @@ class Teacher(ABC):
         scores_windows: a whole window at a time is cheaper for it than one micro-batch at a time.
         writes: it has `rollout` and `log_probs`, in the place of a model that could be asked for them.
         follows: it changes while the student trains, so that nothing it says holds for long.
+        writes_only: nothing is compared with it, and `score` refuses.
     """
 
     model: Any = None
@@ -45,6 +46,7 @@ class Teacher(ABC):
     scores_windows: bool = False
     writes: bool = False
     follows: bool = False
+    writes_only: bool = False
 
     @abstractmethod
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal | SplitSignal:

@@ -172,7 +172,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)
         asked = [ready.train, *evaluation_sets(ready.evaluation)]
         load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
-        if args.teacher_template == "student":
+        if args.teacher_template == "student" and not ready.reading.foreign:
             for name, side in parts.sides.items():
                 warn_of_differences(side.ids.stop, ready.tokenizer, side.tokenizer, name)
         logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())

@@ -109,16 +109,16 @@ def write_completions(
         rollout = rollouts[source]
         completions = rollout.generate(prompts, step, numbers, [row.teacher for row in rows])
         for i, row, completion in zip(mine, rows, completions, strict=True):
-            verdict = hygiene.judge(completion, source)
+            ids, verdict = hygiene.received(completion, source)
             written[i] = join(
                 row.prompt,
-                completion,
+                ids,
                 source,
                 row.row,
                 truncated=verdict.truncated,
                 train=hygiene.trains(verdict),
                 teacher=row.teacher,
-                teacher_prompt=row.teacher_prompt,
+                teacher_prompt=() if hygiene.rewriting else row.teacher_prompt,
                 end_map=hygiene.end_map,
             )
         for i, log_probs in zip(mine, rollout.log_probs, strict=False):  # none where nobody asked for them

@@ -93,7 +93,9 @@ def test_a_teacher_that_does_not_know_the_students_form_is_told_and_its_own_mend
     assert check.level == "ok"
     assert "in its own template, which it reads; " in check.message
     assert the(mended, "Chat templates").level == "ok"
-    assert the(mended, "Stop ids").message == "256 for the student, 258 for the teacher (teacher_template=own)"
+    assert (
+        the(mended, "Stop ids").message == "256 for the student, 258 for the teacher, which has a template of its own"
+    )
     assert len(mended.rows) == 3
     for row in mended.rows:
         assert row.pieces[-1] == ("stop", "<|endoftext|>")

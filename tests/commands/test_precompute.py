@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from other_tokens import other_model, other_tokenizer
 from tiny import CHATML, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import Remember
 from views import own_prompt, teacher_prompt, viewed_rows
@@ -531,3 +532,34 @@ def test_help_names_the_flags(capsys):
     assert stopped.value.code == 0
     assert "--precompute_output" in capsys.readouterr().out
     assert module.precompute.__doc__
+
+
+def test_a_teacher_with_other_tokens_writes_beforehand(folder, tmp_path, asked, capsys):
+    other = other_model()
+    other.save_pretrained(folder / "other")
+    other_tokenizer().save_pretrained(folder / "other")
+    changes = {"teacher_model_name_or_path": folder / "other", "seq_kd": "true", "seq_kd_loss": "nll", "lmbda": 0.0}
+    argv = flags(folder, tmp_path / "out", **changes)
+    recipe = str(folder / "recipe.py")
+    assert main(["precompute", recipe, *argv, "--precompute_output", str(tmp_path / "made")]) == 0
+    assert sum(map(len, asked)) == 10
+    assert "gkd run finds them" in capsys.readouterr().out
+    rows = load_dataset(str(tmp_path / "made"))["train"]
+    assert len(rows) == 11
+    assert "teacher_context" not in rows.column_names
+    own = tiny_tokenizer()
+    for row in rows:
+        assert own.decode(row["input_ids"][row["prompt_length"] :]) == row["completion"]
+        assert row["truncated"] == (row["input_ids"][-1] != 258)
+    asked.clear()
+    trained = capture(recipe, argv)
+    assert asked == []
+    diagnosis = examine(trained)
+    assert diagnosis.passed, diagnosis.checks
+    told = {check.name: check.message for check in diagnosis.checks if check.level == "ok"}
+    assert "they differ" in told["Token maps"]
+    assert "its own" in told["Chat templates"]
+    assert told["Stop ids"].startswith("256, 258") or "1 for the teacher" in told["Stop ids"]
+    for row in diagnosis.rows:
+        assert [kind for kind, _ in row.teacher] == ["prompt"]
+        assert row.teacher[0][1].startswith("<s>[")

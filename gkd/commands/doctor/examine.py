@@ -25,8 +25,9 @@ from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.template import examine_template
 from gkd.commands.doctor.view import Diagnosis
 from gkd.common.environment import describe_hardware, installed_versions
+from gkd.config.fields import GKDConfig
 from gkd.data.sequences import sequence_of
-from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, shared_vocabulary
+from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, same_token_maps, shared_vocabulary
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
 from gkd.evaluation.subject import LocalSubject
@@ -63,7 +64,8 @@ def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
     tokenizers = _attempt(out, "Tokenizers", lambda: _tokenizers(out, settings))
     if tokenizers is not None:
         _attempt(out, "Token maps", lambda: _token_maps(out, settings, tokenizers))
-        _chat_templates(out, *tokenizers, settings.training.teacher_template == "own")
+        apart = _writes_other_tokens(settings.training, tokenizers)
+        _chat_templates(out, *tokenizers, settings.training.teacher_template == "own" or apart)
     if out.passed:
         _attempt(out, "Memory", lambda: examine_memory(out, recipe))
     data = _attempt(out, "Data", lambda: recipe_data(recipe.load_data, settings))
@@ -150,6 +152,11 @@ def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> N
     args = settings.training
     if args.teacher_server_url is not None or args.shares_weights:
         return
+    if _writes_other_tokens(args, tokenizers):
+        out.add(
+            "Token maps", "ok", "they differ: the teacher only writes, and its text is trained on (seq_kd_loss=nll)"
+        )
+        return
     names = {"student": student_name(settings), "teacher": args.teacher_model_name_or_path or student_name(settings)}
     fields = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path"}
     rows = {
@@ -166,11 +173,17 @@ def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> N
         out.add("Token maps", "ok", f"every common id stands for the same token; {sizes}: the first {shared:,} count")
 
 
+def _writes_other_tokens(args: GKDConfig, tokenizers: Tokenizers) -> bool:
+    """Whether the teacher has other tokens, and nothing is compared with it."""
+    student, teacher = tokenizers
+    return args.trains_on_nll_alone and teacher is not None and not same_token_maps(student, teacher)
+
+
 def _chat_templates(
     out: Diagnosis, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, own: bool
 ) -> None:
     if own:
-        out.add("Chat templates", "ok", "the teacher reads chats in its own (teacher_template=own)")
+        out.add("Chat templates", "ok", "the teacher reads chats in its own")
         return
     remark = compare_chat_templates(student, teacher) if teacher is not None else None
     if remark:
@@ -220,9 +233,10 @@ def _stop_ids(out: Diagnosis, trainer: GKDTrainer) -> None:
         who: ", ".join(map(str, ids[:_NAMED])) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
         for who, ids in trainer.stop_ids.items()
     }
-    if trainer.args.teacher_template == "own" and trainer.stop_ids["student"] != trainer.stop_ids["teacher"]:
+    own = trainer.args.teacher_template == "own" or trainer.encoding["reading"].foreign
+    if own and trainer.stop_ids["student"] != trainer.stop_ids["teacher"]:
         each = ", ".join(f"{ids} for the {who}" for who, ids in named.items())
-        out.add("Stop ids", "ok", f"{each} (teacher_template=own)")
+        out.add("Stop ids", "ok", f"{each}, which has a template of its own")
         return
     remark = compare_stop_ids(trainer.stop_ids["student"], trainer.stop_ids["teacher"], trainer.processing_class)
     out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{named['student']} for both")))

@@ -58,7 +58,7 @@ def _shown(prepared: Dataset, report: DataReport, student: Reader, reading: Teac
     own = reading.template(0)
     teacher = student
     if own is not None:
-        teacher = Reader(own.tokenizer, {*own.stop_ids, *stop_token_ids(own.tokenizer, None)})
+        teacher = Reader(own.tokenizer, {*own.stop_ids, *stop_token_ids(own.tokenizer, None)}, own.foreign)
     viewed = (i for i, context in enumerate(prepared["teacher_context"]) if context) if report.views else iter(())
     numbers = list(islice(viewed, ROWS_SHOWN)) or list(range(min(ROWS_SHOWN, len(prepared))))
     return [view(row, student, teacher, reading.end_map) for row in prepared.select(numbers)]

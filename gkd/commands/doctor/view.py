@@ -94,10 +94,11 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Reader:
-    """Who reads a row: its tokenizer, and the ids at which it stops."""
+    """Who reads a row: its tokenizer, the ids at which it stops, and whether it reads prompts alone."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: Collection[int]
+    prompts_only: bool = False
 
 
 def view(
@@ -113,7 +114,10 @@ def view(
     sequence = sequence_of(row, end_map)
     own = _pieces(sequence.input_ids, sequence.labels, sequence.prompt_length, student)
     read: list[tuple[str, str]] = []
-    if sequence.has_view or sequence.teacher_prompt_ids:
+    if teacher is not None and teacher.prompts_only:
+        prompt = sequence.teacher_prompt
+        read = _pieces(prompt, [IGNORE] * len(prompt), len(prompt), teacher)
+    elif sequence.has_view or sequence.teacher_prompt_ids:
         seen = sequence.as_the_teacher_reads_it()
         read = _pieces(seen.input_ids, seen.labels, seen.prompt_length, teacher or student)
     return RowView(sequence.row, own, read)

@@ -116,8 +116,11 @@ def precompute(recipe: Recipe, output: str | None = None, push_to: str | None = 
     about = provenance(recipe, work, len(rows), left_out)
     write_folder(rows, output, about, work.held_out)
     told = ", ".join(f"{number:,} {why}" for why, number in left_out.items() if number)
-    print(f"{len(rows):,} rows in {output}{f' (left out: {told})' if told else ''}. To train on them as on any data:")
-    print(f"  {_training_command(recipe, output)}")
+    print(f"{len(rows):,} rows in {output}{f' (left out: {told})' if told else ''}.", end=" ")
+    if work.hygiene.rewriting is None:
+        print(f"To train on them as on any data:\n  {_training_command(recipe, output)}")
+    else:  # the teacher can be compared with nothing, so they are no rows of a distillation
+        print("The same recipe with the same flags trains on these answers: gkd run finds them")
     if push_to is not None:
         settings = recipe.settings.training
         print(f"pushed to {push_folder(output, push_to, settings.hub_token, bool(settings.hub_private_repo))}")
@@ -233,13 +236,13 @@ def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
     Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out,
     and so is an answer with an id that stands for no token of the student's tokenizer.
     """
-    features = Features({**_COLUMNS, **(_OF_A_VIEW if set(_OF_A_VIEW) & set(work.rows.column_names) else {})})
+    read = work.hygiene.rewriting is None and bool(set(_OF_A_VIEW) & set(work.rows.column_names))
+    features = Features({**_COLUMNS, **(_OF_A_VIEW if read else {})})
     columns: dict[str, list[Any]] = {name: [] for name in features}
     left_out = {"truncated": 0, "repetitive": 0, "unreadable": 0}
     known = max(work.tokenizer.get_vocab().values())
     for sequence in map(sequence_of, columns_read(work.rows.sort("row"))):
-        answer = work.rollout.store.get(sequence.teacher_prompt)
-        verdict = work.hygiene.judge(answer, "teacher")
+        answer, verdict = work.hygiene.received(work.rollout.store.get(sequence.teacher_prompt), "teacher")
         if not work.hygiene.trains(verdict):
             left_out["repetitive" if verdict.repetitive else "truncated"] += 1
             continue
@@ -248,7 +251,7 @@ def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
             answer,
             "teacher",
             sequence.row,
-            teacher_prompt=sequence.teacher_prompt,
+            teacher_prompt=() if work.hygiene.rewriting else sequence.teacher_prompt,
             end_map=work.hygiene.end_map,
         )
         prompt, completion = sequence.prompt, found.input_ids[found.prompt_length :]
