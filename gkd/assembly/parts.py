@@ -116,7 +116,8 @@ def assemble(
     teacher = every[0].teacher
     if args.teachers is not None:
         compared = [Compared(*how) for how in zip(of_each, args.teacher_weights, strict=True)]
-        teacher = RoutedTeacher({str(n): side.teacher for n, side in sides.items() if side.teacher}, compared)
+        scoring = {str(n): side.teacher for n, side in sides.items() if side.teacher is not None}
+        teacher = RoutedTeacher(scoring, compared) if len(scoring) == len(sides) else None
     return Parts(
         teacher=teacher,
         sides=sides,

@@ -123,7 +123,7 @@ class Subject(ABC):
         source of the random numbers is no training source, so none is used twice, and they belong to no training
         step."""
         rollout = self._rollout(sampling, how, source="evaluation")
-        return rollout.generate(prompts, step=0, rows=None if rows is None else list(rows))
+        return rollout.generate(prompts, step=0) if rows is None else rollout.generate(prompts, 0, list(rows))
 
     def shares(self, numbers: Sequence[int]) -> list[Share]:
         """Who stands for the teacher, of sequences whose teachers have these numbers: itself, or several."""

@@ -57,7 +57,7 @@ def loading_arguments(settings: Settings) -> GKDConfig:
     if quantization is not None:
         device_map = {"": str(PartialState().device)}  # quantized weights cannot be moved later
         args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
-    if args.shares_weights:  # the teacher is not loaded
+    if args.shares_weights and args.teachers is None:  # the teacher is not loaded
         return args
     own = args.teacher_model_init_kwargs or {}
     assert not isinstance(own, str)  # TrainingArguments has parsed it

@@ -297,3 +297,20 @@ def test_what_is_proposed_fits_when_it_is_done(teacher_flag, tmp_path, capsys):
     code, found = plan("--gpu_memory", str(half["peak"]))
     assert (code, found["remedy"]) == (1, ["--dtype bfloat16"])
     assert plan("--gpu_memory", str(half["peak"]), *found["remedy"][0].split())[0] == 0
+
+
+def test_several_teachers_stand_beside_each_other_or_take_turns():
+    """Weights counted on real models: the largest one's come to the accelerator, with its head, and the others' go."""
+    small, large = tiny_model(), tiny_model(hidden=48, layers=3)
+    sizes = [4 * sum(p.numel() for p in model.parameters()) for model in (small, large)]
+    one = setup_for(small, teacher=shape_of(large.config), teacher_bytes=4)
+    both = replace(one, others=(replace(one, teacher=shape_of(small.config)),))
+    assert estimate(both).parts["teacher weights"] == sum(sizes)
+    turns = dict(changes(both))["placement cpu_offload for each of the teachers"]
+    assert estimate(turns).parts["teacher weights"] == 0
+    assert estimate(turns).parts["teacher, while it works"] == max(sizes)
+    assert host_memory(turns) == sum(sizes)
+    lent = replace(both, others=(replace(one, shares_base=True),))
+    assert estimate(lent).parts["teacher weights"] == sizes[1]
+    served = replace(both, others=(replace(one, teacher_here=False),))
+    assert estimate(served).peak == estimate(one).peak

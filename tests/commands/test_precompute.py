@@ -15,6 +15,7 @@ from training import Remember
 from views import own_prompt, teacher_prompt, viewed_rows
 from vllm_server.fake import FakeServer
 
+from gkd.assembly import models
 from gkd.cli import main
 from gkd.commands.doctor.examine import examine
 from gkd.commands.precompute import answers as module
@@ -196,7 +197,9 @@ def test_options_of_the_tokenizer_reach_the_prompts_of_training_precompute_and_d
         "eos_token": "!",
     }
 
-    prepared = module.prepare(capture(folder / "recipe.py", flags(folder, tmp_path / "a", seq_kd="true", **options)))
+    (prepared,) = module.prepare(
+        capture(folder / "recipe.py", flags(folder, tmp_path / "a", seq_kd="true", **options))
+    )
     assert prepared.tokenizer.eos_token == "!"
     beforehand = {prepared.tokenizer.decode(row["input_ids"][: row["prompt_length"]]) for row in prepared.rows}
 
@@ -209,6 +212,45 @@ def test_options_of_the_tokenizer_reach_the_prompts_of_training_precompute_and_d
 
     diagnosis = examine(capture(folder / "recipe.py", flags(folder, tmp_path / "c", seq_kd="true", **options)))
     assert all("<|im_start|>@user" in "".join(text for _, text in row.pieces) for row in diagnosis.rows)
+
+
+def test_each_of_several_teachers_answers_and_scores_its_own_rows(folder, tmp_path, asked, capsys, monkeypatch):
+    """Beforehand into stores and a data set, and in a training that asks nobody again."""
+    save_tiny(tmp_path / "other", seed=5)
+    rows = [{**row, "teacher": ("a", "b")[i % 2]} for i, row in enumerate(tiny_rows(6))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teachers = {"a": {"model": str(folder / "teacher")}, "b": {"model": str(tmp_path / "other")}}
+    several = {
+        "teachers": json.dumps(teachers),
+        "dataset_name": tmp_path / "rows.jsonl",
+        "seq_kd": "true",
+        "lmbda": 0.0,
+        "teacher_cache_dir": tmp_path / "cache",
+        "teacher_scores_dir": tmp_path / "scores",
+    }
+
+    def argv(*more, **changes):
+        given = flags(folder, tmp_path / "run", *more, **{**several, **changes})
+        place = given.index("--teacher_model_name_or_path")
+        return given[:place] + given[place + 2 :]
+
+    assert main(["precompute", str(folder / "recipe.py"), *argv("--precompute_output", str(tmp_path / "made"))]) == 0
+    assert [len(call) for call in asked] == [3, 3]
+    made = load_dataset(str(tmp_path / "made"), split="train")
+    assert made["teacher"] == [row["teacher"] for row in rows]
+    assert main(["precompute", str(folder / "recipe.py"), *argv("--scores")]) == 0
+    printed = capsys.readouterr().out
+    assert "3 answers of teacher 'a' are in" in printed
+    assert printed.count("the scores of 3 rows are in") == 2
+    asked.clear()
+    loads, load = [], models.load_teacher
+    monkeypatch.setattr(models, "load_teacher", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
+    run(argv=argv(max_new_tokens=6, max_steps=3))
+    assert (asked, loads) == ([], [])
+    found = examine(capture(folder / "recipe.py", argv()))
+    assert found.passed, [(check.name, check.message) for check in found.checks if check.level == "error"]
+    names = {check.name for check in found.checks}
+    assert {"Tokenizers, a", "Token maps, b", "Perplexity", "Rollouts, teacher"} <= names
 
 
 def test_a_load_data_that_gives_no_dict_ends_in_one_line(folder, tmp_path, capsys):

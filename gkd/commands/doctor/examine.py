@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -61,11 +62,7 @@ def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
     _machine(out)
     if settings.remarks:
         out.add("Settings", "ok", "; ".join(settings.remarks))
-    tokenizers = _attempt(out, "Tokenizers", lambda: _tokenizers(out, settings))
-    if tokenizers is not None:
-        _attempt(out, "Token maps", lambda: _token_maps(out, settings, tokenizers))
-        apart = _writes_other_tokens(settings.training, tokenizers)
-        _chat_templates(out, *tokenizers, settings.training.teacher_template == "own" or apart)
+    tokenizers = _of_each_teacher(out, settings)
     if out.passed:
         _attempt(out, "Memory", lambda: examine_memory(out, recipe))
     data = _attempt(out, "Data", lambda: recipe_data(recipe.load_data, settings))
@@ -84,6 +81,33 @@ def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
     return out
 
 
+def _of_each_teacher(out: Diagnosis, settings: Settings) -> Tokenizers | None:
+    """The tokens and templates of every teacher beside the student's; the student's tokenizer and the last teacher's,
+    None where one cannot be used."""
+    found = []
+    for name, args in settings.training.each_teacher.items():
+        of = _Named(out, "" if name is None else f", {name}")
+        one = replace(settings, training=args)
+        tokenizers = _attempt(of, "Tokenizers", partial(_tokenizers, of, one))
+        if tokenizers is not None:
+            _attempt(of, "Token maps", partial(_token_maps, of, one, tokenizers))
+            apart = _writes_other_tokens(args, tokenizers)
+            _chat_templates(of, *tokenizers, args.teacher_template == "own" or apart)
+        found.append(tokenizers)
+    return None if None in found else found[-1]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A diagnosis whose checks carry the name of a teacher."""
+
+    out: Diagnosis
+    of: str
+
+    def add(self, name: str, level: str, message: str, remedy: str = "") -> None:
+        self.out.add(f"{name}{self.of}", level, message, remedy)
+
+
 def _encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     settings = recipe.settings
     source = {"revision": settings.model.model_revision, "trust_remote_code": settings.training.trust_remote_code}
@@ -95,7 +119,7 @@ def _encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     return encoding_options(name, tokenizer, args, source, reading=reading, write=False)
 
 
-def _attempt(out: Diagnosis, name: str, action: Callable[[], T]) -> T | None:
+def _attempt(out: Diagnosis | _Named, name: str, action: Callable[[], T]) -> T | None:
     """The action's result; None and an error line when it raises what a user can mend."""
     try:
         return action()
@@ -118,7 +142,7 @@ def _machine(out: Diagnosis) -> None:
     out.add("Devices", "ok", describe_hardware())
 
 
-def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
+def _tokenizers(out: Diagnosis | _Named, settings: Settings) -> Tokenizers:
     """The student's, and the teacher's where it has one of its own."""
     args = settings.training
     student = resolve_tokenizer(student_tokenizer(settings), student_name(settings), args)
@@ -148,7 +172,7 @@ def _tokenizers(out: Diagnosis, settings: Settings) -> Tokenizers:
     return student, teacher
 
 
-def _token_maps(out: Diagnosis, settings: Settings, tokenizers: Tokenizers) -> None:
+def _token_maps(out: Diagnosis | _Named, settings: Settings, tokenizers: Tokenizers) -> None:
     args = settings.training
     if args.teacher_server_url is not None or args.shares_weights:
         return
@@ -180,7 +204,7 @@ def _writes_other_tokens(args: GKDConfig, tokenizers: Tokenizers) -> bool:
 
 
 def _chat_templates(
-    out: Diagnosis, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, own: bool
+    out: Diagnosis | _Named, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, own: bool
 ) -> None:
     if own:
         out.add("Chat templates", "ok", "the teacher reads chats in its own")
@@ -218,7 +242,9 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
     student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher_model
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     size = f"student {student.num_parameters():,} parameters, {trained:,} of them trained"
-    if teacher is None:
+    if trainer.args.teacher_names:
+        out.add("Models", "ok", f"{size}; {_teachers_in_words(trainer)}")
+    elif teacher is None:
         where = "is on a server" if trainer.args.teacher_server_url is not None else "is not one model of its own"
         out.add("Models", "ok", f"{size}; the teacher {where}")
     else:
@@ -226,6 +252,14 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
     if trainer.args.teacher_server_url is not None:
         out.add("Token maps", "ok", "the teacher's server makes the same ids of a line of text and the special tokens")
     _stop_ids(out, trainer)
+
+
+def _teachers_in_words(trainer: GKDTrainer) -> str:
+    found = []
+    for name, teacher in zip(trainer.args.teacher_names, trainer.teacher.each(), strict=True):
+        model = None if teacher.model is None else trainer.accelerator.unwrap_model(teacher.model)
+        found.append(f"teacher {name} {'on a server' if model is None else f'{model.num_parameters():,}'}")
+    return ", ".join(found)
 
 
 def _stop_ids(out: Diagnosis, trainer: GKDTrainer) -> None:

@@ -57,6 +57,7 @@ class Setup:
         teacher_follows: the teacher is loaded in the student's dtype when that is not float32.
         teacher_here: False when it is scored on a server.
         shares_base: the teacher's weights are the student's. averages: but for a moving average of the adapter.
+        others: the same with each further teacher, of several; only what is said of a teacher counts there.
         placement: `teacher_placement`. teacher_packed: bytes of a quantized weight in its linear layers, or None.
     """
 
@@ -85,6 +86,13 @@ class Setup:
     averages: bool = False
     placement: str = "same"
     teacher_packed: float | None = None
+    others: tuple[Setup, ...] = ()
+
+    @property
+    def each(self) -> tuple[Setup, ...]:
+        """A setup for each teacher: this run with that one alone."""
+        own = ("teacher", "teacher_bytes", "teacher_here", "shares_base", "placement", "teacher_packed")
+        return (self, *(replace(self, others=(), **{name: getattr(o, name) for name in own}) for o in self.others))
 
     @property
     def trained(self) -> int:
@@ -140,10 +148,12 @@ def activations(setup: Setup) -> int:
 
 def loss_buffers(setup: Setup) -> int:
     """The fused divergence: chunk buffers that do not grow with the batch, and the targets' hidden states."""
-    vocab, trained_head = max(setup.student.vocab, setup.teacher.vocab), setup.lora_r is None
+    widest = max(one.teacher.hidden for one in setup.each)
+    vocab = max(setup.student.vocab, *(one.teacher.vocab for one in setup.each))
+    trained_head = setup.lora_r is None
     rows = min(default_chunk_size(vocab, 4, setup.device, trained_head), setup.targets)
     buffers = (6 if setup.device == "cuda" else 2.5) * rows * vocab * 4
-    hidden = setup.targets * (setup.student.hidden * (setup.activation_bytes + 4) + setup.teacher.hidden * 4)
+    hidden = setup.targets * (setup.student.hidden * (setup.activation_bytes + 4) + widest * 4)
     head = vocab * setup.student.hidden * 4 if trained_head else 0
     return int(buffers + hidden + head)
 
@@ -152,8 +162,8 @@ def kv_cache(setup: Setup) -> int:
     """Keys and values of the longest rollout: 2 x L x k x a bytes for each of R x T tokens."""
     widest = 0
     for who in setup.generates:
-        model = setup.student if who == "student" else setup.teacher
-        widest = max(widest, 2 * model.layers * model.key * setup.activation_bytes)
+        models = [setup.student] if who == "student" else [one.teacher for one in setup.each]
+        widest = max(widest, *(2 * model.layers * model.key * setup.activation_bytes for model in models))
     return setup.rollout_batch * setup.tokens * widest
 
 
@@ -162,7 +172,14 @@ def _folds(setup: Setup) -> bool:
 
 
 def teacher_weights(setup: Setup) -> tuple[int, int]:
-    """Bytes of the teacher that stand on a GPU all the time, and those that come while it scores or writes.
+    """Bytes of the teachers that stand on a GPU all the time, and those that come while one scores or writes: several
+    take turns."""
+    standing, coming = zip(*(_weights_of_one(one, alone=not setup.others) for one in setup.each), strict=True)
+    return sum(standing), max(coming)
+
+
+def _weights_of_one(setup: Setup, alone: bool) -> tuple[int, int]:
+    """The same of one teacher. Its head stays there for the loss, unless others take turns with it.
 
     What is split up comes layer by layer, which is not counted, to score; to write, it is gathered whole.
     """
@@ -174,7 +191,7 @@ def teacher_weights(setup: Setup) -> tuple[int, int]:
     linear = model.linear * (setup.teacher_bytes if setup.teacher_packed is None else setup.teacher_packed)
     whole = int((model.parameters - model.linear) * setup.teacher_bytes + linear)
     if setup.placement == "cpu_offload":
-        head = model.vocab * model.hidden * setup.teacher_bytes
+        head = model.vocab * model.hidden * setup.teacher_bytes if alone else 0
         return head, whole - head
     if setup.placement == "zero3_offload":
         return 0, 0
@@ -188,11 +205,12 @@ def host_memory(setup: Setup) -> int:
     `cpu_offload` keeps a pinned copy of the teacher for each process; DeepSpeed's offloading splits its share up.
     """
     teacher = 0
-    if setup.teacher_here and not setup.shares_base:
-        if setup.placement == "cpu_offload":
-            teacher = setup.gpus * teacher_weights(setup)[1]
-        elif setup.placement == "zero3_offload":
-            teacher = setup.teacher.parameters * setup.teacher_bytes
+    for one in setup.each:
+        if one.teacher_here and not one.shares_base:
+            if one.placement == "cpu_offload":
+                teacher += setup.gpus * _weights_of_one(one, alone=not setup.others)[1]
+            elif one.placement == "zero3_offload":
+                teacher += one.teacher.parameters * one.teacher_bytes
     if not setup.offload or not setup.zero_stage:
         return teacher
     states = setup.trained * (8 + (4 if setup.weight_bytes < 4 else 0))
@@ -205,8 +223,9 @@ def _gathered(setup: Setup) -> int:
     sizes = [0]
     if setup.zero_stage == 3 and setup.generates:
         sizes.append(setup.student.parameters * setup.weight_bytes)
-    if setup.placement in ("zero3", "zero3_offload") and "teacher" in setup.generates:
-        sizes.append(setup.teacher.parameters * setup.teacher_bytes)
+    for one in setup.each:
+        if one.placement in ("zero3", "zero3_offload") and "teacher" in setup.generates:
+            sizes.append(one.teacher.parameters * one.teacher_bytes)
     return max(sizes)
 
 
@@ -218,7 +237,7 @@ def estimate(setup: Setup) -> Estimate:
     adapter is folded into a copy of the linear layers' weights, in the dtype of the products.
     """
     split = [setup.gpus if setup.zero_stage >= stage else 1 for stage in range(4)]
-    trained, student, teacher = setup.trained, setup.student, setup.teacher
+    trained, student = setup.trained, setup.student
     lora = setup.lora_r is not None
     state_bytes = 8 + (4 if setup.zero_stage and setup.weight_bytes < 4 else 0)  # Adam's moments, fp32 master weights
     offloaded = setup.offload and setup.zero_stage >= 1
@@ -232,9 +251,12 @@ def estimate(setup: Setup) -> Estimate:
         "teacher weights": standing_teacher,
         "teacher, while it works": coming_teacher,
         "student activations": activations(setup),
-        "teacher activations": setup.batch * setup.tokens * layer_activations(teacher, setup.activation_bytes, False)
-        if setup.teacher_here
-        else 0,
+        "teacher activations": max(
+            setup.batch * setup.tokens * layer_activations(one.teacher, setup.activation_bytes, False)
+            if one.teacher_here
+            else 0
+            for one in setup.each
+        ),
         "loss": loss_buffers(setup),
         "KV cache": kv_cache(setup),
         "gathered for the rollout": _gathered(setup),
@@ -290,6 +312,8 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
         for stage, name in ((2, "zero2"), (3, "zero3")):
             if setup.zero_stage < stage:
                 found.append((f"deepspeed_configs/{name}.yaml", replace(setup, zero_stage=stage)))
+    if setup.others:
+        return [*found, *_changes_of_several(setup), *_last_changes(setup)]
     if setup.teacher_here and not setup.shares_base and setup.placement == "same" and setup.teacher_packed is None:
         if setup.zero_stage < 3:
             found.append(("--teacher_placement cpu_offload", replace(setup, placement="cpu_offload")))
@@ -297,6 +321,24 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
             found.append(("--teacher_placement zero3", replace(setup, placement="zero3")))
     if setup.teacher_here:
         found.append(("--teacher_server_url: the teacher on a server of its own", replace(setup, teacher_here=False)))
+    return [*found, *_last_changes(setup)]
+
+
+def _changes_of_several(setup: Setup) -> list[tuple[str, Setup]]:
+    """All of several teachers that stand on a GPU take turns."""
+    movable = [
+        o.teacher_here and not o.shares_base and o.placement == "same" and o.teacher_packed is None for o in setup.each
+    ]
+    if setup.zero_stage == 3 or not any(movable):
+        return []
+    moved = [replace(o, placement="cpu_offload") if m else o for o, m in zip(setup.each, movable, strict=True)]
+    changed = replace(setup, placement=moved[0].placement, others=tuple(moved[1:]))
+    return [("placement cpu_offload for each of the teachers", changed)]
+
+
+def _last_changes(setup: Setup) -> list[tuple[str, Setup]]:
+    """The most intrusive ones."""
+    found: list[tuple[str, Setup]] = []
     if setup.lora_r is None:
         found.append(("--use_peft --lora_r 16", replace(setup, lora_r=16)))
     if setup.zero_stage >= 1 and not setup.offload:

@@ -24,6 +24,7 @@ from gkd.commands.plan.memory import (
     kv_cache,
     smallest_change,
 )
+from gkd.config.several import of_entry
 from gkd.models.facts import key_width
 from gkd.models.loading import adapter_config, load_config
 from gkd.models.quantized import with_quantization
@@ -79,6 +80,25 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
         ValueError: a model that is not named, or whose config cannot be read.
     """
     settings, args = recipe.settings, recipe.settings.training
+    setups, lent = [], False
+    for name, one in args.each_teacher.items():
+        with of_entry(name):
+            setup = _setup_of_one(replace(recipe, settings=replace(settings, training=one)), gpus, zero_stage, offload)
+        # Several on one base: its weights count once.
+        stands_on_it = name in args.teachers_on_base and len(args.teachers_on_base) > 1
+        setups.append(replace(setup, shares_base=True) if lent and stands_on_it else setup)
+        lent = lent or stands_on_it
+    setup = replace(setups[0], others=tuple(setups[1:]))
+    if args.rollout_batch_size is not None:
+        return setup
+    window = setup.batch * args.gradient_accumulation_steps
+    rows = rollout_rows(setup.batch, window, kv_cache(setup), (memory or 0) if setup.device == "cuda" else None)
+    return replace(setup, rollout_batch=rows)
+
+
+def _setup_of_one(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup:
+    """The same with one teacher, and the rows of a rollout left open."""
+    settings, args = recipe.settings, recipe.settings.training
     if gpus < 1 or zero_stage not in range(4):
         raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
     student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path", args.trust_remote_code))
@@ -92,7 +112,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
     weight_bytes = _BYTES.get(str(settings.model.dtype), 2)
     writes = {"student": args.student_writes, "teacher": args.teacher_writes}
     tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
-    setup = Setup(
+    return Setup(
         student=student,
         teacher=shape_of(teacher_config),
         gpus=gpus,
@@ -119,11 +139,6 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
         placement=args.teacher_placement,
         teacher_packed=_packed_bytes(own),
     )
-    if args.rollout_batch_size is not None:
-        return setup
-    window = setup.batch * args.gradient_accumulation_steps
-    rows = rollout_rows(setup.batch, window, kv_cache(setup), (memory or 0) if cuda else None)
-    return replace(setup, rollout_batch=rows)
 
 
 def _teacher_bytes(init_kwargs: Any, config: Any, student_dtype: str) -> int:
@@ -195,9 +210,10 @@ def _show(setup: Setup, found: Estimate, budget: int, remedy: list[str]) -> None
     for name, size in (("peak of the rollout", found.rollout), ("peak of the training", found.training)):
         table.add_row(name, f"{size / GIB:.2f}")
     console.print(table)
+    teachers = ", ".join(f"{one.teacher.parameters / 1e9:.2f}B teacher" for one in (setup, *setup.others))
     console.print(
         f"{setup.student.parameters / 1e9:.2f}B student, {setup.trained / 1e6:.1f}M trained; "
-        f"{setup.teacher.parameters / 1e9:.2f}B teacher; {setup.batch} rows of up to {setup.tokens} tokens"
+        f"{teachers}; {setup.batch} rows of up to {setup.tokens} tokens"
     )
     host = host_memory(setup) / GIB
     if host:

@@ -13,21 +13,21 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
 from gkd.assembly.materials import Given, materials
-from gkd.assembly.parts import assemble
+from gkd.assembly.parts import Parts, assemble
 from gkd.assembly.rollouts import keep_completions, rows_at_a_time
-from gkd.assembly.scores import evaluation_sets
+from gkd.assembly.scores import evaluation_sets, rows_of_teacher
 from gkd.assembly.student import align_pad_token
 from gkd.common.environment import installed_versions
 from gkd.common.redact import redact_command
@@ -67,7 +67,8 @@ class Precomputation:
     """What is to be done: the training rows (and those of the evaluation), the teacher, and what a sound answer is.
 
     `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server;
-    `held_out` is what `load_data` gave beside the train rows.
+    `held_out` is what `load_data` gave beside the train rows. `name` is the teacher's, of several, whose rows alone
+    these are.
     """
 
     rows: Dataset
@@ -79,6 +80,12 @@ class Precomputation:
     accelerator: Accelerator
     batch_size: int
     held_out: dict[str, Any] = field(default_factory=dict)
+    name: str | None = None
+
+    @property
+    def of_whom(self) -> str:
+        """The teacher, in a sentence."""
+        return "the teacher" if self.name is None else f"teacher {self.name!r}"
 
     @property
     def rollout(self) -> KeptRollout:
@@ -104,17 +111,19 @@ def precompute(recipe: Recipe, output: str | None = None, push_to: str | None = 
         raise ValueError("--precompute_push_to_hub needs a data set to push: pass --precompute_output DIR")
     if output is not None:
         check_folder(output)
-    work = prepare(recipe)
-    fill(work)
-    if not work.accelerator.is_main_process:
+    works = prepare(recipe)
+    for work in works:
+        fill(work)
+    if not works[0].accelerator.is_main_process:
         return
-    store = work.rollout.store
-    print(f"{len(store):,} answers of the teacher are in {store.path}")
+    for work in works:
+        store = work.rollout.store
+        print(f"{len(store):,} answers of {work.of_whom} are in {store.path}")
     if output is None:
         return
-    rows, left_out = answered_rows(work)
-    about = provenance(recipe, work, len(rows), left_out)
-    write_folder(rows, output, about, work.held_out)
+    rows, left_out = rows_of_all(works)
+    about = provenance(recipe, works, len(rows), left_out)
+    write_folder(rows, output, about, works[0].held_out)
     told = ", ".join(f"{number:,} {why}" for why, number in left_out.items() if number)
     print(f"{len(rows):,} rows in {output}{f' (left out: {told})' if told else ''}.", end=" ")
     if work.hygiene.rewriting is None:
@@ -134,8 +143,9 @@ def _training_command(recipe: Recipe, output: str) -> str:
     return shlex.join(["gkd", "run", file, "--dataset_name", output, "--seq_kd", "false", *more])
 
 
-def prepare(recipe: Recipe) -> Precomputation:
-    """Rows, tokenizer and teacher exactly as training has them; the student itself is not loaded."""
+def prepare(recipe: Recipe) -> list[Precomputation]:
+    """Rows, tokenizer and teacher exactly as training has them, for each teacher that has rows; the student itself is
+    not loaded."""
     settings = recipe.settings
     args, student = loading_arguments(settings), student_name(settings)
     own = _teacher_is_the_base(args)
@@ -157,25 +167,42 @@ def prepare(recipe: Recipe) -> Precomputation:
     if args.deepspeed_plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:
         propagate_args_to_deepspeed(accelerator, args)  # fills in its "auto" values, as the Trainer does
     parts = assemble(ready, accelerator)
-    side = parts.sides[None]
-    server, rollout = side.server, parts.rollouts["teacher"] if args.seq_kd else None
-    if rollout is not None and rollout.store is None:  # lmbda=1: training would not ask the teacher
-        rollout = keep_completions(rollout, args, server or parts.teacher.model, accelerator)
-    batch_size = args.rollout_batch_size or 4 * args.per_device_train_batch_size
-    if server is None:
-        batch_size = rows_at_a_time(args, side.model.config, accelerator.device)
     assert ready.train is not None
-    return Precomputation(
+    common = Precomputation(
         rows=ready.train,
         evaluation=evaluation_sets(ready.evaluation),
         tokenizer=ready.tokenizer,
         teacher=parts.teacher,
-        answers=rollout,
+        answers=None,
         hygiene=parts.hygiene,
         accelerator=accelerator,
-        batch_size=batch_size,
+        batch_size=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
         held_out={name: part for name, part in data.items() if name != "train"},
     )
+    works = [_of_teacher(common, args, parts, number) for number in range(max(1, len(args.teacher_names)))]
+    return [work for work in works if len(work.rows) or any(map(len, work.evaluation))]
+
+
+def _of_teacher(common: Precomputation, args: GKDConfig, parts: Parts, number: int) -> Precomputation:
+    """What one of the teachers does; the only one does all of it."""
+    name = args.teacher_names[number] if args.teacher_names else None
+    side = parts.sides[name if args.teachers is not None else None]
+    teacher, rollout = side.teacher, side.rollout
+    if args.teacher_adapters is not None:
+        assert teacher is not None
+        teacher, rollout = teacher.each()[number], rollout.each()[number]
+    answers: Any = rollout if args.seq_kd else None
+    if answers is not None and answers.store is None:  # lmbda=1: training would not ask the teacher
+        place: Any = side.server if side.server is not None or teacher is None else teacher.model
+        answers = keep_completions(answers, side.args, place, common.accelerator)
+    batch_size = common.batch_size
+    if side.server is None:
+        batch_size = rows_at_a_time(args, side.model.config, common.accelerator.device)
+    own: dict[str, Any] = {}
+    if name is not None:
+        rows, *evaluation = (rows_of_teacher(rows, number) for rows in (common.rows, *common.evaluation))
+        own = {"name": name, "rows": rows, "evaluation": evaluation}
+    return replace(common, teacher=teacher, answers=answers, batch_size=batch_size, **own)
 
 
 def _teacher_is_the_base(args: GKDConfig) -> bool:
@@ -190,10 +217,10 @@ def _teacher_is_the_base(args: GKDConfig) -> bool:
             "the training: use self_teacher='base', or leave gkd precompute out"
         )
     tuned = args.shares_weights and args.teacher_adapter_name_or_path is not None
-    if tuned or args.teacher_names:
+    if tuned or (args.shares_weights and args.teacher_names):
         raise ValueError(
-            "gkd precompute loads one teacher and no student, so an adapter on its base (share_base_model) and "
-            "teacher_adapters do not go with it: their sequences and scores are kept during the training"
+            "gkd precompute loads teachers and no student, so adapters on its base (share_base_model) do not go with "
+            "it: their sequences and scores are kept during the training"
         )
     return args.shares_weights
 
@@ -228,6 +255,20 @@ def fill(work: Precomputation) -> None:
             bar.set_postfix({"tokens": f"{tokens * accelerator.num_processes:,}"})
     accelerator.wait_for_everyone()
     store.refresh()
+
+
+def rows_of_all(works: list[Precomputation]) -> tuple[Dataset, dict[str, int]]:
+    """`answered_rows` of all teachers together; of several, with the column `teacher`."""
+    if len(works) == 1 and works[0].name is None:
+        return answered_rows(works[0])
+    parts, left_out = [], {"truncated": 0, "repetitive": 0, "unreadable": 0}
+    for work in works:
+        if not len(work.rows):
+            continue
+        rows, out = answered_rows(work)
+        parts.append(rows.add_column("teacher", [work.name] * len(rows)))
+        left_out = {why: number + out[why] for why, number in left_out.items()}
+    return concatenate_datasets(parts).sort("source_row"), left_out
 
 
 def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
@@ -284,16 +325,21 @@ def _prompts(rows: Dataset) -> Iterable[list[int]]:
     return (sequence_of(row).teacher_prompt for row in columns_read(rows))
 
 
-def provenance(recipe: Recipe, work: Precomputation, kept: int, left_out: dict[str, int]) -> dict[str, Any]:
+def provenance(recipe: Recipe, works: list[Precomputation], kept: int, left_out: dict[str, int]) -> dict[str, Any]:
     """How the rows were made, as JSON: models, sampling, data, date, versions, command."""
     script, args = recipe.settings.script, recipe.settings.training
-    made = work.rollout.store.about()
+    made = {str(work.name): work.rollout.store.about() for work in works}
+    names = {name: _public_name(one["notes"]["teacher"]) or "in memory" for name, one in made.items()}
+    first, *others = made.values()
+    several = bool(others) or works[0].name is not None
     return {
         "rows": kept,
         "left_out": left_out,
-        "teacher": _public_name(made["notes"]["teacher"]) or "in memory",
-        "teacher_revision": made["notes"]["revision"],
-        "key": made["key"],
+        "teacher": ", ".join(f"{name}: {of}" for name, of in names.items()) if several else names["None"],
+        "teacher_revision": None if several else first["notes"]["revision"],
+        "key": {**first["key"], "model": {name: one["key"]["model"] for name, one in made.items()}}
+        if several
+        else first["key"],
         "tokenizer": _public_name(recipe.settings.model.model_name_or_path),
         "prompts": {
             "dataset": ", ".join(str(_public_name(name)) for name in script.names) or None,

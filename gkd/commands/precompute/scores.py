@@ -86,19 +86,22 @@ def precompute_scores(recipe: Recipe) -> None:
         DiskFullError: it had, and somebody else took it.
     """
     args = recipe.settings.training
-    if args.teacher_server_url is not None:
+    if not args.has_teacher_here:
         raise ValueError(
             "--scores needs the teacher in this process: a server (teacher_server_url) gives no hidden states; name "
             "teacher_model_name_or_path instead"
         )
     if args.teacher_scores_dir is None:
         raise ValueError("--scores needs a place for the scores: pass --teacher_scores_dir DIR, to the training, too")
-    work = prepare(recipe)
-    if work.answers is not None:
-        fill(work)
-    number = fill_scores(work, args.per_device_train_batch_size)
-    if work.accelerator.is_main_process:
-        print(f"the scores of {number:,} rows are in {work.teacher.store.path}")
+    for work in prepare(recipe):
+        if work.answers is not None:
+            fill(work)
+        if work.teacher is None:
+            logger.info("%s is on a server, which gives no hidden states: it is asked in the training", work.of_whom)
+            continue
+        number = fill_scores(work, args.per_device_train_batch_size)
+        if work.accelerator.is_main_process:
+            print(f"the scores of {number:,} rows are in {work.teacher.store.path}")
 
 
 def fill_scores(work: Precomputation, batch_size: int) -> int:
