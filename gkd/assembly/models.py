@@ -85,10 +85,11 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
     Raises:
         ValueError: there is no teacher, it is the student itself, or its loading arguments would have no effect.
     """
-    if args.teacher_server_url is not None:
-        if teacher is not None:
-            raise ValueError("teacher_model does not go with args.teacher_server_url: one of them is the teacher")
-        return None
+    for field in ("teacher_server_url", "teacher_chat_url"):
+        if getattr(args, field) is not None:
+            if teacher is not None:
+                raise ValueError(f"teacher_model does not go with args.{field}: one of them is the teacher")
+            return None
     if args.self_teacher is not None and teacher is not None:
         raise ValueError(
             f"teacher_model does not go with self_teacher={args.self_teacher!r}, where the student teaches itself: "

@@ -15,7 +15,7 @@ from gkd.assembly.materials import Materials, loading_options
 from gkd.assembly.models import tokenizer_of_teacher
 from gkd.assembly.rollouts import Writer, make_rollout
 from gkd.assembly.scores import evaluation_sets, rows_of_teacher
-from gkd.assembly.servers import connect
+from gkd.assembly.servers import connect, connect_chat
 from gkd.assembly.several import lends_base
 from gkd.assembly.teacher import TeacherOrder, make_teacher, shared_base, warn_of_one_model
 from gkd.assembly.token_ids import SharedIds, ids_apart, in_common, shared_ids
@@ -23,12 +23,14 @@ from gkd.config.fields import GKDConfig
 from gkd.config.settings import hygiene, loss_settings
 from gkd.config.several import of_entry
 from gkd.data.end_map import check_end_map
+from gkd.data.message_bytes import text_of
 from gkd.data.rewritten import Rewriting, end_of_answers, text_by
 from gkd.loss.settings import LossSettings
 from gkd.models.facts import head_size, vocabulary_rows
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.routed import routed
+from gkd.servers.chat import ChatServer
 from gkd.servers.checks import Server
 from gkd.teachers.absent import as_absent
 from gkd.teachers.base import Teacher
@@ -56,7 +58,7 @@ class Side:
     args: GKDConfig
     model: Any
     tokenizer: PreTrainedTokenizerBase | None
-    server: Server | None
+    server: Server | ChatServer | None
     heads: dict[str, int]
     ids: SharedIds
     teacher: Teacher | None
@@ -162,6 +164,7 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
     foreign = ready.reading.foreign
     read = tokenizer if foreign and tokenizer is not None else ready.tokenizer
     server = connect(args, read, ("teacher",), name)["teacher"]
+    elsewhere = server or connect_chat(args)
     train, evaluation = ready.train, evaluation_sets(ready.evaluation)
     if not alone:
         train, *evaluation = (rows_of_teacher(rows, number) for rows in (train, *evaluation))
@@ -171,8 +174,8 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
     ids = of_both(ready, heads, order.known, model, tokenizer, server)
     check_end_map(ready.end_map, ids.shared or min(heads.values()))
     teacher: Teacher | None = None
-    if foreign and server is not None:
-        teacher = WriterTeacher(name=server.fingerprint)
+    if foreign and elsewhere is not None:
+        teacher = WriterTeacher(name=elsewhere.name)
     elif order.loaded is not None or server is None:
         lent = not alone and name in ready.args.teachers_on_base and lends_base(ready.args)
         teacher = make_teacher(TeacherOrder(args, model, order.loaded, accelerator, server, lent, alone))
@@ -183,14 +186,14 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
         stop_ids=ids.stop["teacher"],
         pad_id=ids.pad if ids.teacher_pad is None else ids.teacher_pad,
         foreign_ids=ids.unread["teacher"],
-        server=server,
+        server=elsewhere,
         vocabulary=None if foreign else heads["student"],
         absent=as_absent(model),
     )
     models = [writer.get_model] if teacher is None else teacher.models()
     rollout = routed(make_rollout(args, replace(writer, get_model=get), accelerator) for get in models)
     rewriting = _rewriting(order, ids, tokenizer) if foreign else None
-    return Side(args, model, tokenizer, server, heads, ids, teacher, rollout, rewriting)
+    return Side(args, model, tokenizer, elsewhere, heads, ids, teacher, rollout, rewriting)
 
 
 def _nowhere() -> Any:
@@ -227,10 +230,9 @@ def _loss_settings(
 def _rewriting(order: SideOrder, ids: SharedIds, teacher_tokenizer: PreTrainedTokenizerBase | None) -> Rewriting:
     """What puts the teacher's completions into the student's tokens."""
     ready = order.ready
-    assert teacher_tokenizer is not None
     return Rewriting(
         tokenizer=ready.tokenizer,
-        text_of=text_by(teacher_tokenizer),
+        text_of=text_of if teacher_tokenizer is None else text_by(teacher_tokenizer),
         stop_ids=ids.stop["teacher"],
         end_id=end_of_answers(ready.tokenizer, ids.stop["student"]),
         most=ready.args.max_new_tokens,

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.config.fields import GKDConfig
 from gkd.config.several import of_entry
 from gkd.data.end_map import find_end_map
+from gkd.data.message_bytes import END
 from gkd.data.teacher_rows import OwnTemplate, TeacherReading, View
 from gkd.data.vocabulary import check_token_maps, configured_stop_ids, same_token_maps
 from gkd.models.facts import model_name
@@ -92,6 +93,8 @@ def teacher_reading(
         ValueError: the teacher has no tokenizer or no template of its own, or one with other tokens, or the token
             that ends its turns would be a guess.
     """
+    if args.teacher_chat_url is not None:
+        return TeacherReading(view, (OwnTemplate(None, (END,), foreign=True),))
     other = _other_tokenizer(args, tokenizer, student, teacher, teacher_tokenizer)
     if other is not None:
         return TeacherReading(view, (other,) * max(1, len(args.teacher_names)))

@@ -24,8 +24,10 @@ from gkd.models.fingerprint import fingerprint
 from gkd.models.loading import generation_config_of
 from gkd.rollouts.base import Rollout, RolloutOrder, backend
 from gkd.rollouts.batch_size import rollout_rows
+from gkd.rollouts.chat import ChatRollout
 from gkd.rollouts.kept import KeptRollout, key_of
 from gkd.rollouts.store import open_store
+from gkd.servers.chat import ChatServer
 from gkd.servers.checks import Server
 from gkd.teachers.absent import AbsentTeacher, as_absent
 
@@ -49,7 +51,8 @@ def encoding_options(
     """
     config = generation_config_of(model, options if isinstance(options, dict) else None)
     with args.main_process_first(desc="reading the day of the chat template"):
-        writers = [tokenizer, *(own.tokenizer for own in reading.own[:1] if own is not None)]
+        owns = (own.tokenizer for own in reading.own[:1] if own is not None)
+        writers = [tokenizer, *(own for own in owns if own is not None)]
         days = (template_day(args, writer, write) for writer in writers)
         today = next((day for day in days if day is not None), None)
     return {"stop_ids": configured_stop_ids(config), "today": today, "reading": reading}
@@ -86,7 +89,7 @@ class Writer:
     stop_ids: tuple[int, ...]
     pad_id: int
     foreign_ids: range = range(0)
-    server: Server | None = None
+    server: Server | ChatServer | None = None
     vocabulary: int | None = None
     absent: AbsentTeacher | None = None
 
@@ -112,14 +115,14 @@ def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> R
     )
     # The teacher writes where it is.
     name = args.rollout_backend if source == "student" else "hf" if server is None else "vllm"
-    rollout = backend(name).of(order)
+    rollout = ChatRollout.of(order) if isinstance(server, ChatServer) else backend(name).of(order)
     if source != "teacher" or args.teacher_cache_folder is None or not args.teacher_writes:
         return rollout
     return keep_completions(rollout, args, server or writer.absent or writer.get_model(), accelerator)
 
 
 def keep_completions(
-    rollout: Rollout, args: GKDConfig, model: nn.Module | Server | AbsentTeacher, accelerator: Accelerator
+    rollout: Rollout, args: GKDConfig, model: nn.Module | Server | ChatServer | AbsentTeacher, accelerator: Accelerator
 ) -> KeptRollout:
     """A rollout of the frozen `model` (a server's is known by its name only) that samples each prompt once and
     keeps the completion on disk.
@@ -133,8 +136,8 @@ def keep_completions(
     if folder is None:
         raise ValueError(f"teacher_cache_dir={args.teacher_cache_dir!r} leaves no place to keep completions: name one")
     name: str | None
-    if isinstance(model, Server):
-        mark, name, revision = model.fingerprint, model.served.root, None
+    if isinstance(model, Server | ChatServer):
+        mark, name, revision = model.fingerprint, model.name, None
     else:
         absent = as_absent(model)
         teacher: Any = absent or extract_model_from_parallel(model)

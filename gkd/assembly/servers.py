@@ -12,6 +12,7 @@ from gkd.loss.signals import TeacherSignal
 from gkd.rollouts.adapter_upload import agree
 from gkd.rollouts.against_the_student import RolloutCheck
 from gkd.rollouts.base import Rollout
+from gkd.servers.chat import ChatServer
 from gkd.servers.checks import Server, check_length, check_tokenizer, served_model
 from gkd.servers.client import ServerError, VLLMClient
 from gkd.teachers.base import Teacher
@@ -46,6 +47,16 @@ def connect(
             check_length(client, server.served, needed[who])
             found[who] = server
     return found
+
+
+def connect_chat(args: GKDConfig) -> ChatServer | None:
+    """The teacher's chat address; None where it is none. Nothing is asked of it yet: each answer may cost."""
+    if args.teacher_chat_url is None:
+        return None
+    assert args.teacher_chat_model is not None
+    return ChatServer(
+        args.teacher_chat_url, args.teacher_chat_model, timeout=args.rollout_server_timeout, proxy=args.server_proxy
+    )
 
 
 def rollout_check(args: GKDConfig, rollout: Rollout, accelerator: Accelerator) -> RolloutCheck | None:

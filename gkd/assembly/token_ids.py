@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.materials import Materials, loading_options
+from gkd.data.message_bytes import END
 from gkd.data.vocabulary import check_ids_in_use, readable_pad_id, shared_vocabulary, stop_token_ids, unreadable_ids
 from gkd.models.loading import generation_config_of
 from gkd.servers.checks import Server
@@ -88,24 +89,23 @@ def ids_apart(
             know.
     """
     args, tokenizer = ready.args, ready.tokenizer
-    assert teacher_tokenizer is not None
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         raise ValueError(
             f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}: eval_loss is a "
-            "divergence, and this teacher has another tokenizer, so it can only write: set eval_strategy='no'; the "
-            "student by itself is measured by gkd evaluate"
+            "divergence, and this teacher has another tokenizer or gives text alone, so it can only write: set "
+            "eval_strategy='no'; the student by itself is measured by gkd evaluate"
         )
-    of_teacher = getattr(teacher, "generation_config", None)
-    stop = {
-        "student": stop_token_ids(tokenizer, generation_config_of(student, loading_options(args))),
-        "teacher": tuple(sorted({*stop_token_ids(teacher_tokenizer, of_teacher), *_own_stops(ready)})),
-    }
-    check_ids_in_use({"train": ready.train}, stop["student"], tokenizer, heads, heads["student"])
-    unread = range(0) if server else unreadable_ids(heads["teacher"], None, teacher_tokenizer, None)
-    pads = [
-        readable_pad_id(own, rows) for own, rows in zip((tokenizer, teacher_tokenizer), heads.values(), strict=True)
-    ]
-    return SharedIds(None, pads[0], stop, {"student": range(0), "teacher": unread}, pads[1])
+    student_stops = stop_token_ids(tokenizer, generation_config_of(student, loading_options(args)))
+    pad, unread, stops = readable_pad_id(tokenizer, heads["student"]), range(0), {*_own_stops(ready)}
+    if teacher_tokenizer is None:  # bytes
+        heads, teacher_pad = {**heads, "teacher": END + 1}, 0
+    else:
+        stops |= {*stop_token_ids(teacher_tokenizer, getattr(teacher, "generation_config", None))}
+        teacher_pad = readable_pad_id(teacher_tokenizer, heads["teacher"])
+        unread = range(0) if server else unreadable_ids(heads["teacher"], None, teacher_tokenizer, None)
+    check_ids_in_use({"train": ready.train}, student_stops, tokenizer, heads, heads["student"])
+    stop = {"student": student_stops, "teacher": tuple(sorted(stops))}
+    return SharedIds(None, pad, stop, {"student": range(0), "teacher": unread}, teacher_pad)
 
 
 def _own_stops(ready: Materials) -> tuple[int, ...]:

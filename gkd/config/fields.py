@@ -212,6 +212,12 @@ class GKDConfig(SFTConfig):
     teacher_server_url: str | None = _field(
         None, "A vLLM server that scores as the teacher, in place of a teacher model; needs teacher_top_k."
     )
+    teacher_chat_url: str | None = _field(
+        None,
+        "An OpenAI-compatible chat address, https://host/v1, that writes as the teacher (lmbda=0, seq_kd=True, "
+        "seq_kd_loss=nll). Its key is taken from the environment variable OPENAI_API_KEY.",
+    )
+    teacher_chat_model: str | None = _field(None, "The model's name at teacher_chat_url.")
 
     # --- the output folder ---
     overwrite_output_dir: bool = _field(
@@ -334,12 +340,17 @@ class GKDConfig(SFTConfig):
     @property
     def asks_teacher_server(self) -> bool:
         """Whether any teacher is on a server."""
-        return any(one.teacher_server_url is not None for one in self.each_teacher.values())
+        return any(one.teacher_is_elsewhere for one in self.each_teacher.values())
 
     @property
     def has_teacher_here(self) -> bool:
         """Whether any teacher is a model in this process."""
-        return any(one.teacher_server_url is None for one in self.each_teacher.values())
+        return any(not one.teacher_is_elsewhere for one in self.each_teacher.values())
+
+    @property
+    def teacher_is_elsewhere(self) -> bool:
+        """Whether the one teacher is on a server, or behind a chat address."""
+        return self.teacher_server_url is not None or self.teacher_chat_url is not None
 
     @property
     def cuts_to_top_k(self) -> bool:

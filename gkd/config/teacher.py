@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 from gkd.common.ranges import one_of, within
+from gkd.servers.chat import check_chat_url
 
 SELF_TEACHERS = ("base", "live", "ema")
 SELF_TEACHER_DECAY = 0.99  # Tarvainen and Valpola, arXiv 1703.01780, while the student learns fast
@@ -26,6 +28,7 @@ def check_teacher(config: Any) -> None:
     within("self_teacher_decay", config.self_teacher_decay, 0, 1, "0 is the student as it is")
     of_self, of_template = _of_self_teacher(config), _of_template(config)
     checks = (*of_self, *_of_placement(config), *_of_scores(config), *_of_adapters(config), *of_template)
+    checks = (*_of_chat(config), *checks)
     for wrong, text in checks:
         if wrong:
             raise ValueError(text)
@@ -94,6 +97,49 @@ def _of_template(config: Any) -> list[tuple[bool, str]]:
             config.teacher_end_of_turn is not None and config.teacher_template != "own",
             f"teacher_end_of_turn={config.teacher_end_of_turn!r} has no effect with teacher_template='student', where "
             "student and teacher end their turns alike: set teacher_template='own', or leave it out",
+        ),
+    ]
+
+
+def _of_chat(config: Any) -> list[tuple[bool, str]]:
+    """A teacher behind an OpenAI-compatible chat address, which writes and does nothing else."""
+    model = config.teacher_chat_model
+    if config.teacher_chat_url is None:
+        text = f"teacher_chat_model={model!r} has no effect without teacher_chat_url: set that, or leave it out"
+        return [(model is not None, text)]
+    check_chat_url(config.teacher_chat_url)
+    others = (
+        "teacher_model_name_or_path",
+        "teacher_model_init_kwargs",
+        "teacher_adapter_name_or_path",
+        "teacher_adapters",
+        "teachers",
+        "teacher_server_url",
+        "share_base_model",
+        "self_teacher",
+        "teacher_scores_dir",
+    )
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    named = [name for name in others if getattr(config, name) not in (None, False, {})]
+    unread = ("teacher_placement", "teacher_template", "top_k", "min_p", "repetition_penalty", "teacher_top_k")
+    changed = [f"{name}={getattr(config, name)!r}" for name in unread if getattr(config, name) != fields[name]]
+    changed += [f"generation_kwargs={config.generation_kwargs!r}"] if config.generation_kwargs else []
+    return [
+        (not (model or "").strip(), "teacher_chat_url needs teacher_chat_model, the model's name there"),
+        (
+            not config.trains_on_nll_alone,
+            "teacher_chat_url gives text and no probabilities: train on that text alone (lmbda=0, seq_kd=True, "
+            "seq_kd_loss='nll'), or take a teacher in this process or on a vLLM server (teacher_server_url)",
+        ),
+        (
+            bool(named),
+            f"teacher_chat_url does not go with {' and '.join(named)}: the model behind that address is the teacher; "
+            "leave one of them out",
+        ),
+        (
+            bool(changed),
+            f"{' and '.join(changed)} has no effect with teacher_chat_url, which takes max_new_tokens, temperature "
+            "and top_p: leave it out",
         ),
     ]
 

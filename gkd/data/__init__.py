@@ -18,6 +18,8 @@ kinds: kinds of data set objects: which have rows that can be counted, and how t
 last_turn: the last question of a prompt, for tables: without the system turn and the signs that a chat
     template writes
 left_out: what a row holds and its chat template does not write: counted, and named in the report
+message_bytes: what a teacher behind a chat address reads and writes, in "ids" that are bytes: so it is
+    kept as all others are
 prepare: data sets: rows of any format become ids and labels, with a report of every row that could not be
     used as it is
 prepared_row: one row of a data set: read, put into ids for student and teacher, and held to the limits

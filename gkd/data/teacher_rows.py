@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.data.encode import RowEncoder
 from gkd.data.encoded import Encoded
 from gkd.data.formats import ChatRow, Row, TextRow, canonical_row
+from gkd.data.message_bytes import MessageBytes
 from gkd.data.row_values import RowPlace, describe, is_empty
 from gkd.data.targets import IGNORE
 from gkd.data.token_rows import TokenRow
@@ -38,20 +39,20 @@ class OwnTemplate:
     """What renders a teacher's prompts in its own form.
 
     Args:
-        tokenizer: the teacher's, with its chat template.
+        tokenizer: the teacher's, with its chat template; None for one behind a chat address, which reads messages.
         stop_ids: at which the teacher stops beside what its tokenizer says.
         end_map: the ids that end a turn of the student's and of the teacher's, where they differ.
         foreign: its ids stand for other tokens than the student's, so that it writes, and reads no completion.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     stop_ids: tuple[int, ...] = ()
     end_map: tuple[int, int] | None = None
     foreign: bool = False
 
     @property
     def writes_chats(self) -> bool:
-        return bool(self.tokenizer.chat_template)
+        return self.tokenizer is None or bool(self.tokenizer.chat_template)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class TeacherRows:
 
     def __init__(self, reading: TeacherReading, encoder: RowEncoder, today: str | None = None) -> None:
         self.reading, self.student, self._today = reading, encoder, today
-        self._encoders: dict[int, RowEncoder] = {}
+        self._encoders: dict[int, RowEncoder | MessageBytes] = {}
 
     def row(self, raw: Raw, row: Row, place: RowPlace, teacher: int = 0) -> Row | None:
         """What becomes of a row for its teacher; None when nothing says that it differs from the student's `row`.
@@ -190,9 +191,11 @@ class TeacherRows:
             seen = replace(seen, labels=[IGNORE, *seen.labels[1:]])
         return seen
 
-    def _encoder(self, teacher: int) -> RowEncoder:
-        if teacher not in self._encoders:
-            own, student = self.reading.template(teacher), self.student
+    def _encoder(self, teacher: int) -> RowEncoder | MessageBytes:
+        own, student = self.reading.template(teacher), self.student
+        if teacher not in self._encoders and own is not None and own.tokenizer is None:
+            self._encoders[teacher] = MessageBytes()
+        elif teacher not in self._encoders:
             tokenizer = student.tokenizer if own is None else own.tokenizer
             stop_ids = student.stop_ids if own is None else own.stop_ids
             self._encoders[teacher] = RowEncoder(tokenizer, "last", stop_ids, self._today)
@@ -200,7 +203,7 @@ class TeacherRows:
 
 
 def _front(
-    encoder: RowEncoder, student: Encoded, read: Row, place: RowPlace, end_map: tuple[int, int] | None
+    encoder: RowEncoder | MessageBytes, student: Encoded, read: Row, place: RowPlace, end_map: tuple[int, int] | None
 ) -> tuple[list[int], list[int]]:
     """What stands in front of the student's completion for the teacher, and what it writes from.
 

@@ -33,6 +33,7 @@ class Rule:
 
 
 _OTHER_TEACHERS = ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement")
+_SERVED = ("teacher_server_url", "teacher_chat_url", "teachers")
 _SERVER = ("rollout_server_url", "rollout_adapter_dir", "rollout_staleness", "rollout_logprob_tolerance")
 
 RULES = (
@@ -56,14 +57,19 @@ RULES = (
     Rule("save_strategy", ("load_best_model_at_end",), "off"),
     # who writes, and where
     Rule("lmbda", ("rollout_backend", *_SERVER), "off"),
-    Rule("lmbda", ("rollout_server_timeout", "server_proxy"), "off", unless=("teacher_server_url", "teachers")),
+    Rule("lmbda", ("rollout_server_timeout", "server_proxy"), "off", unless=_SERVED),
     Rule("lmbda", ("teacher_scores_dir",), "1", unless=("eval_strategy",)),
     Rule("rollout_backend", _SERVER),
-    Rule("rollout_backend", ("rollout_server_timeout", "server_proxy"), unless=("teacher_server_url", "teachers")),
+    Rule("rollout_backend", ("rollout_server_timeout", "server_proxy"), unless=_SERVED),
     # one teacher in place of another
     Rule("teacher_server_url", (*_OTHER_TEACHERS, "teacher_adapter_name_or_path", "teacher_scores_dir"), "on"),
     Rule("teacher_server_url", ("teacher_adapters", "share_base_model"), "on"),
     Rule("teacher_server_url", ("rollout_server_timeout", "server_proxy"), "off", unless=("rollout_server_url",)),
+    Rule("teacher_chat_url", (*_OTHER_TEACHERS, "teacher_adapter_name_or_path", "teacher_scores_dir"), "on"),
+    Rule("teacher_chat_url", ("teacher_adapters", "share_base_model", "teachers", "teacher_server_url"), "on"),
+    Rule("teacher_chat_url", ("self_teacher", "self_teacher_decay", "teacher_template", "teacher_top_k"), "on"),
+    Rule("teacher_chat_url", ("rollout_server_timeout", "server_proxy"), "off", unless=("rollout_server_url",)),
+    Rule("teacher_chat_url", ("teacher_chat_model",), "off"),
     Rule("share_base_model", (*_OTHER_TEACHERS, "teacher_server_url"), "on"),
     Rule("self_teacher", (*_OTHER_TEACHERS, "teacher_server_url", "teacher_adapter_name_or_path"), "on"),
     Rule("self_teacher", ("teacher_adapters", "teachers", "share_base_model"), "on"),
@@ -72,8 +78,9 @@ RULES = (
     Rule("teachers", ("self_teacher", "self_teacher_decay"), "on"),
     Rule("teacher_template", ("teacher_end_of_turn",)),
     Rule("teacher_model_name_or_path", ("teacher_server_url", "self_teacher", "self_teacher_decay"), "on"),
+    Rule("teacher_model_name_or_path", ("teacher_chat_url", "teacher_chat_model"), "on"),
 )
-_WHO_WRITES = ("lmbda", "seq_kd", "rollout_backend", "teacher_server_url")
+_WHO_WRITES = ("lmbda", "seq_kd", "rollout_backend", "teacher_server_url", "teacher_chat_url")
 _WRITTEN_HERE = ("rollout_batch_size", "fold_adapter")  # of generation in this process
 _YES, _NO = ("yes", "true", "t", "y"), ("no", "false", "f", "n")  # as the parser reads a switch
 
@@ -119,7 +126,8 @@ def _drop(kept: dict[str, Any], given: Mapping[str, Any], leader: str, followers
 
 def _writes_here(values: Mapping[str, Any]) -> bool:
     """Whether anything is generated in this process (`gkd.config.servers` has the same of a finished config)."""
-    lmbda, seq_kd, server = (_plain(values.get(name)) for name in ("lmbda", "seq_kd", "teacher_server_url"))
+    lmbda, seq_kd = (_plain(values.get(name)) for name in ("lmbda", "seq_kd"))
+    server = _plain(values.get("teacher_server_url")) or _plain(values.get("teacher_chat_url"))
     student = lmbda != 0 and _plain(values.get("rollout_backend")) != "vllm"
     return student or (seq_kd == 1 and lmbda != 1 and server is None)
 

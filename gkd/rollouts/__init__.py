@@ -7,6 +7,7 @@ against_the_student: whether a server samples from the weights that are trained,
 base: what every rollout backend shares: its interface, the sampling settings, the random numbers, and the
     backends by name
 batch_size: how many rows are decoded at a time: a check of what is given, and a choice where nothing is
+chat: completions from an OpenAI-compatible chat address, as bytes (`gkd.data.message_bytes`)
 folding: fold a LoRA adapter into the weights for the time of a rollout
 hf: rollouts in the training process, with the model that is being trained
 hygiene: which completions are sound enough to train on: cut off without a stop token, or repeating themselves

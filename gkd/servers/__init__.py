@@ -1,8 +1,9 @@
-"""vLLM over HTTP.
+"""Models over HTTP: vLLM servers, and chat addresses.
 
 answers: what vLLM servers answer, one function per kind of answer: what is needed of it, checked, or a
     ServerError
 bounded_http: HTTP answers within a deadline and a size, whatever the other end does
+chat: an OpenAI-compatible chat address: messages in, text out
 checks: what is asked of a vLLM server before the first step: which model, which tokenizer, how long a
     sequence
 client: HTTP to one or several `vllm serve` processes: what the rollout backend and the server teacher

@@ -97,6 +97,10 @@ class Server:
     served: ServedModel
 
     @property
+    def name(self) -> str:
+        return self.served.root
+
+    @property
     def fingerprint(self) -> str:
         """What identifies the model as far as a server tells; the weights it does not show."""
         return f"vllm:{self.served.root}"

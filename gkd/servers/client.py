@@ -31,6 +31,7 @@ _RETRY_STATUSES = frozenset({408, 425, 429, 502, 503, 504})  # HTTP statuses of 
 _ATTEMPTS_AT_500 = 7  # about 6 s: longer than a dying engine takes to close its port, shorter than a fault's patience
 ANSWER_BYTES = 16 << 20  # of an answer whose size the caller does not know
 _REASON_BYTES = 1 << 16  # of a refusal, which is read for its reason
+_SECRET_LENGTH = 8  # a shorter key ("EMPTY") is none, and words have as many letters
 _IN_FLIGHT = 256  # requests at a time and server; what a server cannot take at once it queues
 
 
@@ -60,9 +61,10 @@ class VLLMClient:
             nowhere else: `http://user:password@host` (basic), `http://token@host` (bearer).
         field: the configuration field they come from, for messages.
         timeout: seconds that one request may take in all, repetitions included.
-        api_key: sent as a bearer token; None takes the environment variable VLLM_API_KEY, where there is one.
+        api_key: sent as a bearer token; None takes the environment variable `key_name`, where there is one.
         proxy: an HTTP proxy to reach them through. The environment's (http_proxy, ~/.netrc) is never used: it would
             be handed prompts and keys without being named.
+        key_name: of the variable.
 
     Raises:
         ValueError: no address, or one that is not http(s)://host[:port]; a timeout that is not positive; a key that
@@ -77,8 +79,9 @@ class VLLMClient:
         timeout: float = 600.0,
         api_key: str | None = None,
         proxy: str | None = None,
+        key_name: str = "VLLM_API_KEY",
     ) -> None:
-        addresses = [_address(url, field) for url in urls.split(",") if url.strip()]
+        addresses = [_address(url, field, key_name) for url in urls.split(",") if url.strip()]
         self.urls = [url for url, _ in addresses]
         if not self.urls:
             raise ValueError(f"{field}={redact_value(urls)!r} holds no address: use http://host:port")
@@ -94,11 +97,13 @@ class VLLMClient:
             self._session.proxies = {"http": proxy, "https": proxy}
         self._session.mount("http://", BoundedAdapter(pool_maxsize=_IN_FLIGHT))
         self._session.mount("https://", BoundedAdapter(pool_maxsize=_IN_FLIGHT))
-        key = (api_key or os.environ.get("VLLM_API_KEY") or "").strip()
+        key = (api_key or os.environ.get(key_name) or "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise ValueError("VLLM_API_KEY holds characters that no HTTP header can: set it to the server's --api-key")
+            raise ValueError(f"{key_name} holds characters that no HTTP header can: set it to the server's key")
         own = {"Authorization": f"Bearer {key}"} if key else {}
         self._headers = {url: {"Authorization": given} if given else own for url, given in addresses}
+        said = {header["Authorization"].split(" ", 1)[1] for header in self._headers.values() if header}
+        self._secrets = sorted((secret for secret in said if len(secret) >= _SECRET_LENGTH), key=len, reverse=True)
         self._last_warning = float("-inf")
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -200,7 +205,8 @@ class VLLMClient:
                 faults += cause.status == 500
                 if cause.status != 500 or faults == _ATTEMPTS_AT_500:
                     raise cause
-            cause = cause or again(answer)
+            asked = None if cause else again(answer)
+            cause = cause or (asked and self._without_key(asked))
             if cause is None:
                 return answer
             attempt += 1
@@ -228,15 +234,21 @@ class VLLMClient:
             return None, f"the answer cannot be read: {harmless(error)}"
         status = response.status_code
         if status in _RETRY_STATUSES:
-            return None, f"HTTP {status}: {_reason(response, body)}"
+            return None, f"HTTP {status}: {self._without_key(_reason(response, body))}"
         if status != 200:
-            return None, RefusedError(url, path, status, _reason(response, body))
+            return None, RefusedError(url, path, status, self._without_key(_reason(response, body)))
         if not response.headers.get("content-type", "").startswith("application/json"):
             return body.decode("utf-8", errors="replace"), None
         try:
             return json.loads(body), None
         except (ValueError, RecursionError):  # a number of 5,000 digits, and lists in lists in lists, are JSON, too
             return None, "the answer is not valid JSON"
+
+    def _without_key(self, text: str) -> str:
+        """What a server says, which may repeat the key that it was sent."""
+        for secret in self._secrets:
+            text = text.replace(secret, REDACTED)
+        return text
 
     def _warn(self, url: str, cause: object, pause: float) -> None:
         # Hundreds of requests fail at once when a server is down; a lost keep-alive connection is not worth a word.
@@ -246,7 +258,7 @@ class VLLMClient:
             logger.warning("no answer from %s (%s): asking again, for up to %.0f s in all", url, cause, self.timeout)
 
 
-def _address(url: str, field: str) -> tuple[str, str | None]:
+def _address(url: str, field: str, key_name: str = "VLLM_API_KEY") -> tuple[str, str | None]:
     """The base address without credentials, and the header that they become, or None.
 
     Raises:
@@ -264,7 +276,7 @@ def _address(url: str, field: str) -> tuple[str, str | None]:
         shown = redact_value(url if "@" not in url else f"{REDACTED}@{url.rsplit('@', 1)[1]}")
         raise ValueError(
             f"{field}: {shown!r} is not an address: use http://host:port (a key belongs into the environment variable "
-            "VLLM_API_KEY; of a user's name or password, write /, : and @ as %2F, %3A and %40)"
+            f"{key_name}; of a user's name or password, write /, : and @ as %2F, %3A and %40)"
         )
     host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
     clean = f"{parts.scheme}://{host}{'' if port is None else f':{port}'}{parts.path}"

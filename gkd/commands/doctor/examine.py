@@ -147,6 +147,9 @@ def _tokenizers(out: Diagnosis | _Named, settings: Settings) -> Tokenizers:
     args = settings.training
     student = resolve_tokenizer(student_tokenizer(settings), student_name(settings), args)
     named = args.teacher_model_name_or_path
+    if args.teacher_chat_url is not None:
+        out.add("Tokenizers", "ok", f"student {len(student):,} tokens; the teacher's text is all that is read")
+        return student, None
     if args.teacher_server_url is not None:
         out.add(
             "Tokenizers", "ok", f"student {len(student):,} tokens; the teacher's server is asked for its own below"
@@ -174,7 +177,7 @@ def _tokenizers(out: Diagnosis | _Named, settings: Settings) -> Tokenizers:
 
 def _token_maps(out: Diagnosis | _Named, settings: Settings, tokenizers: Tokenizers) -> None:
     args = settings.training
-    if args.teacher_server_url is not None or args.shares_weights:
+    if args.teacher_is_elsewhere or args.shares_weights:
         return
     if _writes_other_tokens(args, tokenizers):
         out.add(
@@ -245,7 +248,7 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
     if trainer.args.teacher_names:
         out.add("Models", "ok", f"{size}; {_teachers_in_words(trainer)}")
     elif teacher is None:
-        where = "is on a server" if trainer.args.teacher_server_url is not None else "is not one model of its own"
+        where = "is on a server" if trainer.args.teacher_is_elsewhere else "is not one model of its own"
         out.add("Models", "ok", f"{size}; the teacher {where}")
     else:
         out.add("Models", "ok", f"{size}; teacher {trainer.accelerator.unwrap_model(teacher).num_parameters():,}")

@@ -15,6 +15,7 @@ from gkd.commands.doctor.view import Diagnosis, Reader, RowView, view
 from gkd.config.fields import GKDConfig
 from gkd.data.formats import ChatRow, Row, canonical_row
 from gkd.data.held_out import overlap
+from gkd.data.message_bytes import MessageBytes
 from gkd.data.prepare import prepare_dataset
 from gkd.data.row_report import DataReport
 from gkd.data.row_values import RowPlace
@@ -58,7 +59,8 @@ def _shown(prepared: Dataset, report: DataReport, student: Reader, reading: Teac
     own = reading.template(0)
     teacher = student
     if own is not None:
-        teacher = Reader(own.tokenizer, {*own.stop_ids, *stop_token_ids(own.tokenizer, None)}, own.foreign)
+        stops = own.stop_ids if own.tokenizer is None else (*own.stop_ids, *stop_token_ids(own.tokenizer, None))
+        teacher = Reader(own.tokenizer or MessageBytes(), {*stops}, own.foreign)
     viewed = (i for i, context in enumerate(prepared["teacher_context"]) if context) if report.views else iter(())
     numbers = list(islice(viewed, ROWS_SHOWN)) or list(range(min(ROWS_SHOWN, len(prepared))))
     return [view(row, student, teacher, reading.end_map) for row in prepared.select(numbers)]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.common.redact import harmless
 from gkd.common.text import printable
+from gkd.data.message_bytes import MessageBytes
 from gkd.data.sequences import sequence_of
 from gkd.data.targets import IGNORE
 
@@ -96,7 +97,7 @@ class Diagnosis:
 class Reader:
     """Who reads a row: its tokenizer, the ids at which it stops, and whether it reads prompts alone."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | MessageBytes
     stop_ids: Collection[int]
     prompts_only: bool = False
 

@@ -103,7 +103,7 @@ def _setup_of_one(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> 
         raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
     student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path", args.trust_remote_code))
     # A teacher on a server counts for its vocabulary only, which is the student's; one may be the student's base.
-    elsewhere = args.teacher_server_url is not None or args.shares_weights
+    elsewhere = args.teacher_is_elsewhere or args.shares_weights
     nameless = args.teacher_model_name_or_path is None and elsewhere
     teacher_name = settings.model.model_name_or_path if nameless else args.teacher_model_name_or_path
     teacher_config = _config(teacher_name, "teacher_model_name_or_path", args.trust_remote_code)
@@ -133,7 +133,7 @@ def _setup_of_one(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> 
         zero_stage=zero_stage,
         offload=offload,
         teacher_follows=not (isinstance(own, dict) and "dtype" in own) and not args.shares_weights,
-        teacher_here=args.teacher_server_url is None,
+        teacher_here=not args.teacher_is_elsewhere,
         shares_base=args.shares_weights,
         averages=args.self_teacher == "ema",
         placement=args.teacher_placement,

@@ -88,8 +88,8 @@ def precompute_scores(recipe: Recipe) -> None:
     args = recipe.settings.training
     if not args.has_teacher_here:
         raise ValueError(
-            "--scores needs the teacher in this process: a server (teacher_server_url) gives no hidden states; name "
-            "teacher_model_name_or_path instead"
+            "--scores needs the teacher in this process: a server (teacher_server_url, teacher_chat_url) gives no "
+            "hidden states; name teacher_model_name_or_path instead"
         )
     if args.teacher_scores_dir is None:
         raise ValueError("--scores needs a place for the scores: pass --teacher_scores_dir DIR, to the training, too")
