@@ -9,7 +9,7 @@ used and one shared) as ordinary Hugging Face models, and is fine-tuned for a mi
 | minimind_teacher()      | 2 layers of 192, Llama    | 0.9M       |
 | minimind_student()      | 1 layer of 96, Llama      | 0.1M       |
 | minimind_student_moe()  | 1 layer of 96, Qwen2-MoE  | 0.4M       |
-| minimind_specialists()  | two teachers' shapes      | 0.9M each  |
+| minimind_specialists()  | two as the teacher        | 0.9M each  |
 
 Of the specialists one has seen nothing but numbers, and one nothing but words; recipes/gkd_two_teachers.py makes one
 student of both.
@@ -57,7 +57,7 @@ class Shape:
 TEACHER = Shape(hidden=192, layers=2, steps=350)
 STUDENT = Shape(hidden=96, layers=1, steps=60)
 STUDENT_MOE = Shape(hidden=96, layers=1, steps=60, experts=4)
-SPECIALISTS = {name: Shape(hidden=192, layers=2, steps=250, kinds=name) for name in _KINDS}
+SPECIALISTS = {name: Shape(hidden=192, layers=2, steps=600, kinds=name) for name in _KINDS}
 
 
 def minimind_teacher() -> Path:
@@ -80,15 +80,14 @@ def minimind_specialists() -> dict[str, dict[str, str]]:
     return {name: {"model": str(_model(f"minimind-{name}", shape))} for name, shape in SPECIALISTS.items()}
 
 
-def minimind_questions(rows: int = ROWS) -> list[dict[str, Any]]:
-    """Questions with a right answer, in the column `teacher` which of the specialists knows it."""
-    draw, found = random.Random(0), []
+def minimind_questions(rows: int = 2000) -> list[dict[str, Any]]:
+    """Questions with a right answer, each once; in the column `teacher` which of the specialists knows it."""
+    draw, found = random.Random(0), {}
     for number in range(rows):
         name = list(_KINDS)[number % 2]
         question, answer = _exchange(draw, _KINDS[name])
-        prompt = [{"role": "user", "content": question}]
-        found.append({"prompt": prompt, "completion": answer, "teacher": name})
-    return found
+        found[question] = {"prompt": [{"role": "user", "content": question}], "completion": answer, "teacher": name}
+    return list(found.values())
 
 
 def minimind_rows() -> Path:

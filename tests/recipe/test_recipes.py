@@ -69,9 +69,10 @@ DATA = {
     "gkd_glass": None,  # these take their rows from packages
     "gkd_smollm2": None,
     "gkd_context": None,
+    "gkd_two_teachers": None,
 }
-SCORED = {"gkd_gsm8k", "gkd_xsum", "gkd_wmt14", "gkd_context"}
-OWN_TEACHER = {"gkd_context": {"teacher_model_name_or_path": None}}  # it says itself who teaches
+SCORED = {"gkd_gsm8k", "gkd_xsum", "gkd_wmt14", "gkd_context", "gkd_two_teachers"}
+ALL_WEIGHTS = {"kd_minimind", "kd_qwen2_5", "kd_qwen3", "gkd_two_teachers"}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,16 @@ def run_recipe(name, models, folder, monkeypatch, rows=(), **changes):
     return folder / "out"
 
 
+def teachers_of(name, models):
+    """What the flags say of recipes that say themselves who teaches."""
+    if name == "gkd_context":
+        return {"teacher_model_name_or_path": None}
+    if name == "gkd_two_teachers":
+        two = {"numbers": {"model": models[1]}, "words": {"model": models[0]}}
+        return {"teacher_model_name_or_path": None, "teachers": json.dumps(two)}
+    return {}
+
+
 def history(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -122,14 +133,14 @@ def test_recipe_runs_two_steps(name, models, tmp_path, monkeypatch):
     monkeypatch.setattr("gkd.demo.texts.healthsearchqa_prompts", lambda: [f"Is {n} healthy?" for n in range(80)])
     monkeypatch.setattr("gkd.demo.texts.openwebtext_excerpts", lambda: ["Rain falls on the roof."] * 3)
     rows = (DATA[name] or []) * 4
-    out = run_recipe(name, models, tmp_path, monkeypatch, rows, **OWN_TEACHER.get(name, {}))
+    out = run_recipe(name, models, tmp_path, monkeypatch, rows, **teachers_of(name, models))
 
     losses = [entry["loss"] for entry in history(out) if "loss" in entry]
     assert len(losses) == 2
     assert all(math.isfinite(loss) and loss > 0 for loss in losses)
     adapter = (out / "adapter_model.safetensors").is_file()
     assert adapter != (out / "model.safetensors").is_file()
-    assert adapter == (not name.startswith("kd_"))
+    assert adapter == (name not in ALL_WEIGHTS)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "2306.13649" in card
     assert (out / "plots").is_dir()
@@ -197,6 +208,28 @@ def test_kd_minimind_with_experts_and_a_cosine_to_a_tenth(tmp_path, monkeypatch)
     assert all(entry["aux_loss"] > 0 for entry in log)
     rates = [entry["learning_rate"] for entry in log]
     assert rates == pytest.approx([5e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * n / 3)) / 2) for n in range(3)])
+
+
+def test_gkd_two_teachers_makes_both_and_asks_each(tmp_path, monkeypatch):
+    """With fewer steps; the function that makes them is the field's value where no flag gives it."""
+    from gkd.demo import minimind as maker
+
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(maker, "ROWS_OF_THE_MODELS", 64)
+    shapes = {name: maker.Shape(hidden=32, layers=1, steps=3, kinds=name) for name in maker.SPECIALISTS}
+    monkeypatch.setattr(maker, "SPECIALISTS", shapes)
+    monkeypatch.setattr(maker, "TEACHER", maker.Shape(hidden=32, layers=1, steps=2))
+    changes = {"teacher_model_name_or_path": None, "per_device_train_batch_size": 16, "num_eval_prompts": 24}
+    out = run_recipe("gkd_two_teachers", (maker.minimind_teacher(), None), tmp_path, monkeypatch, **changes)
+    first = next(entry for entry in history(out) if "loss" in entry)
+    assert all(first[f"teacher/{name}/divergence"] > 0 for name in ("numbers", "words"))
+    measured = {row["key"] for row in json.loads((out / "evaluation.json").read_text())["rows"]}
+    assert {"divergence_own_numbers", "divergence_own_words"} <= measured
+    rows = maker.minimind_questions()
+    assert len({row["prompt"][0]["content"] for row in rows}) == len(rows) > 300
+    asked = {name: " ".join(row["completion"] for row in rows if row["teacher"] == name) for name in shapes}
+    assert not any(letter.isalpha() for letter in asked["numbers"])
+    assert not any(letter.isdigit() for letter in asked["words"])
 
 
 def test_the_models_of_kd_minimind_learn_and_share_a_vocabulary(tmp_path, monkeypatch):
