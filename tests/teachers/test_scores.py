@@ -601,7 +601,11 @@ def test_scores_that_do_not_fit_are_refused_before_they_are_made(user, tmp_path,
             ["hidden states"],
         ),
         ([], {"lmbda": 1.0}, ["lmbda=1"]),
-        ([], {"share_base_model": "true", "teacher_model_name_or_path": None}, ["share_base_model"]),
+        (
+            [],
+            {"share_base_model": "true", "teacher_model_name_or_path": None, "teacher_adapter_name_or_path": "x"},
+            ["share_base_model", "teacher_adapter_name_or_path"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(user, tmp_path, capsys, more, changes, parts):

@@ -219,8 +219,9 @@ def _teacher_is_the_base(args: GKDConfig) -> bool:
     tuned = args.shares_weights and args.teacher_adapter_name_or_path is not None
     if tuned or (args.shares_weights and args.teacher_names):
         raise ValueError(
-            "gkd precompute loads teachers and no student, so adapters on its base (share_base_model) do not go with "
-            "it: their sequences and scores are kept during the training"
+            "gkd precompute loads teachers and no student, so adapters on its base (share_base_model with "
+            "teacher_adapter_name_or_path, teacher_adapters or teachers) do not go with it: leave gkd precompute out, "
+            "their sequences and scores are kept during the training"
         )
     return args.shares_weights
 
