@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_new, _add_doctor, _add_evaluate, _add_precompute, _add_plan):
+    for add in (_add_run, _add_new, _add_doctor, _add_evaluate, _add_precompute, _add_plan, _add_sweep):
         add(commands)
     return parser
 
@@ -182,6 +182,27 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--offload", action="store_true", help="optimizer (and ZeRO-3 weights) in CPU memory")
 
 
+def _add_sweep(commands: Any) -> None:
+    sweep = _command(
+        commands,
+        "sweep",
+        _sweep,
+        summary="a grid of runs over several seeds, as a table with errors",
+        description=(
+            "Run every cell of a grid with every seed, each in a process of its own, and compare with the first "
+            "cell, paired by seed. Started again it goes on. Other flags go to the recipe."
+        ),
+        example='gkd sweep recipes/gkd_glass.py --grid "lmbda=0,0.5,1" --seeds 5',
+    )
+    sweep.add_argument("--grid", metavar="FIELD=A,B", action="append", required=True, help="a field; may come again")
+    sweep.add_argument("--seeds", metavar="N", type=int, default=3, help="seeds of each cell (default 3)")
+    sweep.add_argument("--at", metavar="WHAT", default="steps", help="compare at equal steps, seconds, or both")
+    sweep.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (default 1)")
+    sweep.add_argument("--tune", metavar="FIELD=A,B", action="append", default=[], help="choose it for each cell")
+    sweep.add_argument("--launch", metavar="COMMAND", help='before the recipe: "accelerate launch"')
+    sweep.add_argument("--output_dir", metavar="DIR", type=Path, help="outputs/RECIPE-sweep without it")
+
+
 # ------------------------------------------------------------------------------------------------------- actions
 
 
@@ -218,6 +239,26 @@ def _precompute(arguments: argparse.Namespace, flags: list[str]) -> int:
 
     precompute(capture(arguments.recipe, [*flags, "--seq_kd", "true"]), output, push_to)
     return 0
+
+
+def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from gkd.commands.sweep.grid import parse_axes
+    from gkd.commands.sweep.plan import Order
+    from gkd.commands.sweep.sweep import sweep
+
+    recipe: Path = arguments.recipe
+    order = Order(
+        recipe=recipe,
+        flags=flags,
+        axes=parse_axes(arguments.grid, "--grid"),
+        tune=parse_axes(arguments.tune, "--tune"),
+        seeds=arguments.seeds,
+        at=tuple(dict.fromkeys(word.strip() for word in arguments.at.split(","))),
+        jobs=arguments.jobs,
+        launch=arguments.launch,
+        folder=arguments.output_dir or Path("outputs", f"{recipe.stem}-sweep"),
+    )
+    return sweep(order, Console())
 
 
 @contextmanager
@@ -298,7 +339,8 @@ def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 done, 1 the doctor found an error or a plan does not fit).
+    """Entry point; returns the exit code: 0 done; 1 the doctor found an error, a plan does not fit, or a run of a
+    sweep failed.
 
     Raises:
         SystemExit: 2 for a user's mistake, 1 for a training that had to give up, 130 for Ctrl-C.

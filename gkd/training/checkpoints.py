@@ -96,6 +96,11 @@ class Checkpoints:
         """Of the whole run, over resumes, up to now."""
         return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
+    @property
+    def is_training(self) -> bool:
+        """Whether a training is going on."""
+        return self._started is not None
+
     def begin_window(self) -> None:
         """A step begins: what a checkpoint says if this step is never finished."""
         self._at_window = self._trainer.record.as_dict()

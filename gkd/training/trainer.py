@@ -348,6 +348,9 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `transformers.Trainer`, with our metrics."""
         self.training_log.add_to(logs, self.model.training)
+        if self.checkpoints.is_training and "train_runtime" not in logs:
+            evaluated = any(name.startswith("eval_") for name in logs)  # a name of its own: both may be of one step
+            logs["eval_time/run" if evaluated else "time/run"] = round(self.training_seconds, 3)
         super().log(logs, start_time)
         if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
             self.state.log_history[-1]["divergence_by_position"] = self.record.profile.as_dict()
