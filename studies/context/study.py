@@ -168,7 +168,7 @@ def table() -> str:
         arm: [json.loads(f.read_text(encoding="utf-8")) for f in sorted(RESULTS.glob(f"{arm}-*.json"))] for arm in ARMS
     }
     lines = [
-        "| measure | before | teacher | " + " | ".join(f"after, {arm}, {len(runs[arm])} seeds" for arm in ARMS) + " |",
+        "| measure | before | teacher | " + " | ".join(f"after, {arm} ({len(runs[arm])})" for arm in ARMS) + " |",
         "| --- | ---: | ---: |" + " ---: |" * len(ARMS),
     ]
     names = {
