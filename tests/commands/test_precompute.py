@@ -379,6 +379,12 @@ def test_every_recipe_takes_answers_as_a_data_set(folder, answers, tmp_path, nam
     pytest.importorskip({"gkd_wmt14": "sacrebleu", "gkd_xsum": "rouge_score"}.get(name, "gkd"))
     path, own = answers
     argv = flags(folder, tmp_path, dataset_name=path / "answers", seq_kd="false")
+    if name == "gkd_two_teachers":  # whose teachers are others in the place of the one
+        at = argv.index("--teacher_model_name_or_path")
+        argv[at : at + 2] = [
+            "--teachers",
+            json.dumps({"one": {"model": argv[at + 1]}, "two": {"model": argv[at + 1]}}),
+        ]
     recipe = capture(RECIPES / f"{name}.py", argv)
     data = recipe_data(recipe.load_data, recipe.settings)
     assert len(data["train"]) == 29

@@ -32,7 +32,7 @@ def test_no_file_outside_the_config_works_out_who_writes():
     }
     assert found == {
         # `gkd precompute` lets the teacher write where the field asks for it, whatever share the student has
-        "commands/precompute/answers.py: parts.rollouts['teacher'] if args.seq_kd else None",
+        "commands/precompute/answers.py: rollout if args.seq_kd else None",
         # what `Mixture` is made of
         "data/sources.py: 'teacher' if self.seq_kd else 'data'",
     }
