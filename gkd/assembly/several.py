@@ -28,7 +28,7 @@ def resolve_teachers(student: Any, teacher: Any, args: GKDConfig) -> dict[str | 
     """
     if args.teachers is None:
         return {None: resolve_teacher(student, teacher, args)}
-    on_base = args.teachers_on_base
+    on_base, each = args.teachers_on_base, args.each_teacher
     if teacher is not None and not on_base:
         raise ValueError(
             "teacher_model does not go with args.teachers, all of which have a model or a server of their own: leave "
@@ -38,13 +38,13 @@ def resolve_teachers(student: Any, teacher: Any, args: GKDConfig) -> dict[str | 
     if lends_base(args):
         base = copy.copy(args)
         base.teachers, base.teacher_scores_dir = None, None  # the base says nothing itself
-        adapters = {name: args.each_teacher[name].teacher_adapter_name_or_path for name in on_base}
+        adapters = {name: each[name].teacher_adapter_name_or_path for name in on_base}
         found.update(over_base(resolve_teacher(student, teacher, base), adapters, "teachers"))
-    for name, one in args.each_teacher.items():
+    for name, one in each.items():
         if name not in found:
             with of_entry(name):
                 found[name] = resolve_teacher(student, teacher if name in on_base else None, one)
-    return {name: found[name] for name in args.each_teacher}
+    return {name: found[name] for name in each}
 
 
 def lends_base(args: GKDConfig) -> bool:

@@ -89,7 +89,7 @@ def ids_apart(
             know.
     """
     args, tokenizer = ready.args, ready.tokenizer
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+    if args.evaluates_along:
         raise ValueError(
             f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}: eval_loss is a "
             "divergence, and this teacher has another tokenizer or gives text alone, so it can only write: set "

@@ -363,6 +363,11 @@ class GKDConfig(SFTConfig):
         return self.share_base_model or self.self_teacher is not None
 
     @property
+    def evaluates_along(self) -> bool:
+        """Whether there are evaluations during the training."""
+        return bool(self.eval_strategy != "no")
+
+    @property
     def teacher_follows(self) -> bool:
         """Whether the teacher changes while the student trains, so that nothing it says can be kept."""
         return self.self_teacher in ("live", "ema")

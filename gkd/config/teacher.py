@@ -149,7 +149,6 @@ def _of_scores(config: Any) -> list[tuple[bool, str]]:
     if folder is None:
         return []
     given = f"teacher_scores_dir={folder!r}"
-    evaluates = str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
     return [
         (not str(folder).strip(), f"{given} names no folder: name one, or leave it out"),
         (
@@ -157,17 +156,17 @@ def _of_scores(config: Any) -> list[tuple[bool, str]]:
             f"{given} does not go with teacher_server_url, which gives no hidden states: leave one of them out",
         ),
         (
-            not (config.teacher_writes or config.reads_answers) and not evaluates,
+            not (config.teacher_writes or config.reads_answers) and not config.evaluates_along,
             f"{given} has no effect with lmbda=1, where the student writes every sequence and none comes again: lower "
             "lmbda, or leave it out",
         ),
         (
-            config.teacher_writes and config.teacher_cache_folder is None and not evaluates,
+            config.teacher_writes and config.teacher_cache_folder is None and not config.evaluates_along,
             f"{given} has no effect with seq_kd=True and teacher_cache_dir={config.teacher_cache_dir!r}, where the "
             "teacher writes every sequence anew and none comes again: keep its sequences, too, or leave it out",
         ),
         (
-            config.trains_on_nll_alone and not evaluates,
+            config.trains_on_nll_alone and not config.evaluates_along,
             f"{given} has no effect with seq_kd_loss='nll' and lmbda=0, where the teacher's scores are not used: set "
             "seq_kd_loss='divergence', or leave it out",
         ),

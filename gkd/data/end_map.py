@@ -76,16 +76,24 @@ def check_end_map(end_map: tuple[int, int] | None, compared: int) -> None:
         )
 
 
+def templates_end(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int] = ()) -> int | None:
+    """The id that ends an answer in the tokenizer's chat template, or behind it where the model stops at it; None
+    where there is neither."""
+    turn = end_of_turn(tokenizer, stop_ids)
+    if turn is None or turn.token_id is not None:
+        return None if turn is None else turn.token_id
+    return int(turn.next_token_id) if turn.next_token_id in _stops(tokenizer, stop_ids) else None
+
+
 def _end(who: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> int:
     """The id that ends the answers of this side."""
-    turn = end_of_turn(tokenizer, stop_ids)
-    if turn is not None and turn.token_id is not None:
-        return turn.token_id
+    known = templates_end(tokenizer, stop_ids)
+    if known is not None:
+        return known
     stops = _stops(tokenizer, stop_ids)
-    if turn is not None and turn.next_token_id in stops:
-        return int(turn.next_token_id)
     if len(stops) == 1:
         return stops.pop()
+    turn = end_of_turn(tokenizer, stop_ids)
     why = "has no chat template" if turn is None else "has a chat template that writes no token behind an answer"
     among = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)})" for i in sorted(stops)) or "none"
     raise ValueError(

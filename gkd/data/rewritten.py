@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from gkd.data.vocabulary import end_of_turn
+from gkd.data.end_map import templates_end
 
 UNREADABLE = "\ufffd"  # what decoders write for bytes that are no character
 
@@ -60,9 +60,6 @@ def text_by(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str
 
 def end_of_answers(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int] = ()) -> int | None:
     """The id that ends the answers of rows of this tokenizer's: that of its template, else its eos."""
-    turn = end_of_turn(tokenizer, stop_ids)
-    if turn is not None and turn.token_id is not None:
-        return turn.token_id
-    if turn is not None and turn.next_token_id in {*stop_ids, tokenizer.eos_token_id}:
-        return turn.next_token_id
-    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    known = templates_end(tokenizer, stop_ids)
+    eos = tokenizer.eos_token_id
+    return int(eos) if known is None and eos is not None else known

@@ -219,8 +219,9 @@ def join(
 
 
 def _last_for_the_teacher(completion: list[int], end_map: EndMap | None) -> int | None:
-    ends = end_map is not None and bool(completion) and completion[-1] == end_map[0]
-    return end_map[1] if ends and end_map is not None else None
+    if end_map is None or not completion or completion[-1] != end_map[0]:
+        return None
+    return end_map[1]
 
 
 def as_sequences(batch: list[TokenSequence] | Mapping[str, Tensor]) -> list[TokenSequence]:

@@ -97,7 +97,7 @@ def build_trainer(settings: Settings, data: dict[str, Any], teacher_view: View |
         model=model.model_name_or_path,
         args=args,
         train_dataset=data["train"],
-        eval_dataset=data.get("eval") if args.eval_strategy != "no" else None,
+        eval_dataset=data.get("eval") if args.evaluates_along else None,
         processing_class=student_tokenizer(settings),
         peft_config=get_peft_config(model),
         teacher_view=teacher_view,

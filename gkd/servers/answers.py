@@ -62,11 +62,17 @@ def tokens_of(body: Any) -> list[int]:
     return _ids(_field(body, "tokens"), "tokens")
 
 
-def is_unfinished(body: Any) -> str | None:
-    """Why a completion is to be asked for again: a server that shuts down answers what it has. None: it is not."""
+def first_choice(body: Any) -> dict[str, Any] | None:
+    """The first of an answer's `choices`; None where there is none."""
     choices = body.get("choices") if isinstance(body, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
-    reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+    return choice if isinstance(choice, dict) else None
+
+
+def is_unfinished(body: Any) -> str | None:
+    """Why a completion is to be asked for again: a server that shuts down answers what it has. None: it is not."""
+    choice = first_choice(body)
+    reason = None if choice is None else choice.get("finish_reason")
     return (
         f"finish_reason={_describe(reason)}" if isinstance(reason, str) and reason not in ("stop", "length") else None
     )

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gkd.common.redact import harmless
+from gkd.servers.answers import first_choice
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
 
 FIELD, KEY = "teacher_chat_url", "OPENAI_API_KEY"
@@ -85,10 +86,9 @@ def _fault_of(body: Any) -> str | None:
 
 
 def _answer_of(body: Any, where: str) -> tuple[str, bool]:
-    choices = body.get("choices") if isinstance(body, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
+    choice = first_choice(body)
+    message = None if choice is None else choice.get("message")
+    if choice is None or not isinstance(message, dict):
         raise ServerError(f"{where} answers no chat completion ({FIELD}): {harmless(repr(body)[:200])}")
     text = message.get("content")
     if text is not None and not isinstance(text, str):

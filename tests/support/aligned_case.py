@@ -5,10 +5,8 @@ The definition goes group by group in plain Python, from probabilities; autograd
 
 import oracle
 import torch
+from fused_case import Case
 
-from gkd.loss import make_divergence
-from gkd.loss.fused import fused_divergence
-from gkd.loss.settings import LossSettings
 from gkd.loss.signals import AlignedSignal, DenseSignal, Head
 
 DS, DT = 6, 9
@@ -28,8 +26,10 @@ def numbered(patterns):
     return tuple(torch.tensor(ids, dtype=torch.long) for ids in (border, group, teacher_group))
 
 
-class AlignedCase:
+class AlignedCase(Case):
     """Random hidden states, heads and targets; `common` pairs of ids."""
+
+    tolerance = (1e-8, 1e-10)
 
     def __init__(
         self, patterns=PATTERNS, vocab=23, teacher_vocab=19, common=11, dtype=torch.float64, seed=0, scale=1.0,
@@ -60,26 +60,10 @@ class AlignedCase:
         self.weights = torch.rand(n, generator=generator, dtype=torch.float64)
         self.ce_weights = torch.rand(n, generator=generator, dtype=torch.float64) * (torch.arange(n) % 3 > 0)
 
-    def leaves(self):
-        return [leaf for leaf in (self.hidden, self.weight, self.bias) if leaf is not None]
-
     def logits(self):
-        z = self.hidden.double() @ self.weight.double().t()
-        if self.bias is not None:
-            z = z + self.bias.double()
-        z = z * self.head.logit_scale
-        if self.head.softcap is not None:
-            z = self.head.softcap * torch.tanh(z / self.head.softcap)
         head = self.signal.teacher.head
         zt = self.signal.teacher.hidden.double() @ head.weight.double().t()
-        return z, (zt + head.bias.double()) * head.logit_scale
-
-    def fused(self, name="jsd", parameters=None, ce=False, **options):
-        settings = LossSettings(make_divergence(name, **(parameters or {})), **options)
-        ce_weights = self.ce_weights if ce else None
-        return fused_divergence(
-            self.hidden, self.head, self.signal, self.targets, self.weights, settings, ce_weights=ce_weights
-        )
+        return self.student_logits(), (zt + head.bias.double()) * head.logit_scale
 
     def outcomes(self, s, t):
         """Probabilities of the compared outcomes, of one place."""
@@ -124,15 +108,3 @@ class AlignedCase:
         if ce:
             loss = loss - (self.ce_weights * z.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]).sum()
         return loss, per_token
-
-    def check(self, name="jsd", parameters=None, rtol=1e-8, atol=1e-10, **options):
-        output = self.fused(name, parameters, **options)
-        loss, per_token = self.expected(name, parameters, **options)
-        torch.testing.assert_close(output.loss.double(), loss, rtol=rtol, atol=atol)
-        torch.testing.assert_close(output.divergence.double(), per_token, rtol=rtol, atol=atol)
-        leaves = self.leaves()
-        ours, theirs = torch.autograd.grad(output.loss, leaves), torch.autograd.grad(loss, leaves)
-        for gradient, expected in zip(ours, theirs, strict=True):
-            assert gradient.dtype == expected.dtype
-            torch.testing.assert_close(gradient, expected, rtol=rtol, atol=atol)
-        return output

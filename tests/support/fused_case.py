@@ -14,6 +14,8 @@ N, V, DS, DT = 13, 37, 8, 12
 class Case:
     """Random hidden states, heads, targets and weights; leaves require gradients."""
 
+    tolerance = (1e-10, 1e-11)  # relative, absolute
+
     def __init__(
         self, n=N, vocab=V, teacher_vocab=None, dtype=torch.float64, seed=0, bias=True, scale=1.0, softcap=None
     ):
@@ -36,20 +38,23 @@ class Case:
     def leaves(self):
         return [leaf for leaf in (self.hidden, self.weight, self.bias) if leaf is not None]
 
-    def logits(self):
-        """Both models' logits in float64, differentiable."""
+    def student_logits(self):
         z = self.hidden.double() @ self.weight.double().t()
         if self.bias is not None:
             z = z + self.bias.double()
         z = z * self.head.logit_scale
         if self.head.softcap is not None:
             z = self.head.softcap * torch.tanh(z / self.head.softcap)
+        return z
+
+    def logits(self):
+        """Both models' logits in float64, differentiable."""
         teacher = self.signal.head
         order = list(range(teacher.weight.shape[0]))
         for first, second in self.signal.exchanged:
             order[first], order[second] = order[second], order[first]
         zt = self.signal.hidden.double() @ teacher.weight.double().t() + teacher.bias.double()
-        return z, zt[:, order]
+        return self.student_logits(), zt[:, order]
 
     def fused(self, name="jsd", parameters=None, ce=False, **options):
         options = LossSettings(make_divergence(name, **(parameters or {})), **options)
@@ -84,7 +89,9 @@ class Case:
             loss = loss - (self.ce_weights * z.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]).sum()
         return loss, per_token
 
-    def check(self, name="jsd", parameters=None, rtol=1e-10, atol=1e-11, **options):
+    def check(self, name="jsd", parameters=None, rtol=None, atol=None, **options):
+        """Loss, gradients and every token's divergence beside the definition's; by default to `tolerance`."""
+        rtol, atol = (own if given is None else given for given, own in zip((rtol, atol), self.tolerance, strict=True))
         output = self.fused(name, parameters, **options)
         loss, per_token = self.expected(name, parameters, **options)
         torch.testing.assert_close(output.loss.double(), loss, rtol=rtol, atol=atol)

@@ -152,7 +152,7 @@ def prepare(recipe: Recipe) -> list[Precomputation]:
     if own:
         _name_the_base(args, student)
     data = recipe_data(recipe.load_data, settings)
-    asked = data.get("eval") if args.eval_strategy != "no" else None
+    asked = data.get("eval") if args.evaluates_along else None
     given = Given(
         student,
         tokenizer=student_tokenizer(settings),

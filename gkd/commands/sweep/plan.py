@@ -201,8 +201,7 @@ def _settings(order: Order, cell: Cell, tuned: Sequence[tuple[str, str]]) -> Set
 
 
 def _check_measured(order: Order, settings: Settings, cell: Cell) -> None:
-    along = str(getattr(settings.training.eval_strategy, "value", settings.training.eval_strategy)) != "no"
-    around = settings.run.evaluate_before_and_after
+    along, around = settings.training.evaluates_along, settings.run.evaluate_before_and_after
     if "seconds" in order.at and not along:
         raise ValueError(
             f"{cell.name}: --at seconds needs evaluations along the run: add --eval_strategy steps "

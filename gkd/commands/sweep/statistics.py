@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gkd.evaluation.measures import mean_estimate
+
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the last one is a little too wide.
 _T: tuple[float, ...]
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -28,14 +30,10 @@ class Stat:
 
 def mean_of(values: Sequence[float]) -> Stat | None:
     """None when there are no values, or one is not finite."""
-    n = len(values)
-    if n == 0 or not all(math.isfinite(value) for value in values):
+    if not values or not all(math.isfinite(value) for value in values):
         return None
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Stat(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return Stat(mean, math.sqrt(variance / n), n)
+    found = mean_estimate(values)
+    return Stat(found.value, found.error, found.count)
 
 
 def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Stat | None:
