@@ -23,6 +23,7 @@ from gkd.recipe.run_end import Results, save_weights, write_history
 from gkd.recipe.settings import LoadData, RunArguments, Settings, parse
 from gkd.training import output_folder
 from gkd.training.progress import close_bars
+from gkd.training.token_weights import Own
 
 __all__ = [
     "RunArguments",
@@ -44,6 +45,7 @@ def run(
     score: Score | None = None,
     corpus_score: CorpusScore | None = None,
     teacher_view: View | None = None,
+    token_weights: Own | None = None,
     description: str = "",
     argv: list[str] | None = None,
 ) -> None:
@@ -55,18 +57,21 @@ def run(
         load_data: settings -> `train` rows, optionally `eval` rows, `prompts` (rows for the before/after evaluation)
             and `held_out_text` (texts for perplexity).
         defaults: the recipe's values for any field of GKDConfig, ModelConfig, ScriptArguments and RunArguments.
-        score: (completion, row) -> task score of one prompt row, optional.
+        score: (completion, row) -> task score of one prompt row, optional; with reward_weight it is the reward, too.
         corpus_score: (completions, rows) -> one number for all of them (corpus BLEU), optional; its error comes from
             resampling the rows.
         teacher_view: row -> the row whose prompt the teacher reads in its place, optional; the student sees nothing of
             it.
+        token_weights: what is known of a micro-batch's targets -> a weight for each, optional
+            (`gkd.loss.token_weights.TokenView`).
         description: what the recipe does, for `--help`.
         argv: instead of `sys.argv[1:]`.
     """
     count_call()
 
     def recipe() -> Recipe:
-        return Recipe(parse(defaults or {}, argv, description), load_data, score, corpus_score, teacher_view)
+        settings = parse(defaults or {}, argv, description)
+        return Recipe(settings, load_data, score, corpus_score, teacher_view, token_weights)
 
     if is_captured():
         hand_over(recipe())
@@ -93,7 +98,9 @@ def _train(recipe: Recipe) -> None:
     settings, args = recipe.settings, recipe.settings.training
     measure = settings.run.evaluate_before_and_after
     data = recipe_data(recipe.load_data, settings)
-    trainer = build_trainer(settings, data, recipe.teacher_view)
+    trainer = build_trainer(
+        settings, data, recipe.teacher_view, reward=recipe.score, token_weights=recipe.token_weights
+    )
     evaluator = None
     if measure:
         evaluator = evaluator_of(trainer, data, settings.run, score=recipe.score, corpus_score=recipe.corpus_score)

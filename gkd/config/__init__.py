@@ -1,5 +1,7 @@
 """`GKDConfig`: its fields, and which go together.
 
+by_source: fields that hold for the sequences of one source: another divergence, another beta, another
+    top-k
 completions: fields about sample completions in the log
 field_types: values of the wrong kind: from Python a field takes anything, and from YAML what is written
     there
@@ -12,6 +14,7 @@ several: the field `teachers`: several teachers of any kind, each of which is a 
 teacher: fields about the teacher: where it stands, what is kept of it, its adapters, and what goes together
 values: single fields: sizes and choices that no settings object holds, and options that this
     trainer cannot honour
+weights: fields about what a token, or a whole completion, counts: weights of tokens, and the reward term
 """
 
 from gkd.config.fields import GKDConfig

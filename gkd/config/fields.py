@@ -15,6 +15,7 @@ import torch
 from trl import SFTConfig
 
 from gkd.common.redact import redact_settings, redact_value, without_secrets
+from gkd.config.by_source import check_by_source, common_divergence, overrides
 from gkd.config.completions import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config.field_types import check_types
 from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
@@ -22,7 +23,9 @@ from gkd.config.settings import check_settings, loss_settings
 from gkd.config.several import check_entries, check_several, config_of, entry_of, stands_on_base, weight_of
 from gkd.config.teacher import SELF_TEACHER_DECAY, check_teacher
 from gkd.config.values import check_counts, check_dicts, check_options, check_values
-from gkd.loss import DIVERGENCES, Divergence, make_divergence
+from gkd.config.weights import check_weights
+from gkd.loss import DIVERGENCES, Divergence
+from gkd.loss.token_weights import TOKEN_WEIGHTS
 
 
 def _field(default: Any, text: str) -> Any:
@@ -152,6 +155,36 @@ class GKDConfig(SFTConfig):
         "bucket: K + 1 outcomes with the exact tail mass. renormalize: the teacher has no tail. renormalize_both: nor "
         "has the student. ignore: the tails are left out (forward KL only).",
     )
+
+    # --- another loss for the sequences of one source ---
+    divergence_data: str | None = _field(None, "divergence of the data's rows. None = divergence.")
+    divergence_student: str | None = _field(None, "divergence of what the student has written. None = divergence.")
+    divergence_teacher: str | None = _field(None, "divergence of what the teacher has written. None = divergence.")
+    beta_data: float | None = _field(None, "beta of the data's rows. None = beta.")
+    beta_student: float | None = _field(None, "beta of what the student has written. None = beta.")
+    beta_teacher: float | None = _field(None, "beta of what the teacher has written. None = beta.")
+    teacher_top_k_data: int | None = _field(None, "teacher_top_k of the data's rows. None = teacher_top_k.")
+    teacher_top_k_student: int | None = _field(None, "teacher_top_k of what the student has written.")
+    teacher_top_k_teacher: int | None = _field(None, "teacher_top_k of what the teacher has written.")
+
+    # --- what a token, or a whole completion, counts ---
+    skip_first_tokens: int = _field(0, "Do not train on the first so many tokens of each answer.")
+    token_weights: str | None = _field(
+        None, f"Weights of the tokens that the student has written, one of: {', '.join(TOKEN_WEIGHTS)}. None = alike."
+    )
+    reward_weight: float = _field(
+        0.0, "alpha of loss = (1 - alpha) divergence - alpha E[reward] (GKD Eq. 5); the reward is the recipe's score."
+    )
+    reward_baseline: str = _field(
+        "leave_one_out",
+        "What a reward is compared with. leave_one_out: the mean of the step's other completions; running: the mean "
+        "of earlier steps.",
+    )
+    log_top_k_overlap: int | None = _field(
+        None, "Log how many of the K most likely tokens student and teacher share, on 64 targets of a micro-batch."
+    )
+
+    # --- completions that are left out ---
     mask_truncated_completions: bool = _field(False, "Do not train on rollouts that were cut off at max_new_tokens.")
     drop_repetitive_completions: bool = _field(False, "Do not train on repetitive rollouts (repetition_threshold).")
     repetition_threshold: float = _field(
@@ -259,11 +292,14 @@ class GKDConfig(SFTConfig):
         check_settings(self)
         check_values(self)
         check_options(self)
-        loss_settings(self)
+        for changed in ({}, *(overrides(self, self.beta) or ())):
+            loss_settings(self, changed=changed)
         check_servers(self)
         check_logging(self)
         check_teacher(self)
         check_several(self)
+        check_by_source(self)
+        check_weights(self)
 
     def _choose_for_cpu(self) -> None:
         """Without an accelerator: use_cpu, without which accelerate leaves several processes apart and the Trainer
@@ -275,15 +311,7 @@ class GKDConfig(SFTConfig):
 
     def make_divergence(self) -> Divergence:
         """The divergence that the fields name; ValueError for an unknown name, a parameter out of range or unused."""
-        return make_divergence(
-            self.divergence,
-            beta=self.beta,
-            skew_lambda=self.skew_lambda,
-            ab_alpha=self.ab_alpha,
-            ab_beta=self.ab_beta,
-            akl_mu=self.akl_mu,
-            symmetric_kl_weight=self.symmetric_kl_weight,
-        )
+        return common_divergence(self, self.beta)
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, for loggers; secrets are hidden in nested dictionaries and addresses, too."""
@@ -355,7 +383,8 @@ class GKDConfig(SFTConfig):
     @property
     def cuts_to_top_k(self) -> bool:
         """Whether any teacher's distribution is cut to its most likely tokens."""
-        return any(one.teacher_top_k is not None for one in self.each_teacher.values())
+        own = (self.teacher_top_k_data, self.teacher_top_k_student, self.teacher_top_k_teacher)
+        return any(one.teacher_top_k is not None for one in self.each_teacher.values()) or any(own)
 
     @property
     def shares_weights(self) -> bool:

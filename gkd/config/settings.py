@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from gkd.data.encoded import Answers, Limits
 from gkd.data.sources import Mixture
@@ -13,6 +14,9 @@ from gkd.rollouts.hygiene import Hygiene
 
 if TYPE_CHECKING:
     from gkd.config.fields import GKDConfig
+
+
+_NAMES = {"chunk_size": "loss_chunk_size", "compiled": "loss_compile"}
 
 
 def check_settings(args: GKDConfig) -> None:
@@ -70,9 +74,11 @@ def hygiene(
     )
 
 
-def loss_settings(args: GKDConfig, shared_vocab: int | None = None) -> LossSettings:
-    """What the fused divergence computes."""
-    return LossSettings(
+def loss_settings(
+    args: GKDConfig, shared_vocab: int | None = None, changed: Mapping[str, Any] | None = None
+) -> LossSettings:
+    """What the fused divergence computes; `changed`: attributes that are otherwise, of one source."""
+    plain = LossSettings(
         divergence=args.make_divergence(),
         loss_temperature=args.loss_temperature,
         teacher_loss_temperature=args.teacher_loss_temperature,
@@ -82,5 +88,6 @@ def loss_settings(args: GKDConfig, shared_vocab: int | None = None) -> LossSetti
         shared_vocab=shared_vocab,
         chunk_size=args.loss_chunk_size,
         compiled=args.loss_compile,
-        names={"chunk_size": "loss_chunk_size", "compiled": "loss_compile"},
+        names=_NAMES,
     )
+    return replace(plain, **changed, names=_NAMES) if changed else plain

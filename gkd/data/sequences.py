@@ -79,6 +79,7 @@ class TokenSequence:
         teacher_prompt_ids: what the teacher writes from, and reads in front of a rollout, where that is not
             `teacher_context` (or, without one, `prompt`); else empty.
         teacher_last: what the teacher reads in the place of the last id, where its turns end with another token.
+        log_prob_weight: what its tokens' negative log-likelihood is multiplied by in the loss, of a reward; signed.
     """
 
     input_ids: list[int]
@@ -93,6 +94,7 @@ class TokenSequence:
     teacher_context: list[int] = field(default_factory=list)
     teacher_prompt_ids: list[int] = field(default_factory=list)
     teacher_last: int | None = None
+    log_prob_weight: float = 0.0
 
     @property
     def prompt(self) -> list[int]:
@@ -218,6 +220,16 @@ def join(
     )
 
 
+def without_first(sequence: TokenSequence, number: int) -> TokenSequence:
+    """The same, whose answers are trained on from behind their first `number` tokens on."""
+    labels, place = list(sequence.labels), 0
+    for i, label in enumerate(sequence.labels):
+        place = 0 if label == IGNORE else place + 1
+        if 0 < place <= number:
+            labels[i] = IGNORE
+    return replace(sequence, labels=labels)
+
+
 def _last_for_the_teacher(completion: list[int], end_map: EndMap | None) -> int | None:
     if end_map is None or not completion or completion[-1] != end_map[0]:
         return None
@@ -315,7 +327,8 @@ def collate(sequences: list[TokenSequence], pad_id: int, multiple: int | None = 
     Returns:
         `input_ids`, `attention_mask`, `labels` [B, T], `sources`, `rows`, `teachers` [B] and the targets [N] (see
         `Targets`), all int64. A causal model's hidden states at real positions do not see padding on their right.
-        `server_log_probs` [B, T] fp32, NaN where there are none, when any row has some. When the teacher reads any
+        `server_log_probs` [B, T] fp32, NaN where there are none, when any row has some; so are `log_prob_weights` [B]
+        where any is not 0. When the teacher reads any
         row otherwise, the same tensors and targets as it reads them, as `teacher_input_ids` and so on
         (`gkd.data.teacher_view`); target n is the same token of the same completion in both.
     """
@@ -329,6 +342,8 @@ def collate(sequences: list[TokenSequence], pad_id: int, multiple: int | None = 
         view = _padded([s.teacher_row() for s in sequences], pad_id, multiple)
         assert torch.equal(view["target_rows"], batch["target_rows"]), "the teacher has other targets"
         batch |= {TEACHER + name: value for name, value in view.items()}
+    if any(s.log_prob_weight for s in sequences):
+        batch["log_prob_weights"] = torch.tensor([s.log_prob_weight for s in sequences])
     if any(s.log_probs for s in sequences):
         batch["server_log_probs"] = torch.full(batch["input_ids"].shape, torch.nan)
         for i, sequence in enumerate(sequences):

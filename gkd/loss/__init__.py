@@ -3,6 +3,8 @@
 aligned: the divergence of two models that cut the same text into different tokens
 borders: tokens at which two models of different tokenizers stand at one place of the text: common
     tokens and the rest
+by_source: another divergence for each source of sequences: the targets of a micro-batch split up by
+    who wrote them
 chunks: one call of the fused divergence at work: projections, chunks, blocks, and the gradients
     they add up to
 compiled: the work of `gkd.loss.eager` as one pure function for `torch.compile`: for accelerators,
@@ -17,8 +19,10 @@ eager: the arithmetic of a few tokens' logits: softmax in place, statistics, the
     gradient
 fused: output heads, softmax, divergence and gradient in one pass over chunks of target tokens
 integrand: what a divergence of two next-token distributions is: an integrand and its derivative
-parts: several teachers in one micro-batch: the fused pass runs once for each signal, over the
-    targets that it is about
+overlap: whether student and teacher think of the same tokens: the overlap of their most likely
+    ones, on a few targets
+parts: several teachers, or losses, in one micro-batch: the fused pass runs once for each, over its
+    own targets
 projection: hidden states times an output head, and back: which dtype the factors have, and which
     the products
 registry: divergences by name: which there are, and one made with those of the parameters that it
@@ -26,6 +30,8 @@ registry: divergences by name: which there are, and one made with those of the p
 settings: what goes into the fused divergence besides tensors, and what comes out of it
 signals: what the teacher says about the N target tokens, and the output head that turns hidden
     states into logits
+token_weights: weights of single tokens: rules from the literature, from what the fused pass says about
+    each token
 """
 
 from gkd.loss.fused import fused_divergence

@@ -10,6 +10,7 @@ head itself is trained. The backward pass multiplies the kept gradients by a sca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from gkd.loss.settings import FusedOutput, LossSettings
 from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TeacherSignal, TopKSignal
 
 _Inputs = tuple[Tensor, Tensor, Tensor | None]
+Weigh = Callable[[FusedOutput], Tensor]
 
 __all__ = ["FusedOutput", "LossSettings", "fused_cross_entropy", "fused_divergence"]
 
@@ -38,6 +40,7 @@ def fused_divergence(
     *,
     ce_weights: Tensor | None = None,
     check_ids: bool = True,
+    weigh: Weigh | None = None,
 ) -> FusedOutput:
     """sum_n weights[n] D_n + ce_weights[n] CE_n over the target tokens, without building their logits.
 
@@ -55,6 +58,8 @@ def fused_divergence(
         ce_weights: [N] factors of the cross-entropy on the target, or None.
         check_ids: look whether all ids are in the vocabulary, for which the CPU waits for the device; False where
             that is known.
+        weigh: gives each token one factor more, [N], from what the pass says about it; no gradient goes through it.
+            A trained head costs a second look at the tokens for it, one that is frozen nothing.
 
     Returns:
         `FusedOutput`. N = 0 gives a loss of zero that still reaches every parameter in the backward pass.
@@ -64,18 +69,48 @@ def fused_divergence(
             temperature other than 1 with a top-k signal, teacher_top_k or shared_vocab with an aligned one.
     """
     inputs, gradients = wanted_gradients(student_hidden, student_head)
-    output = run_pass(
-        student_hidden,
-        student_head,
-        signal,
-        targets,
-        weights,
-        settings,
-        ce_weights=ce_weights,
-        check_ids=check_ids,
-        gradients=gradients,
-    )
-    return attached(output, inputs, gradients)
+
+    def run(weights: Tensor, ce_weights: Tensor | None, gradients: Gradients) -> FusedOutput:
+        return run_pass(
+            student_hidden,
+            student_head,
+            signal,
+            targets,
+            weights,
+            settings,
+            ce_weights=ce_weights,
+            check_ids=check_ids,
+            gradients=gradients,
+        )
+
+    return attached(weighed(run, weights, ce_weights, gradients, weigh), inputs, gradients)
+
+
+def weighed(
+    run: Callable[[Tensor, Tensor | None, Gradients], FusedOutput],
+    weights: Tensor,
+    ce_weights: Tensor | None,
+    gradients: Gradients,
+    weigh: Weigh | None,
+) -> FusedOutput:
+    """`run(weights, ce_weights, gradients)` with one factor more for each token, which is known when it has run.
+
+    A token has one row of the hidden states' gradient, which takes its factor afterwards. A head's gradient is a sum
+    over tokens: there the first run only looks.
+    """
+    if weigh is None:
+        return run(weights, ce_weights, gradients)
+    known = torch.zeros_like(weights) if ce_weights is None else ce_weights  # with it the tokens' likelihood is told
+    if gradients.weight is None and gradients.bias is None:
+        output = run(weights, known, gradients)
+        assert output.cross_entropy is not None
+        factors = weigh(output)
+        if gradients.hidden is not None:
+            gradients.hidden.mul_(factors[:, None])
+        terms = weights * output.divergence + known * output.cross_entropy
+        return replace(output, loss=(factors * terms).sum(), token_weights=factors)
+    factors = weigh(run(weights, known, Gradients(None, None, None)))
+    return replace(run(weights * factors, known * factors, gradients), token_weights=factors)
 
 
 def run_pass(

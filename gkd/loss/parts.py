@@ -1,4 +1,4 @@
-"""Several teachers in one micro-batch: the fused pass runs once for each signal, over the targets that it is about.
+"""Several teachers, or losses, in one micro-batch: the fused pass runs once for each, over its own targets.
 
 The parts are disjoint and share the student's head, the step's denominator and one place for the gradients, so that a
 trained head's stands once however many parts there are.
@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from gkd.loss.fused import attached, run_pass, wanted_gradients
+from gkd.loss.chunks import Gradients
+from gkd.loss.fused import Weigh, attached, run_pass, wanted_gradients, weighed
 from gkd.loss.settings import FusedOutput, LossSettings
 from gkd.loss.signals import IN_FULL, AlignedSignal, Head, TeacherSignal
 
@@ -60,6 +61,7 @@ def fused_by_part(
     *,
     ce_weights: Tensor | None = None,
     check_ids: bool = True,
+    weigh: Weigh | None = None,
 ) -> FusedOutput:
     """The sum of the parts' `fused_divergence`, each at its own targets; what is said of each target stands in the
     order of the targets.
@@ -67,7 +69,7 @@ def fused_by_part(
     Args:
         student_hidden: [N, Ds]. student_head: as in `fused_divergence`.
         split: the teachers'.
-        targets: [N] token ids. weights, ce_weights, check_ids: as in `fused_divergence`.
+        targets: [N] token ids. weights, ce_weights, check_ids, weigh: as in `fused_divergence`.
         settings: of the parts that have none of their own.
 
     Raises:
@@ -77,29 +79,50 @@ def fused_by_part(
     assert order.shape[0] == targets.shape[0], "the parts do not hold each target once"
     hidden = student_hidden.index_select(0, order)
     inputs, gradients = wanted_gradients(hidden, student_head)
-    outputs, start = [], 0
-    for part in split.parts:
-        at = slice(start, start + part.places.shape[0])
-        own, start = order[at], at.stop
-        with part.around():
-            output = run_pass(
-                hidden[at],
-                student_head,
-                part.signal,
-                targets.index_select(0, own),
-                weights.index_select(0, own) * part.weight,
-                part.settings or settings,
-                ce_weights=None if ce_weights is None else ce_weights.index_select(0, own),
-                check_ids=check_ids,
-                gradients=replace(gradients, hidden=None if gradients.hidden is None else gradients.hidden[at]),
-            )
-        outputs.append(output)
-    return attached(_together(outputs, order), inputs, gradients)
+    factor = torch.cat([torch.full_like(part.places, part.weight, dtype=weights.dtype) for part in split.parts])
+    factor = factor.to(weights.device)
+
+    def run(weights: Tensor, ce_weights: Tensor | None, gradients: Gradients) -> FusedOutput:
+        outputs, start = [], 0
+        for part in split.parts:
+            at = slice(start, start + part.places.shape[0])
+            start = at.stop
+            with part.around():
+                output = run_pass(
+                    hidden[at],
+                    student_head,
+                    part.signal,
+                    targets.index_select(0, order[at]),
+                    weights[at],
+                    part.settings or settings,
+                    ce_weights=None if ce_weights is None else ce_weights[at],
+                    check_ids=check_ids,
+                    gradients=replace(gradients, hidden=None if gradients.hidden is None else gradients.hidden[at]),
+                )
+            outputs.append(output)
+        return _together(outputs)
+
+    own_weights = weights.index_select(0, order) * factor
+    own_ce_weights = None if ce_weights is None else ce_weights.index_select(0, order)
+    in_place = None if weigh is None else lambda output: weigh(_ordered(output, order)).index_select(0, order)
+    output = weighed(run, own_weights, own_ce_weights, gradients, in_place)
+    return attached(_ordered(output, order), inputs, gradients)
 
 
-def _together(outputs: Sequence[FusedOutput], order: Tensor) -> FusedOutput:
-    """The parts' values in the order of the targets; NaN where a part does not tell what another one tells
-    (a kind: in full)."""
+def _ordered(output: FusedOutput, order: Tensor) -> FusedOutput:
+    """What stands in the order of the parts in that of the targets."""
+    values = {field.name: getattr(output, field.name) for field in fields(FusedOutput) if field.name != "loss"}
+    moved = {
+        name: torch.empty_like(order, dtype=value.dtype).index_copy_(0, order, value)
+        for name, value in values.items()
+        if value is not None
+    }
+    return replace(output, **moved)
+
+
+def _together(outputs: Sequence[FusedOutput]) -> FusedOutput:
+    """The parts' values one behind the other; NaN where a part does not tell what another one tells (a kind: in
+    full)."""
     values = {}
     for name in (field.name for field in fields(FusedOutput) if field.name != "loss"):
         found = [getattr(output, name) for output in outputs]
@@ -111,6 +134,6 @@ def _together(outputs: Sequence[FusedOutput], order: Tensor) -> FusedOutput:
                 else value
                 for value, output in zip(found, outputs, strict=True)
             ]
-            values[name] = torch.empty_like(order, dtype=known.dtype).index_copy_(0, order, torch.cat(rows))
+            values[name] = torch.cat(rows)
     loss = torch.stack([output.loss for output in outputs]).sum()
     return FusedOutput(loss=loss, **values)

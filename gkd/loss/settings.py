@@ -127,6 +127,9 @@ class FusedOutput:
         kinds: [N] int8, of an aligned signal: NOT_COMPARED, IN_FULL or IN_TEXT (`gkd.loss.signals`). There, every
             token of a group has the group's mean divergence and teacher_log_prob, and what is said of one place
             (teacher_entropy, agreement, both KLs) is 0 where the teacher does not stand.
+        token_weights: [N] the factor that each token has had of its own (`weigh`), or None.
+        top_k_overlap: [N] share of the most likely tokens that both have; NaN on targets that were not looked at. None
+            where it was not asked for.
     """
 
     loss: Tensor
@@ -140,3 +143,5 @@ class FusedOutput:
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     kinds: Tensor | None = None
+    token_weights: Tensor | None = None
+    top_k_overlap: Tensor | None = None

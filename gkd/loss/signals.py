@@ -49,6 +49,10 @@ class DenseSignal:
         """The same with two tokens in each other's place."""
         return replace(self, exchanged=(*self.exchanged, pair))
 
+    def at(self, places: Tensor) -> DenseSignal:
+        """The same of some of the targets: `places` [n], numbers of them."""
+        return replace(self, hidden=self.hidden.index_select(0, places.to(self.hidden.device)))
+
 
 @dataclass(frozen=True, eq=False)
 class TopKSignal:
@@ -65,6 +69,11 @@ class TopKSignal:
         first, second = pair
         ids = torch.where(self.ids == first, second, torch.where(self.ids == second, first, self.ids))
         return replace(self, ids=ids)
+
+    def at(self, places: Tensor) -> TopKSignal:
+        """The same of some of the targets: `places` [n], numbers of them."""
+        places = places.to(self.ids.device)
+        return TopKSignal(self.ids.index_select(0, places), self.log_probs.index_select(0, places))
 
 
 TeacherSignal = DenseSignal | TopKSignal
@@ -108,3 +117,24 @@ class AlignedSignal:
     def exchanging(self, pair: tuple[int, int]) -> AlignedSignal:
         """The same: its tokens that end a turn are a pair of common tokens already."""
         return self
+
+    def at(self, places: Tensor) -> AlignedSignal:
+        """The same of some of the student's targets: `places` [n], numbers of them in ascending order, each group's
+        all or none."""
+        places = places.to(self.group.device)
+        group = self.group.index_select(0, places)
+        kept, number = torch.unique(group[group >= 0], return_inverse=True)
+        own_group = group.clone()
+        own_group[group >= 0] = number
+        rows = torch.isin(self.teacher_group, kept).nonzero()[:, 0]
+        new_row = torch.full((self.teacher_group.shape[0] + 1,), -1)  # the last one is for "no row", -1
+        new_row[rows] = torch.arange(len(rows))
+        there = rows.to(self.targets.device)
+        return replace(
+            self,
+            teacher=self.teacher.at(rows),
+            targets=self.targets.index_select(0, there),
+            border=new_row[self.border.index_select(0, places)],
+            group=own_group,
+            teacher_group=torch.searchsorted(kept, self.teacher_group[rows]),
+        )

@@ -18,6 +18,8 @@ from gkd.data.teacher_rows import View
 from gkd.models.loading import load_tokenizer
 from gkd.recipe.settings import Settings
 from gkd.training.progress import ProgressBar
+from gkd.training.reward import Reward
+from gkd.training.token_weights import Own
 from gkd.training.trainer import GKDTrainer
 
 
@@ -86,12 +88,21 @@ def measuring_trainer(
         args = settings.training
         args.output_dir, args.push_to_hub, args.report_to, args.teacher_cache_dir = folder, False, [], "off"
         args.teacher_scores_dir, args.log_completions = None, False
+        args.reward_weight, args.reward_baseline = 0.0, "leave_one_out"  # nothing is trained
         rows = train.select(range(min(len(train), TRAIN_ROWS)))
         yield build_trainer(settings, {**data, "train": rows}, teacher_view)
 
 
-def build_trainer(settings: Settings, data: dict[str, Any], teacher_view: View | None = None) -> GKDTrainer:
-    """Tokenizer, models and trainer from the settings; `teacher_view` is the recipe's."""
+def build_trainer(
+    settings: Settings,
+    data: dict[str, Any],
+    teacher_view: View | None = None,
+    *,
+    reward: Reward | None = None,
+    token_weights: Own | None = None,
+) -> GKDTrainer:
+    """Tokenizer, models and trainer from the settings; the functions are the recipe's, and the reward is asked for
+    where it has a weight."""
     args, model = loading_arguments(settings), settings.model
     trainer = GKDTrainer(
         model=model.model_name_or_path,
@@ -101,6 +112,8 @@ def build_trainer(settings: Settings, data: dict[str, Any], teacher_view: View |
         processing_class=student_tokenizer(settings),
         peft_config=get_peft_config(model),
         teacher_view=teacher_view,
+        reward=reward if args.reward_weight else None,
+        token_weights=token_weights,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

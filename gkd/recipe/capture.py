@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gkd.data.teacher_rows import View
     from gkd.evaluation.task_score import CorpusScore, Score
     from gkd.recipe.settings import LoadData, Settings
+    from gkd.training.token_weights import Own
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -34,6 +35,7 @@ class Recipe:
     score: Score | None
     corpus_score: CorpusScore | None = None
     teacher_view: View | None = None
+    token_weights: Own | None = None
 
     def __post_init__(self) -> None:
         for name, example in _FUNCTIONS.items():
@@ -47,7 +49,7 @@ class Recipe:
 
 # How `run` calls what a recipe gives it.
 _FUNCTIONS = {"load_data": "(settings)", "score": "(completion, row)", "corpus_score": "(completions, rows)"}
-_FUNCTIONS |= {"teacher_view": "(row)"}
+_FUNCTIONS |= {"teacher_view": "(row)", "token_weights": "(view)"}
 
 
 class _Captured(BaseException):

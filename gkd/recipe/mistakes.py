@@ -44,7 +44,8 @@ def in_the_users_code(error: BaseException) -> str | None:
     if not frames or _is_ours(frames[-1].filename):
         return None
     last = frames[-1]
-    return f"{last.filename}, line {last.lineno}, `{last.line}`: {type(error).__name__}: {error}"
+    told = " ".join([str(error), *getattr(error, "__notes__", ())])
+    return f"{last.filename}, line {last.lineno}, `{last.line}`: {type(error).__name__}: {told}"
 
 
 def _is_ours(file: str) -> bool:

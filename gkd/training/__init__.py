@@ -33,11 +33,15 @@ position_profile: divergence along the position in the completion: sums by bucke
 progress: one tidy progress bar: step, loss, realised lambda, tokens per second, time left
 record: `Record`: what a checkpoint keeps of a training beside the Trainer's own files; `Ledger`: what was
     trained on
+reward: the reward term of GKD (arXiv 2306.13649, Eq. 5): loss = (1 - alpha) D - alpha E[r(y)], y written
+    by the student
 safe_pickles: DeepSpeed unpickles what a checkpoint's folder holds, and a pickle runs any program
 stop_request: `StopRequest`: a signal asks for a stop, and the training ends where nothing is lost
 stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that
     is wanted
 teacher_state: what a checkpoint keeps of a teacher that changes with the student
+token_weights: what each target counts in the loss beside its share of the step: a rule or a function of the
+    user's own, and the reward of its completion
 trainer: `GKDTrainer`: TRL's `SFTTrainer` with sequences from three sources and a teacher's distribution
     as the target
 trl_attributes: what scripts touch of `trl.experimental.gkd.GKDTrainer` beside its constructor: attributes

@@ -27,7 +27,10 @@ TOKEN_METRICS = (
     ("teacher/log_prob", "teacher_log_prob"),
     ("student/cross_entropy", "cross_entropy"),
     ("teacher/top_k_mass", "top_k_mass"),
+    ("student/token_weight", "token_weights"),
+    ("student/top_k_overlap", "top_k_overlap"),
 )
+_PARTLY = ("top_k_mass", "top_k_overlap")  # NaN where it is not known
 # Those that are also told for each of several teachers, as `teacher/<name>/<log name>`.
 TEACHER_METRICS = (("divergence", "divergence"), ("agreement", "agreement"))
 _MANY_SPANS = 2000  # of phases that wait for the next log
@@ -72,7 +75,7 @@ class Meter:
             values = getattr(output, attribute)
             if values is not None:  # stays on the device: no synchronisation per micro-batch
                 told = membership
-                if attribute == "top_k_mass":  # NaN for the targets of a teacher that tells about all tokens
+                if attribute in _PARTLY:
                     told, values = membership * ~values.isnan()[:, None], values.nan_to_num()
                 self._token_sums[i] = self._token_sums[i] + values.to(self._dtype) @ told
                 self._token_counts[i] = self._token_counts[i] + told.sum(dim=0)

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gkd.assembly.servers import score_together
+from gkd.config.by_source import overrides
 from gkd.data.sequences import PaddingCollator, TokenSequence, collate, unpad
 from gkd.data.targets import Targets, per_target, select_targets, target_weights, targets_of
 from gkd.data.teacher_view import teacher_view
+from gkd.loss.by_source import split_by_source
 from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
+from gkd.loss.overlap import top_k_overlap
 from gkd.loss.parts import SplitSignal, fused_by_part
 from gkd.loss.settings import FusedOutput
-from gkd.loss.signals import TeacherSignal
+from gkd.loss.signals import DenseSignal, TeacherSignal, TopKSignal
 from gkd.models.facts import head_size
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.hidden import instead_of_logits
 from gkd.models.precision import mixed_precision
 from gkd.models.zero import zero_stage
 from gkd.teachers.base import WINDOW
+from gkd.training.token_weights import Own, TokenWeights, with_reward
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +64,15 @@ class MicroBatches:
 
     Args:
         trainer: its student stands where it is trained; its teacher, log and settings may be set later.
+        token_weights: of the user's own, see `TokenWeights`.
 
     Raises:
         ValueError: the model does something to its logits that its head does not say.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, token_weights: Own | None = None) -> None:
         self._trainer, self._args, self._accelerator = trainer, trainer.args, trainer.accelerator
+        self._token_weights = TokenWeights(self._args, token_weights)
         student = self._accelerator.unwrap_model(trainer.model)
         self._head, self._module = head_of(student), output_layer(student)
         self._unchecked = zero_stage(self._accelerator) == 3
@@ -161,10 +168,11 @@ class MicroBatches:
     ) -> FusedOutput:
         """The fused divergence of the N targets, from the student's [B, T, D] hidden states."""
         trainer, args, settings = self._trainer, self._args, self._trainer.loss_settings
+        of_rows = _sources(inputs)
         weights, ce_weights = target_weights(
             inputs["labels"],
             targets,
-            _sources(inputs),
+            of_rows,
             num_items,
             reduction=args.loss_reduction,
             ce_weight=args.ce_weight,
@@ -178,12 +186,33 @@ class MicroBatches:
         if signal is None:
             assert ce_weights is not None
             return fused_cross_entropy(selected, self._head, targets.ids, ce_weights, settings, check_ids=check_ids)
+        training, sources = trainer.model.training, per_target(of_rows, targets)
+        if training and args.reward_weight:
+            weights, ce_weights = with_reward(
+                inputs, targets, weights, ce_weights, args.reward_weight, hidden=selected, head=self._head,
+                settings=settings,
+            )  # fmt: skip
         beside: dict[str, Any] = {"ce_weights": ce_weights, "check_ids": check_ids}
-        # The student's head is whole here, the teacher has let go of its own (ZeRO-3).
-        if isinstance(signal, SplitSignal):
-            return fused_by_part(selected, self._head, signal, targets.ids, weights, settings, **beside)
-        with trainer.teacher.head_here():
-            return fused_divergence(selected, self._head, signal, targets.ids, weights, settings, **beside)
+        if training:
+            beside["weigh"] = self._token_weights.of(inputs, targets, sources)
+        # The student's head is whole here, the teacher has let go of its own (ZeRO-3); parts gather theirs.
+        with nullcontext() if isinstance(signal, SplitSignal) else trainer.teacher.head_here():
+            overlap = self._overlap(selected, signal) if training else None
+            changed = overrides(args, trainer.beta) if training else None
+            split = signal if changed is None else split_by_source(signal, sources, settings, changed)
+            if isinstance(split, SplitSignal):
+                found = fused_by_part(selected, self._head, split, targets.ids, weights, settings, **beside)
+            else:
+                found = fused_divergence(selected, self._head, split, targets.ids, weights, settings, **beside)
+        return found if overlap is None else replace(found, top_k_overlap=overlap)
+
+    def _overlap(self, hidden: Tensor, signal: TeacherSignal | SplitSignal) -> Tensor | None:
+        """[N] of the [N, D] hidden states at the targets; None where it is not to be logged."""
+        k = self._args.log_top_k_overlap
+        if k is None:
+            return None
+        assert isinstance(signal, DenseSignal | TopKSignal), "one teacher, with the student's tokens"
+        return top_k_overlap(hidden, self._head, signal, self._trainer.loss_settings, k)
 
     def with_aux_loss(self, loss: Tensor, outputs: Any, of_window: bool) -> Tensor:
         """The loss with a mixture of experts' load balancing added, where the model gives one.

@@ -42,6 +42,7 @@ class Record:
         tokens: of all sequences of all windows, prompts included.
         nonfinite_steps: skipped, for a loss or gradient that was not finite.
         empty_steps: left out, for want of a target.
+        reward_mean: running mean of the reward; None before the first.
     """
 
     profile: PositionProfile
@@ -49,6 +50,7 @@ class Record:
     tokens: int = 0
     nonfinite_steps: int = 0
     empty_steps: int = 0
+    reward_mean: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -58,6 +60,7 @@ class Record:
             "positions": self.profile.as_dict(),
             "nonfinite_steps": self.nonfinite_steps,
             "empty_steps": self.empty_steps,
+            "reward_mean": self.reward_mean,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -68,3 +71,4 @@ class Record:
         self.tokens = state["num_tokens"]
         self.nonfinite_steps = state.get("nonfinite_steps", 0)
         self.empty_steps = state.get("empty_steps", 0)
+        self.reward_mean = state.get("reward_mean")

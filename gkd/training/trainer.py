@@ -32,7 +32,7 @@ from gkd.assembly.servers import rollout_check
 from gkd.common.ranks import sum_over_ranks
 from gkd.common.redact import redact_process_arguments
 from gkd.config.fields import GKDConfig
-from gkd.data.sequences import PaddingCollator, TokenSequence, cut
+from gkd.data.sequences import PaddingCollator, TokenSequence, cut, without_first
 from gkd.data.sources import SOURCES
 from gkd.data.tokenizer import template_already_taken
 from gkd.models.placement import place_student
@@ -51,7 +51,9 @@ from gkd.training.micro_batches import MicroBatches
 from gkd.training.optimizer_settings import OptimizerSettings
 from gkd.training.position_profile import PositionProfile
 from gkd.training.record import Ledger, Record
+from gkd.training.reward import Reward, RewardTerm, check_reward
 from gkd.training.stream import WindowStream
+from gkd.training.token_weights import Own
 from gkd.training.trl_attributes import TRLAttributes
 from gkd.training.window import count, measure
 
@@ -79,6 +81,9 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         quantization_config: a `BitsAndBytesConfig` with which to load a student that is given by name.
         teacher_view: row -> the row whose prompt the teacher reads in its place (of any known format, with the columns
             that the row has in the data set); the student sees nothing of it.
+        reward: (completion, row) -> a number, higher is better, for `args.reward_weight`.
+        token_weights: what is known of a micro-batch's targets -> a weight [N] for each, in place of a rule by name
+            (`gkd.loss.token_weights.TokenView`).
 
     Raises:
         ValueError: a combination that cannot be honoured; the message names the field, the values and the remedy.
@@ -106,6 +111,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         teacher_processing_class: Any = None,
         quantization_config: Any = None,
         teacher_view: Callable[[dict[str, Any]], Any] | None = None,
+        reward: Reward | None = None,
+        token_weights: Own | None = None,
     ) -> None:
         given = Given(
             student=model,
@@ -120,6 +127,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         )
         ready = training_materials(args, given, quantization_config)
         args = ready.args
+        check_reward(args, reward, train_dataset)
         use_cache = student_setup.use_cache_of(ready.config)
         self.encoding = ready.encoding
         args.remove_unused_columns = False  # the collator needs prompt_length and row
@@ -150,17 +158,18 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             check_not_quantized(teacher, "teacher" if name is None else f"teacher {name!r}", self.accelerator)
         self.loss_is_scaled_for_ga = True  # the loss is divided by the targets of the whole window, over all ranks
         self.model_accepts_loss_kwargs = True
-        self._set_up_models(ready, teacher_processing_class)
+        self._set_up_models(ready, teacher_processing_class, token_weights)
         self._set_up_helpers(formatting_func)
+        self.reward = None if reward is None else RewardTerm(self, reward, train_dataset)
 
     # ---------------------------------------------------------------------------------------------- set-up
 
-    def _set_up_models(self, ready: Materials, teacher_tokenizer: Any) -> None:
+    def _set_up_models(self, ready: Materials, teacher_tokenizer: Any, token_weights: Own | None) -> None:
         args, accelerator = self.args, self.accelerator
         student = accelerator.unwrap_model(self.model)
         student_setup.align_pad_token(student, ready.tokenizer)
         place_student(keep_layout(student), accelerator)
-        self.micro_batches = MicroBatches(self)
+        self.micro_batches = MicroBatches(self, token_weights)
         if args.disable_dropout:
             disable_dropout(self.model)
         parts = assemble(ready, accelerator, LoadedStudent(student, lambda: self.model_wrapped), teacher_tokenizer)
@@ -278,6 +287,10 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         with self.training_log.meters["train"].phase("rollout"):
             sequences = self.stream.write(window, sources)
             self.stream.ask_ahead(epoch_iterator)
+            if self.args.skip_first_tokens:
+                sequences = [without_first(sequence, self.args.skip_first_tokens) for sequence in sequences]
+            if self.reward is not None:
+                self.reward.weigh(sequences)
         measure(sequences, self.hygiene, self.training_log.meters["train"])
         number = self._count(sequences)
         micro_batches = cut(sequences + window.fillers, window.sizes)

@@ -96,6 +96,7 @@ class Case:
             reads other prompts then: "live", or its average, "ema".
         resume: stop after this many steps, build everything anew and go on from the checkpoint.
         views: the teacher reads prompts of its own (tests/support/views.py).
+        rewarded: completions have a reward: the share of small letters.
         refused: the words of the ValueError that must come instead of a training.
     """
 
@@ -111,6 +112,7 @@ class Case:
     shares: str = ""
     resume: int | None = None
     views: bool = False
+    rewarded: bool = False
     refused: str | None = None
 
     def alone(self) -> Case:
@@ -119,7 +121,7 @@ class Case:
         args = {**self.args, "per_device_train_batch_size": RANKS * batch}
         for name in ("deepspeed", "teacher_placement"):
             args.pop(name, None)
-        same = {name: getattr(self, name) for name in ("student", "lora", "one_row", "shares", "views")}
+        same = {name: getattr(self, name) for name in ("student", "lora", "one_row", "shares", "views", "rewarded")}
         return Case(self.name, args, **same)
 
 
@@ -225,6 +227,7 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
         eval_dataset=Dataset.from_list(tiny_rows(7, seed=9)) if evaluates else None,
         processing_class=tiny_tokenizer(),
         peft_config=lora if case.lora else None,
+        reward=_share_of_small_letters if case.rewarded else None,
     )
     trainer.remove_callback(PrinterCallback)
     if case.engine:  # the launch is what it is meant to be: two processes that know of each other
@@ -232,6 +235,10 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
     if case.disturb:
         _disturb(rank)
     return trainer, _remember_windows()
+
+
+def _share_of_small_letters(completion: str, row: dict[str, Any]) -> float:
+    return sum(letter.islower() for letter in completion) / max(1, len(completion))
 
 
 def _disturb(rank: int) -> None:

@@ -43,6 +43,12 @@ CASES = [
     Case("uneven", {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 4}, engine="ddp"),
     Case("uneven_resumed", {"per_device_train_batch_size": 5}, engine="ddp", resume=1),
     Case("views", VIEWS, engine="ddp", lora=False, views=True),
+    Case(
+        "rewarded",
+        {"reward_weight": 0.3, "divergence_student": "reverse_kl", "skip_first_tokens": 1, "lmbda": 0.75},
+        engine="ddp",
+        rewarded=True,
+    ),
     Case("resumed", {"max_steps": 6, "gradient_checkpointing": True}, engine="ddp", resume=3),
 ]
 REFUSED = [
