@@ -194,7 +194,9 @@ def _add_sweep(commands: Any) -> None:
         ),
         example='gkd sweep recipes/gkd_glass.py --grid "lmbda=0,0.5,1" --seeds 5',
     )
-    sweep.add_argument("--grid", metavar="FIELD=A,B", action="append", required=True, help="a field; may come again")
+    sweep.add_argument("--grid", metavar="FIELD=A,B", action="append", default=[], help="a field; may come again")
+    arm = "fields that go together, under a name; may come again"
+    sweep.add_argument("--arm", metavar="NAME: FIELD=A FIELD=B", action="append", default=[], help=arm)
     sweep.add_argument("--seeds", metavar="N", type=int, default=3, help="seeds of each cell (default 3)")
     sweep.add_argument("--at", metavar="WHAT", default="steps", help="compare at equal steps, seconds, or both")
     sweep.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (default 1)")
@@ -242,7 +244,7 @@ def _precompute(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
-    from gkd.commands.sweep.grid import parse_axes
+    from gkd.commands.sweep.grid import parse_arms, parse_axes
     from gkd.commands.sweep.plan import Order
     from gkd.commands.sweep.sweep import sweep
 
@@ -257,6 +259,7 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
         jobs=arguments.jobs,
         launch=arguments.launch,
         folder=arguments.output_dir or Path("outputs", f"{recipe.stem}-sweep"),
+        arms=parse_arms(arguments.arm),
     )
     return sweep(order, Console())
 

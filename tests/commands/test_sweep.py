@@ -16,7 +16,7 @@ from user import flags, user_folder
 from gkd.cli import main
 from gkd.commands.sweep.budget import common_budget, curve_of, value_at
 from gkd.commands.sweep.comparison import compare
-from gkd.commands.sweep.grid import Axis, cells_of, flags_of, parse_axes, split_values
+from gkd.commands.sweep.grid import Arm, Axis, cells_of, flags_of, parse_arms, parse_axes, split_values
 from gkd.commands.sweep.plan import launch_words
 from gkd.commands.sweep.report import estimate
 from gkd.commands.sweep.statistics import Stat, mean_of, paired
@@ -100,6 +100,17 @@ def test_axes_and_cells():
     hard = cells_of([Axis("model_name_or_path", ("/a/b", "_a_b", "é" * 300))])
     assert len({cell.folder for cell in hard}) == 3
     assert all("/" not in cell.folder and len(os.fsencode(cell.folder)) < 200 for cell in hard)
+
+
+def test_arms_are_cells_of_several_fields():
+    arms = parse_arms(["SFT: lmbda=0 --ce-weight=1.0", "own text: lmbda=1 generation_kwargs='{\"min_p\": 0.1}'"])
+    assert arms[0] == Arm("SFT", (("lmbda", "0"), ("ce_weight", "1.0")))
+    assert dict(arms[1].values)["generation_kwargs"] == '{"min_p": 0.1}'
+    cells = cells_of(parse_axes(["beta=0,1"], "--grid"), arms)
+    assert [cell.name for cell in cells] == [f"{arm.name}, beta={beta}" for arm in arms for beta in "01"]
+    assert cells[2].all_values == (*arms[1].values, ("beta", "0"))
+    assert len({cell.folder for cell in cells}) == 4
+    assert [cell.name for cell in cells_of([], arms)] == ["SFT", "own text"]
 
 
 def test_statistics_by_hand():
@@ -191,6 +202,16 @@ def test_the_best_of_what_was_tuned():
         (["--grid", "lmbda=0,1", "--lmbda", "1"], "--lmbda is in the grid and among the flags"),
         (["--grid", "lmbda=0,1", "--tune", "lmbda=1"], "--tune: lmbda is in the grid, too"),
         (["--grid", "lmbda=0,1", "--tune", "learning_rate=x"], "lmbda=0, learning_rate=x: --learning_rate 'x'"),
+        (["--arm", "lmbda=0"], "--arm 'lmbda=0' should be a name and its fields"),
+        (["--arm", "a: lmbda"], "'lmbda' should be a field and its value"),
+        (["--arm", "a: lmbda='0"], "No closing quotation"),
+        (["--arm", "a: lmbda=0 lmbda=1"], "lmbda comes twice"),
+        (["--arm", "a: lmbda=0", "--arm", "a: lmbda=1"], "the name 'a' comes twice"),
+        (["--arm", "a: seed=0"], "--arm: seed is set by the sweep"),
+        (["--arm", "a: lmbda=0", "--grid", "lmbda=0,1"], "--grid: lmbda is in the arm 'a', too"),
+        (["--arm", "a: lmbda=0", "--lmbda", "1"], "--lmbda is in the arm 'a' and among the flags"),
+        (["--arm", "a: lmda=0"], "there is no field '--lmda'"),
+        ([], "name what to compare"),
         (["--grid", "lmbda=0,1", "--seeds", "0"], "--seeds 0 should be 1 or more"),
         (["--grid", "lmbda=0,1", "--at", "hours"], "--at 'hours' should be steps or seconds"),
         (["--grid", "lmbda=0,1", "--at", "seconds", "--eval_strategy", "no"], "needs evaluations along the run"),
@@ -274,6 +295,18 @@ def test_a_value_is_tuned_for_each_cell_on_a_seed_of_its_own(quick, runs_quickly
     assert runs[:2] == [(42, "2e-4")] * 2
     assert sorted(runs[2:]) == sorted([(41, "1e-4"), (41, "2e-4"), (41, "4e-4")] * 2)
     assert "| lmbda=1 | learning_rate=2e-4, of 3 tried, by perplexity |" in Path("out/report.md").read_text()
+
+
+def test_arms_with_different_fields_are_one_table(quick, runs_quickly):
+    command = ["sweep", str(quick), "--arm", "low: lmbda=0", "--arm", "high: lmbda=1 learning_rate=3e-4"]
+    assert main([*command, "--seeds", "2", "--output_dir", "out"]) == 0
+    found = results(Path("out"))
+    assert found["cells"] == ["low", "high"]
+    assert "--arm 'high: lmbda=1 learning_rate=3e-4'" in found["command"]
+    assert [line["value"]["mean"] for line in found["comparisons"][0]["lines"]] == pytest.approx([1.0, 3.05])
+    table = load_dataset("parquet", data_files="out/results.parquet", split="train", cache_dir="cache").to_pandas()
+    assert set(table[table["cell"] == "high"]["learning_rate"]) == {"3e-4"}
+    assert table[table["cell"] == "low"]["learning_rate"].isna().all()
 
 
 def test_a_launcher_stands_in_front_of_the_recipe():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.commands.sweep.budget import AXES
-from gkd.commands.sweep.grid import OWN_FIELDS, Axis, Cell, cells_of, flags_of
+from gkd.commands.sweep.grid import OWN_FIELDS, Arm, Axis, Cell, cells_of, flags_of
 from gkd.commands.sweep.tuning import tuning_seed
 from gkd.common.disk import write_whole
 from gkd.common.redact import redact_command, redact_words
@@ -39,30 +39,39 @@ class Order:
     jobs: int
     launch: str | None
     folder: Path
+    arms: list[Arm] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.axes:
-            raise ValueError('--grid names no field: for example --grid "lmbda=0,0.5,1"')
+        if not self.axes and not self.arms:
+            raise ValueError('name what to compare: for example --grid "lmbda=0,0.5,1"')
         for name, value in (("--seeds", self.seeds), ("--jobs", self.jobs)):
             if value < 1:
                 raise ValueError(f"{name} {value} should be 1 or more")
         for name in self.at:
             if name not in AXES:
                 raise ValueError(f"--at {name!r} should be {' or '.join(AXES)}, or both with a comma between")
-        swept = [axis.field for axis in self.axes]
+        swept = {name: f"the arm {arm.name!r}" for arm in self.arms for name, _ in arm.values}
+        for axis in self.axes:
+            if axis.field in swept:
+                raise ValueError(f"--grid: {axis.field} is in {swept[axis.field]}, too: leave one of them out")
+        swept |= {axis.field: "the grid" for axis in self.axes}
         for axis in self.tune:
             if axis.field in swept:
-                raise ValueError(f"--tune: {axis.field} is in the grid, too: leave one of them out")
+                raise ValueError(f"--tune: {axis.field} is in {swept[axis.field]}, too: leave one of them out")
         for name in flag_values(self.flags):
             if name in OWN_FIELDS:
                 raise ValueError(f"--{name} is set by the sweep ({OWN_FIELDS[name]}): leave it out")
-            if name in [*swept, *(axis.field for axis in self.tune)]:
-                raise ValueError(f"--{name} is in the grid and among the flags: leave one of them out")
+            where = swept | {axis.field: "--tune" for axis in self.tune}
+            if name in where:
+                raise ValueError(f"--{name} is in {where[name]} and among the flags: leave one of them out")
 
     @property
     def command(self) -> str:
         """The command that does the same again."""
         words = ["gkd", "sweep", str(self.recipe)]
+        for arm in self.arms:
+            values = " ".join(f"{name}={shlex.quote(value)}" for name, value in arm.values)
+            words += ["--arm", f"{arm.name}: {values}"]
         for option, axes in (("--grid", self.axes), ("--tune", self.tune)):
             words += [word for axis in axes for word in (option, f"{axis.field}={','.join(axis.values)}")]
         words += ["--seeds", str(self.seeds), "--at", ",".join(self.at), "--jobs", str(self.jobs)]
@@ -77,6 +86,7 @@ class Order:
             "recipe's content": hashlib.sha256(self.recipe.read_bytes()).hexdigest(),
             "flags": redact_words(self.flags),
             "grid": {axis.field: list(axis.values) for axis in self.axes},
+            **({"arms": {arm.name: dict(arm.values) for arm in self.arms}} if self.arms else {}),
             "tune": {axis.field: list(axis.values) for axis in self.tune},
             "launch": self.launch,
             "way to compare": "seconds" in self.at,
@@ -123,7 +133,7 @@ class Plan:
     def command(self, run: Run) -> list[str]:
         """As a user would start the run."""
         words = launch_words(self.order.launch)
-        words += [str(self.order.recipe), *self.order.flags, *flags_of(run.cell.values), *flags_of(run.extra)]
+        words += [str(self.order.recipe), *self.order.flags, *flags_of(run.cell.all_values), *flags_of(run.extra)]
         words += ["--seed", str(run.seed), "--output_dir", str(run.output)]
         if run.cell.index in self.shares_text:
             words += ["--teacher_cache_dir", str(self.order.folder / "teacher_sequences")]
@@ -168,7 +178,7 @@ def make_plan(order: Order) -> Plan:
         ValueError: a config that is refused, said with its cell; or nothing would be measured.
     """
     launch_words(order.launch)
-    cells = cells_of(order.axes)
+    cells = cells_of(order.axes, order.arms)
     first: Settings | None = None
     shares = set()
     for cell in cells:
@@ -190,7 +200,7 @@ def _settings(order: Order, cell: Cell, tuned: Sequence[tuple[str, str]]) -> Set
     told = logging.root.manager.disable
     logging.disable(logging.INFO)  # what a recipe sets aside stands in each run's own log
     try:
-        return capture(order.recipe, [*order.flags, *flags_of(cell.values), *flags_of(tuned)]).settings
+        return capture(order.recipe, [*order.flags, *flags_of(cell.all_values), *flags_of(tuned)]).settings
     except ValueError as error:
         if not order.recipe.is_file():
             raise

@@ -50,12 +50,14 @@ class Swept:
 
 def write(folder: Path, swept: Swept) -> None:
     """All files, each whole or not there."""
-    rows = [row for outcome in [*swept.outcomes, *swept.tuning] for row in numbers(outcome)]
+    runs = [*swept.outcomes, *swept.tuning]
+    fields = dict.fromkeys(name for run in runs for name in run["values"])  # arms need not have the same ones
+    rows = [fields | row for run in runs for row in numbers(run)]
     about = {name: value for name, value in vars(swept).items() if name not in ("comparisons", "outcomes", "tuning")}
     content = {
         **about,
         "comparisons": [one.as_dict() for one in swept.comparisons],
-        "runs": [*swept.outcomes, *swept.tuning],
+        "runs": runs,
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / "results.json", text.encode(), "the results", _REMEDY)

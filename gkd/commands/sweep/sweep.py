@@ -101,7 +101,7 @@ class Sweep:
             return None
         outcome = {
             "cell": run.cell.name,
-            "values": dict(run.cell.values),
+            "values": dict(run.cell.all_values),
             "seed": run.seed,
             "tuning": run.tuning,
             "tuned": dict(run.extra),
