@@ -91,16 +91,16 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
     rooms = {who: position_limit(model.config) for who, model in models.items() if getattr(model, "config", None)}
     known = {who: (room, binds) for who, (room, binds) in rooms.items() if room is not None}
     generates = args.student_writes or args.teacher_writes
-    bounds_rollouts = args.max_length is None or args.max_prompt_length or args.max_length > args.max_new_tokens
+    bounds_rollouts = args.max_length is None or args.max_prompt_length or args.max_length > args.most_new_tokens
     if generates and not bounds_rollouts:
         logger.warning(
             "max_length=%d is no more than max_new_tokens=%d, so it bounds prompts and the data's rows alone: with "
             "its rollout, a sequence may have %d tokens; for less set max_prompt_length or lower max_new_tokens",
             args.max_length,
-            args.max_new_tokens,
-            args.max_length - 1 + args.max_new_tokens,
+            args.most_new_tokens,
+            args.max_length - 1 + args.most_new_tokens,
         )
-    with_rollout = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
+    with_rollout = None if args.prompt_limit is None else args.prompt_limit + args.most_new_tokens
     allowed = [with_rollout if generates else 0, args.max_length if args.reads_answers else 0]
     smallest = min((room for room, _ in known.values()), default=None)
     if smallest is None or all(size is not None and size <= smallest for size in allowed):
@@ -111,10 +111,10 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
         known.pop("teacher", None)  # see `check_views`
     prompt, row = _longest(rows, "student")
     for who, (room, binds) in known.items():
-        if generates and prompt + args.max_new_tokens > room:
+        if generates and prompt + args.most_new_tokens > room:
             text = (
-                f"max_new_tokens={args.max_new_tokens}: with the longest prompt, of {prompt} tokens, that makes "
-                f"{prompt + args.max_new_tokens}, and the {who} has {room} positions (max_position_embeddings)"
+                f"max_new_tokens={args.most_new_tokens}: with the longest prompt, of {prompt} tokens, that makes "
+                f"{prompt + args.most_new_tokens}, and the {who} has {room} positions (max_position_embeddings)"
             )
             _raise_or_warn(text, "lower max_new_tokens or max_prompt_length, or take a model for longer texts", binds)
         if args.reads_answers and row > room:
@@ -140,7 +140,7 @@ def check_views(
     needed = 0
     if train is not None and _has_views(train):
         prompt, row = _longest(train, "teacher")
-        written = prompt + args.max_new_tokens if args.student_writes or args.teacher_writes else 0
+        written = prompt + args.most_new_tokens if args.student_writes or args.teacher_writes else 0
         needed = max(written, row if args.reads_answers else 0)
     needed = max([needed, *(_longest(rows, "teacher")[1] for rows in evaluation if _has_views(rows))])
     if needed == 0:

@@ -235,7 +235,7 @@ def _rewriting(order: SideOrder, ids: SharedIds, teacher_tokenizer: PreTrainedTo
         text_of=text_of if teacher_tokenizer is None else text_by(teacher_tokenizer),
         stop_ids=ids.stop["teacher"],
         end_id=end_of_answers(ready.tokenizer, ids.stop["student"]),
-        most=ready.args.max_new_tokens,
+        most=ready.args.most_new_tokens,
     )
 
 

@@ -63,7 +63,7 @@ def rows_at_a_time(args: GKDConfig, config: Any, device: torch.device) -> int:
     if args.rollout_batch_size is not None:
         return args.rollout_batch_size
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
+    tokens = args.max_length or (args.prompt_limit or 1024) + args.most_new_tokens
     layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
     row_bytes = 2 * layers * key_width(config) * tokens * (2 if args.bf16 or args.fp16 else 4)
     batch = args.per_device_train_batch_size

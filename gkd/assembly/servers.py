@@ -30,7 +30,7 @@ def connect(
     Raises:
         ValueError: a server is out of reach, has another tokenizer, or takes sequences that are too short.
     """
-    longest = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
+    longest = None if args.prompt_limit is None else args.prompt_limit + args.most_new_tokens
     lengths = [length for length in (longest, args.max_length) if length is not None]
     needed = {"student": longest, "teacher": max(lengths) + 1 if lengths else None}
     fields = {"teacher": "teacher_server_url"}

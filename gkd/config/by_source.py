@@ -7,6 +7,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from gkd.config.schedules import of_a_schedule
 from gkd.data.sources import SOURCES
 from gkd.loss import DIVERGENCES, Divergence, make_divergence
 
@@ -43,6 +44,8 @@ def own_divergence(config: GKDConfig, source: str, beta: float) -> Divergence | 
     values = {"beta": beta if own_beta is None else own_beta} | {n: getattr(config, n) for n in _PARAMETERS[1:]}
     taken = tuple((parameter, values[parameter]) for parameter in _PARAMETERS if parameter in _takes(chosen))
     try:
+        if isinstance(config.beta, str) and own_beta is None and "beta" in _takes(chosen):
+            return of_a_schedule(lambda: _made(chosen, taken))
         return _made(chosen, taken)  # one object for equal values: what is compiled for it is kept
     except ValueError as error:
         text = str(error)

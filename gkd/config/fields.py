@@ -18,6 +18,7 @@ from gkd.common.redact import redact_settings, redact_value, without_secrets
 from gkd.config.by_source import check_by_source, common_divergence, overrides
 from gkd.config.completions import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config.field_types import check_types
+from gkd.config.schedules import check_schedules, read_schedules, schedule_of
 from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config.settings import check_settings, loss_settings
 from gkd.config.several import check_entries, check_several, config_of, entry_of, stands_on_base, weight_of
@@ -53,12 +54,21 @@ class GKDConfig(SFTConfig):
     ]
 
     # --- names and defaults of trl.experimental.gkd ---
-    temperature: float = _field(0.9, "Sampling temperature of rollouts; 0 is greedy. Does not touch the loss.")
-    lmbda: float = _field(0.5, "Share of the sequences whose completion the student writes, 0 to 1.")
-    beta: float = _field(
-        0.5, "JSD interpolation: 0 = KL(teacher||student), 1 = KL(student||teacher). Only for divergence='jsd'."
+    temperature: float | str = _field(
+        0.9,
+        "Sampling temperature of rollouts; 0 is greedy. Does not touch the loss. Or a schedule (docs/steering.md).",
     )
-    max_new_tokens: int = _field(128, "Most tokens of a rollout, the stop token included.")
+    lmbda: float | str = _field(
+        0.5, "Share of the sequences whose completion the student writes, 0 to 1; or a schedule (docs/steering.md)."
+    )
+    beta: float | str = _field(
+        0.5,
+        "JSD interpolation: 0 = KL(teacher||student), 1 = KL(student||teacher). Only for divergence='jsd'. Or a "
+        "schedule (docs/steering.md).",
+    )
+    max_new_tokens: int | str = _field(
+        128, "Most tokens of a rollout, the stop token included; or a schedule (docs/steering.md)."
+    )
     teacher_model_name_or_path: str | None = _field(None, "Teacher to load when no teacher_model is passed.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = _field(
         None, "Keyword arguments for loading the teacher by name, as a dict or JSON (dtype as string or torch.dtype)."
@@ -279,6 +289,7 @@ class GKDConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_types(self, own=vars(GKDConfig)["__annotations__"])
+        read_schedules(self)
         self._choose_for_cpu()
         if getattr(self, "data_seed", None) is None:
             # Otherwise the order of the rows comes from torch's global stream, and ranks whose streams differ (say,
@@ -288,12 +299,13 @@ class GKDConfig(SFTConfig):
         super().__post_init__()
         check_entries(self)
         check_counts(self)
-        self.make_divergence()
         check_settings(self)
         check_values(self)
         check_options(self)
-        for changed in ({}, *(overrides(self, self.beta) or ())):
-            loss_settings(self, changed=changed)
+        check_schedules(self)
+        for beta in schedule_of("beta", self.beta).values:
+            for changed in ({}, *(overrides(self, beta) or ())):
+                loss_settings(self, changed=changed)
         check_servers(self)
         check_logging(self)
         check_teacher(self)
@@ -309,9 +321,10 @@ class GKDConfig(SFTConfig):
             given: bool | None = getattr(self, "bf16", None)
             self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" if given is None else given
 
-    def make_divergence(self) -> Divergence:
-        """The divergence that the fields name; ValueError for an unknown name, a parameter out of range or unused."""
-        return common_divergence(self, self.beta)
+    def make_divergence(self, beta: float | None = None) -> Divergence:
+        """The divergence that the fields name, with another beta where it is given, else that of the last step;
+        ValueError for an unknown name, a parameter out of range or unused."""
+        return common_divergence(self, schedule_of("beta", self.beta).values[-1] if beta is None else beta)
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, for loggers; secrets are hidden in nested dictionaries and addresses, too."""
@@ -408,18 +421,28 @@ class GKDConfig(SFTConfig):
 
     @property
     def student_writes(self) -> bool:
-        """Whether the student writes completions to train on."""
-        return self.lmbda > 0
+        """Whether the student writes completions to train on, in any step."""
+        return max(self.shares) > 0
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of `lmbda`: no step's is outside of them."""
+        return schedule_of("lmbda", self.lmbda).values
+
+    @property
+    def most_new_tokens(self) -> int:
+        """`max_new_tokens`, of the step that has most."""
+        return int(max(schedule_of("max_new_tokens", self.max_new_tokens).values))
 
     @property
     def teacher_writes(self) -> bool:
-        """Whether the teacher writes completions to train on: those that the student leaves."""
-        return self.seq_kd and self.lmbda < 1
+        """Whether the teacher writes completions to train on, in any step: those that the student leaves."""
+        return self.seq_kd and min(self.shares) < 1
 
     @property
     def reads_answers(self) -> bool:
-        """Whether answers of the data are trained on."""
-        return not self.seq_kd and self.lmbda < 1
+        """Whether answers of the data are trained on, in any step."""
+        return not self.seq_kd and min(self.shares) < 1
 
     @property
     def trains_on_nll_alone(self) -> bool:
@@ -444,7 +467,7 @@ class GKDConfig(SFTConfig):
         """Most tokens of a prompt: `max_prompt_length`, else what `max_length` leaves for it."""
         if self.max_prompt_length is not None or self.max_length is None:
             return self.max_prompt_length
-        generated = self.max_new_tokens if self.student_writes or self.teacher_writes else 1
+        generated = self.most_new_tokens if self.student_writes or self.teacher_writes else 1
         if generated >= self.max_length:  # a bound for rows of the data, then: rollouts go beyond it
             generated = 1
         if self.max_length < 2:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gkd.config.schedules import schedule_of
 from gkd.data.encoded import Answers, Limits
 from gkd.data.sources import Mixture
 from gkd.loss.settings import LossSettings
@@ -25,7 +26,14 @@ def check_settings(args: GKDConfig) -> None:
     Raises:
         ValueError: naming the field, the value and the remedy.
     """
-    Mixture(args.lmbda, args.seq_kd, args.mixing)
+    for share in args.shares:
+        Mixture(share, args.seq_kd, args.mixing)
+    for beta in schedule_of("beta", args.beta).values:
+        args.make_divergence(beta)
+    for name in ("max_new_tokens", "temperature"):
+        for value in schedule_of(name, getattr(args, name)).values:
+            one: dict[str, Any] = {"max_new_tokens": 1, name: value}
+            SamplingSettings(**one)
     Limits(args.max_length, args.max_prompt_length, args.overlong_prompt, args.overlong_row)
     Answers(args.assistant_turns, args.unanswered_rows)
     hygiene(args, {})
@@ -39,7 +47,7 @@ def sampling_settings(
     """How the rollouts of a source are sampled, complete.
 
     `foreign_ids` are rows of this model's head beyond the other model's embeddings: they are never sampled, since the
-    other model could not read them.
+    other model could not read them. Where a field follows a schedule, it is the most tokens, and the last temperature.
     """
     assert not isinstance(args.generation_kwargs, str)  # TrainingArguments has parsed it
     extra = dict(args.generation_kwargs or {})
@@ -47,8 +55,8 @@ def sampling_settings(
         extra["suppress_tokens"] = sorted({*extra.get("suppress_tokens", ()), *foreign_ids})
     own = args.teacher_temperature if source == "teacher" else None
     return SamplingSettings(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature if own is None else own,
+        max_new_tokens=args.most_new_tokens,
+        temperature=schedule_of("temperature", args.temperature).values[-1] if own is None else own,
         top_p=args.top_p,
         top_k=args.top_k,
         min_p=args.min_p,
@@ -66,7 +74,7 @@ def hygiene(
     """Which completions are counted as unsound, and which of them are trained on."""
     return Hygiene(
         stop_ids=stop_ids,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.most_new_tokens,
         repetition_threshold=args.repetition_threshold,
         train_truncated=not args.mask_truncated_completions,
         train_repetitive=not args.drop_repetitive_completions,

@@ -14,6 +14,7 @@ import yaml
 from trl import TrlParser
 
 from gkd.config.field_types import fit, kinds, wanted
+from gkd.config.schedules import SCHEDULED
 
 # Programs that run a notebook's cells: their arguments are the kernel's (`-f connection.json`), not the user's.
 _KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
@@ -54,6 +55,8 @@ class Parser(TrlParser):
         super().__init__(dataclass_types, **options)
         self.kinds = kinds(*dataclass_types)
         for action in self._actions:
+            if action.dest in SCHEDULED:  # a number or a schedule: the config tells
+                action.type = str
             if action.dest == "report_to":  # several loggers, as `report_to: [wandb, tensorboard]` in YAML
                 action.nargs = "+"
 

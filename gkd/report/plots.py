@@ -82,6 +82,13 @@ POSITION_LINES = tuple(Line(line.key.removeprefix("loss/"), line.label, line.rol
 POSITION_NOTE = "pale: first third of the training, full: last third"
 POSITION_MINIMUM = 8  # targets in a bucket of positions, below which its mean says little
 NATS = "nats"  # the unit whose axis does not begin at 0: the gap of two entropies is what is looked at
+SHARE_OF_STUDENT_LINES = (
+    Line("lmbda", "lmbda", "total"),
+    Line("lmbda_realised", "of the sequences", "student"),
+)
+CAP_LINES = (Line("max_new_tokens", "max_new_tokens", "total"),)
+TEMPERATURE_LINES = (Line("temperature", "temperature", "total"),)
+BETA_LINES = (Line("beta", "beta", "total"),)
 AGREEMENT_LINES = (Line("student/agreement", "top-1 agreement", "student"),)
 
 
@@ -116,6 +123,18 @@ def plot_entropy(history: History) -> Figure | None:
         history,
         (ENTROPY_LINES, "Entropy of the next token", NATS, False),
         (AGREEMENT_LINES, "Student and teacher rank the same token first", "share of targets", True),
+    )
+
+
+def plot_schedules(history: History) -> Figure | None:
+    """The fields that follow a schedule; None where none does."""
+    follows = any("lmbda" in entry for entry in history)  # else the realised share has nothing beside it
+    return _panels(
+        history,
+        (SHARE_OF_STUDENT_LINES if follows else (), "Share of the student's sequences", "share of sequences", True),
+        (CAP_LINES, "Most tokens of a rollout", "tokens", False),
+        (TEMPERATURE_LINES, "Sampling temperature of the rollouts", "temperature", False),
+        (BETA_LINES, "Interpolation of the JSD", "beta", False),
     )
 
 
@@ -208,6 +227,7 @@ def write_plots(
         ),
         ("lengths.png", "Lengths of the completions and how they end", lambda: plot_lengths(history)),
         ("entropy.png", "Entropies and agreement of student and teacher", lambda: plot_entropy(history)),
+        ("schedules.png", "Fields that follow a schedule", lambda: plot_schedules(history)),
         ("teachers.png", "Each teacher on its own rows", lambda: plot_teachers(history)),
         ("evaluation.png", "Before and after, with standard errors", lambda: plot_evaluation(comparison or {})),
     ]

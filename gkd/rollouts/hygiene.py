@@ -43,6 +43,7 @@ class Hygiene:
         train_repetitive: whether repetitive rollouts are trained on. Data rows always are.
         end_map: the token that ends a turn for the student, and the one that does for the teacher, where they are
             not the same: what the teacher has written is trained on with the student's.
+        student_tokens: the cap of the student's rollouts, where it is another (a schedule's); None is the same.
         rewriting: of a teacher with other tokens, what puts its completions into the student's.
 
     Raises:
@@ -56,6 +57,7 @@ class Hygiene:
     train_repetitive: bool = True
     end_map: tuple[int, int] | None = None
     rewriting: Rewriting | None = None
+    student_tokens: int | None = None
 
     def __post_init__(self) -> None:
         whole("max_new_tokens", self.max_new_tokens, 1)
@@ -76,7 +78,9 @@ class Hygiene:
         if source == "teacher" and self.end_map is not None:
             stops = (*stops, self.end_map[0])
         ended = bool(completion) and completion[-1] in stops
-        cut = not ended if foreign else source != "data" and is_truncated(completion, stops, self.max_new_tokens)
+        own = self.student_tokens if source == "student" else None
+        cap = self.max_new_tokens if own is None else own
+        cut = not ended if foreign else source != "data" and is_truncated(completion, stops, cap)
         return self._verdict(completion, ended=ended, truncated=cut)
 
     def _verdict(self, completion: list[int], *, ended: bool, truncated: bool) -> Verdict:

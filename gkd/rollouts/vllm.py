@@ -177,7 +177,8 @@ class VLLMRollout(Rollout):
             room = self.served.max_model_len
             limit = f"the server's max_model_len={room}"
             self._check_prompts(prompts, step, rows, room, limit=limit, remedy=_TOO_LONG)
-            calls = [self._call(model, prompt, step, row) for prompt, row in zip(prompts, rows, strict=True)]
+            asked = self.settings  # of this step: they may be others before all is answered
+            calls = [self._call(model, p, step, row, asked) for p, row in zip(prompts, rows, strict=True)]
         except (ServerError, ValueError) as error:
             failure = error
         stop = threading.Event()
@@ -188,17 +189,20 @@ class VLLMRollout(Rollout):
 
     # ------------------------------------------------------------------------------------------------ a request
 
-    def _call(self, model: str, prompt: list[int], step: int, row: int) -> Callable[[threading.Event], Completion]:
+    def _call(
+        self, model: str, prompt: list[int], step: int, row: int, settings: SamplingSettings
+    ) -> Callable[[threading.Event], Completion]:
         def call(stop: threading.Event) -> Completion:
-            payload = self._payload(model, prompt, step, row)
+            payload = self._payload(model, prompt, step, row, settings)
             if self._asks_log_probs:
                 payload["logprobs"] = 0  # of the sampled tokens, and of no others
-            return self._checked(self._post(payload, row, stop, self._asks_log_probs), row)
+            return self._checked(self._post(payload, row, stop, self._asks_log_probs), row, settings)
 
         return call
 
-    def _payload(self, model: str, prompt: list[int], step: int, row: int) -> dict[str, Any]:
-        settings = self.settings
+    def _payload(
+        self, model: str, prompt: list[int], step: int, row: int, settings: SamplingSettings
+    ) -> dict[str, Any]:
         return {
             "model": model,
             "prompt": prompt,
@@ -242,13 +246,13 @@ class VLLMRollout(Rollout):
         except ServerError as error:
             raise ServerError(f"{self.client.field}: for row {row} the server gives {error}") from error
 
-    def _checked(self, completion: Completion, row: int) -> Completion:
+    def _checked(self, completion: Completion, row: int, settings: SamplingSettings) -> Completion:
         """The completion, after a look at what must hold for its ids.
 
         Raises:
             ServerError: it does not.
         """
-        ids, settings = completion.ids, self.settings
+        ids = completion.ids
         wrong = None
         if not 1 <= len(ids) <= settings.max_new_tokens:
             wrong = f"{len(ids)} tokens, where max_new_tokens={settings.max_new_tokens}"
@@ -272,7 +276,7 @@ class VLLMRollout(Rollout):
             for row, prompt in enumerate(prompts):
                 ids = torch.tensor([prompt], device=student.device)
                 ours = student(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
-                payload = self._payload(model, prompt, 0, row)
+                payload = self._payload(model, prompt, 0, row, self.settings)
                 payload |= {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "repetition_penalty": 1.0}
                 payload |= {"min_tokens": 0, "logit_bias": {}}
                 answer = self._post(payload, row, log_probs=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd.loss.integrand import Divergence
 from gkd.loss.parts import SplitSignal
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import TeacherSignal
@@ -71,6 +72,9 @@ class Teacher(ABC):
     def settings_of_each(self) -> Sequence[LossSettings | None]:
         """The loss's settings for each of them; None where they are those for all."""
         return [None] * len(self.each())
+
+    def compare_by(self, divergence: Divergence) -> None:  # noqa: B027
+        """The divergence changes: of the loss's settings that a teacher has for itself, too."""
 
     def models(self) -> list[Callable[[], Any]]:
         """What gives the model of each of them, for those that write."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gkd.data.targets import IGNORE, target_mask, targets_of
+from gkd.loss.integrand import Divergence
 from gkd.loss.parts import SignalPart, SplitSignal
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, TeacherSignal
@@ -112,6 +113,12 @@ class RoutedTeacher(Teacher):
 
     def each(self) -> Sequence[Teacher]:
         return self.teachers
+
+    def compare_by(self, divergence: Divergence) -> None:
+        self.compared = [
+            how if how.settings is None else replace(how, settings=replace(how.settings, divergence=divergence))
+            for how in self.compared
+        ]
 
     def settings_of_each(self) -> Sequence[LossSettings | None]:
         return [how.settings for how in self.compared]

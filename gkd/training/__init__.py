@@ -36,6 +36,7 @@ record: `Record`: what a checkpoint keeps of a training beside the Trainer's own
 reward: the reward term of GKD (arXiv 2306.13649, Eq. 5): loss = (1 - alpha) D - alpha E[r(y)], y written
     by the student
 safe_pickles: DeepSpeed unpickles what a checkpoint's folder holds, and a pickle runs any program
+scheduled: `Scheduled`: the fields that follow a schedule, as each step has them
 stop_request: `StopRequest`: a signal asks for a stop, and the training ends where nothing is lost
 stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that
     is wanted

@@ -61,7 +61,7 @@ class CompletionLog(TrainerCallback):
 
     Args:
         tokenizer: decodes.
-        hygiene: tells how a completion ends.
+        hygiene: gives what tells how a completion ends.
         callbacks: the trainer's callbacks, among which the loggers are looked for when there is something to show.
         every: show every so many steps; None = with every training log.
         number: rows on the console; the loggers get all rows of this process.
@@ -70,7 +70,7 @@ class CompletionLog(TrainerCallback):
     def __init__(
         self,
         tokenizer: Any,
-        hygiene: Hygiene,
+        hygiene: Callable[[], Hygiene],
         callbacks: Callable[[], Sequence[Any]],
         every: int | None = None,
         number: int = 4,
@@ -125,7 +125,7 @@ class CompletionLog(TrainerCallback):
             completion = sequence.input_ids[sequence.prompt_length :]
             if not completion:  # a filler, where a rank has fewer rows than places
                 continue
-            verdict = self._hygiene.judge(completion, sequence.source)
+            verdict = self._hygiene().judge(completion, sequence.source)
             names = {"cut off": verdict.truncated, "empty": verdict.empty, "repetitive": verdict.repetitive}
             found = [name for name, is_so in names.items() if is_so]
             found = found or ["ended" if verdict.ended else "no stop token"]
@@ -142,7 +142,7 @@ class CompletionLog(TrainerCallback):
 
 
 def completion_log(
-    args: Any, tokenizer: Any, hygiene: Hygiene, callbacks: Callable[[], Sequence[Any]]
+    args: Any, tokenizer: Any, hygiene: Callable[[], Hygiene], callbacks: Callable[[], Sequence[Any]]
 ) -> CompletionLog | None:
     """As the settings want it; None where nothing is to be shown."""
     if not args.log_completions:

@@ -108,7 +108,7 @@ class TrainingLog:
         if share > TRUNCATION_WARNING and not self._warned_of_truncation:
             self._warned_of_truncation = True
             logger.warning(
-                "%.0f %% of the rollouts were cut off at max_new_tokens=%d without a stop token: raise it, leave cut "
+                "%.0f %% of the rollouts were cut off at max_new_tokens=%s without a stop token: raise it, leave cut "
                 "rollouts out of the loss (mask_truncated_completions=True), or warm the student up on data (lmbda=0) "
                 "or on the teacher's text (seq_kd=True) until it has learnt to stop",
                 100 * share,

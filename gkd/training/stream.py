@@ -82,7 +82,8 @@ class WindowStream:
         opened = self._open(*self._looked_at[1:], step=step)
         if opened is not None and "student" in opened[1]:
             _, prompts, numbers = prompts_of(*opened, "student")
-            rollout.generate_ahead(prompts, step, numbers)
+            with self._trainer.scheduled.sampling_of(step):
+                rollout.generate_ahead(prompts, step, numbers)
 
     def compare_rollouts(self) -> None:
         """Behind each micro-batch, before its backward pass: after the step's last one the ranks compare."""
@@ -109,7 +110,9 @@ class WindowStream:
         args, accelerator = self._args, self._accelerator
         last = self._rows_of_last_round(len(batches[-1])) if ended else None
         window = open_window(batches, accelerator.process_index, accelerator.num_processes, last)
-        sources = choose_sources(args.seed, step, window.total, args.lmbda, args.seq_kd, args.mixing)
+        sources = choose_sources(
+            args.seed, step, window.total, self._trainer.scheduled.lmbda(step), args.seq_kd, args.mixing
+        )
         return window, sources
 
     def _rows_of_last_round(self, size: int) -> int | None:

@@ -52,6 +52,7 @@ from gkd.training.optimizer_settings import OptimizerSettings
 from gkd.training.position_profile import PositionProfile
 from gkd.training.record import Ledger, Record
 from gkd.training.reward import Reward, RewardTerm, check_reward
+from gkd.training.scheduled import Scheduled
 from gkd.training.stream import WindowStream
 from gkd.training.token_weights import Own
 from gkd.training.trl_attributes import TRLAttributes
@@ -192,9 +193,12 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         args, accelerator = self.args, self.accelerator
         self.record = Record(PositionProfile(accelerator.device))
         self.guard = FaultGuard(accelerator, self.record, args.max_nonfinite_steps)
+        self.scheduled = Scheduled(self)
         self.late_rows = LateRows(self, formatting_func)
         self.stream = WindowStream(self)
-        shown = completion_log(args, self.processing_class, self.hygiene, lambda: self.callback_handler.callbacks)
+        shown = completion_log(
+            args, self.processing_class, lambda: self.hygiene, lambda: self.callback_handler.callbacks
+        )
         self.training_log = TrainingLog(args, accelerator, self.record, self.guard, shown)
         self.eval_loss = EvalLoss(args, accelerator, lambda: self.training_log.flush("eval"))
         self.optimizer_settings = OptimizerSettings(self)
@@ -234,7 +238,11 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             DiskFullError: a checkpoint could not be saved.
             ServerError: a server failed for too long; a checkpoint was saved.
         """
-        with self.checkpoints.around(resume_from_checkpoint, trial) as checkpoint, self.stream.around():
+        with (
+            self.checkpoints.around(resume_from_checkpoint, trial) as checkpoint,
+            self.stream.around(),
+            self.scheduled.around(),
+        ):
             output = super().train(checkpoint, trial, *args, **kw)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -283,6 +291,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             return [], None
         self.checkpoints.begin_window()
         self._take_generation_config()
+        self.scheduled.begin()
         window, sources = opened
         with self.training_log.meters["train"].phase("rollout"):
             sequences = self.stream.write(window, sources)
@@ -360,6 +369,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `transformers.Trainer`, with our metrics."""
+        if "loss" in logs and self.model.training:
+            logs.update(self.scheduled.logged())
         self.training_log.add_to(logs, self.model.training)
         if self.checkpoints.is_training and "train_runtime" not in logs:
             evaluated = any(name.startswith("eval_") for name in logs)  # a name of its own: both may be of one step
@@ -380,7 +391,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Data source only, nothing generated, the same normalisation as in training, no random stream moved."""
-        with self.eval_loss.measured():
+        with self.eval_loss.measured(), self.scheduled.measured():
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self.eval_loss.metrics(metric_key_prefix))
         return output

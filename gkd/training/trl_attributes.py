@@ -38,6 +38,7 @@ class TRLAttributes:
     hygiene: Any
     loss_settings: Any
     rollout_check: Any
+    scheduled: Any
     _pad_id: int
     _generation_config: GenerationConfig | None = None
     _generation_taken: dict[str, Any] | None = None
@@ -85,8 +86,8 @@ class TRLAttributes:
 
     @property
     def lmbda(self) -> float:
-        """As `args.lmbda`; setting it changes the share from the next step on."""
-        return float(self.args.lmbda)
+        """As `args.lmbda`, of the present step; setting it changes the share from the next step on."""
+        return self.scheduled.now("lmbda")
 
     @lmbda.setter
     def lmbda(self, value: float) -> None:
@@ -108,27 +109,27 @@ class TRLAttributes:
 
     @property
     def beta(self) -> float:
-        """As `args.beta`; setting it changes the divergence from the next micro-batch on."""
-        return float(self.args.beta)
+        """As `args.beta`, of the present step; setting it changes the divergence from the next micro-batch on."""
+        return self.scheduled.now("beta")
 
     @beta.setter
     def beta(self, value: float) -> None:
         kept, self.args.beta = self.args.beta, value
         try:
-            divergence = self.args.make_divergence()
-            self.loss_settings = replace(self.loss_settings, divergence=divergence)
+            self.scheduled.compare_by(self.args.make_divergence())
         except ValueError:
             self.args.beta = kept
             raise
 
     @property
     def temperature(self) -> float:
-        """Of the student's sampling, as `args.temperature`; see `generation_config`."""
-        return float(self.args.temperature)
+        """Of the student's sampling in the present step, as `args.temperature`; see `generation_config`."""
+        return self.scheduled.now("temperature")
 
     @temperature.setter
     def temperature(self, value: float) -> None:
         self._take(replace(self._sampling, temperature=value))
+        self.args.temperature = value
         self._generation_config = None
 
     # ---------------------------------------------------------------------------------------------- sampling
@@ -208,14 +209,31 @@ class TRLAttributes:
 
     def _take(self, settings: SamplingSettings) -> None:
         self._change("generation_config", settings)
-        self.rollouts["student"].settings = settings
+        before, self.rollouts["student"].settings = self._sampling, settings
+        for name in ("temperature", "max_new_tokens"):  # one that follows a schedule and is not changed goes on
+            if getattr(settings, name) != getattr(before, name):
+                setattr(self.args, name, getattr(settings, name))
         self.stop_ids["student"] = settings.stop_ids
         self.hygiene = replace(
-            self.hygiene, max_new_tokens=settings.max_new_tokens, stop_ids={**self.hygiene.stop_ids, **self.stop_ids}
+            self.hygiene,
+            max_new_tokens=self.args.most_new_tokens,
+            student_tokens=settings.max_new_tokens,
+            stop_ids={**self.hygiene.stop_ids, **self.stop_ids},
         )
         if self.rollout_check is not None:
             self.rollout_check.settings = settings
-        self.args.temperature, self.args.max_new_tokens = settings.temperature, settings.max_new_tokens
+
+    def _follow(self, settings: SamplingSettings) -> None:
+        """The student's sampling of a step, where a field follows a schedule."""
+        self.rollouts["student"].settings = settings
+        self.hygiene = replace(self.hygiene, student_tokens=settings.max_new_tokens)
+        if self.rollout_check is not None:
+            self.rollout_check.settings = settings
+        if self._generation_config is not None:
+            self._generation_config.max_new_tokens = settings.max_new_tokens
+            self._generation_config.temperature = settings.temperature
+            self._generation_config.do_sample = not settings.greedy
+            self._generation_taken = self._generation_config.to_dict()
 
     def _change(self, name: str, value: object) -> None:
         """Refuse a change where something was made by the value before."""

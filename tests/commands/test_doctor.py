@@ -17,7 +17,7 @@ from vllm_server.fake import FakeServer
 
 import gkd.commands.doctor.examine
 from gkd.cli import main
-from gkd.commands.doctor.cost import timed_steps
+from gkd.commands.doctor.cost import examine_schedules, timed_steps
 from gkd.commands.doctor.examine import examine
 from gkd.commands.doctor.view import Diagnosis, Reader, show, view
 from gkd.commands.evaluate import evaluate_recipe
@@ -373,6 +373,25 @@ def test_the_steps_that_are_counted_are_those_of_a_run(folder, tmp_path, capsys)
     assert ": 8 steps of" in check.message  # 15 rows: 8 micro-batches, 3 steps an epoch
     assert "one timed step of 4 rows, times 1.5" in check.message
     assert check.level == "ok"
+
+
+def test_schedules_are_told_and_stand_still_while_steps_are_timed(tmp_path):
+    from training import config
+
+    args = config(tmp_path, lmbda="0@0 1@2", max_new_tokens="4@0 16@50% 8@100%", temperature="1@0 0.5@9", max_steps=5)
+    own, schedule = timed_steps(args, 16)
+    assert (own.lmbda, own.max_new_tokens, own.temperature) == (pytest.approx((0 + 0.5 + 3) / 5), 16, 0.5)
+    assert (args.lmbda, args.max_new_tokens) == ("0@0 1@2", "4@0 16@50% 8@100%")
+    out = Diagnosis()
+    examine_schedules(out, args, schedule.steps)
+    message = the(out, "Schedules").message
+    assert message.startswith(
+        "lmbda 0 at first, 1 halfway, 1 at last, 0.7 on average; max_new_tokens 4 at first, 16 half"
+    )
+    assert message.endswith("over 5 steps")
+    still = Diagnosis()
+    examine_schedules(still, config(tmp_path), 5)
+    assert not still.checks
 
 
 def test_the_time_is_that_of_the_second_step(folder, monkeypatch):

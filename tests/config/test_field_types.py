@@ -33,7 +33,7 @@ def test_a_whole_number_is_a_number(tmp_path):
         ({"seq_kd": 1}, r"seq_kd=1: it should be true or false"),
         ({"lmbda": True}, r"lmbda=True: it should be a number"),
         ({"temperature": None}, r"temperature is empty: it should be a number"),
-        ({"temperature": "1"}, r"temperature='1': it should be a number"),
+        ({"loss_temperature": "1"}, r"loss_temperature='1': it should be a number"),
         ({"temperature": math.nan}, r"temperature=nan is out of range"),
         ({"max_new_tokens": 8.0}, r"max_new_tokens=8.0: it should be a whole number"),
         ({"teacher_top_k": "4"}, r"teacher_top_k='4': it should be a whole number or none"),
@@ -82,7 +82,7 @@ def test_yaml_as_people_write_it(tmp_path):
 def test_flags_of_another_kind_are_refused():
     for flag, wanted in (
         ("teacher_top_k", "a whole number or none"),
-        ("lmbda", "a number"),
+        ("ce_weight", "a number"),
         ("lr_scheduler_type", ""),
     ):
         with pytest.raises(ValueError, match=f"^--{flag}.*abc.*{wanted}"):

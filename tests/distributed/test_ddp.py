@@ -42,6 +42,12 @@ CASES = [
     Case("with_vision", {"max_steps": 3, "gradient_checkpointing": True}, engine="ddp", lora=False, student="vision"),
     Case("uneven", {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 4}, engine="ddp"),
     Case("uneven_resumed", {"per_device_train_batch_size": 5}, engine="ddp", resume=1),
+    Case(
+        "scheduled",
+        {"lmbda": "0@0 1@4", "max_new_tokens": "3@0 8@4", "temperature": "1@0 0.5@4", "beta": "0.1@0 0.9@4 cosine"},
+        engine="ddp",
+        resume=2,
+    ),
     Case("views", VIEWS, engine="ddp", lora=False, views=True),
     Case(
         "rewarded",

@@ -23,6 +23,10 @@ SCENES = {
         "lmbda": 0.5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "rows": 17,
     },
     "end of an epoch": {"lmbda": 0.5, "rows": 20},
+    "schedules": {
+        "lmbda": "0@0 1@8", "max_new_tokens": "2@0% 7@100%", "temperature": "1.5@0 0.5@9 cosine",
+        "beta": "0.1@0 0.9@9", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "rows": 17,
+    },
     "teacher's sequences from the cache": {"lmbda": 0.3, "seq_kd": True, "rows": 12},
     "teacher's sequences anew": {"lmbda": 0.3, "seq_kd": True, "teacher_cache_dir": "off", "rows": 12},
     "a teacher with prompts of its own": {"lmbda": 0.4, "seq_kd": True, "views": True},

@@ -71,8 +71,8 @@ def test_values_that_are_no_texts_are_brought_to_their_types():
 
 
 def test_a_text_that_is_no_value_is_told_in_one_line():
-    with pytest.raises(ValueError, match=r"^--lmbda 'a\\nb': it should be a number$"):
-        parser_of().parse_args_and_config(["--output_dir", "x", "--lmbda", "a\nb"])
+    with pytest.raises(ValueError, match=r"^--ce_weight 'a\\nb': it should be a number$"):
+        parser_of().parse_args_and_config(["--output_dir", "x", "--ce_weight", "a\nb"])
 
 
 @pytest.mark.parametrize(

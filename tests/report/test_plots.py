@@ -17,6 +17,7 @@ from gkd.report.plots import (
     plot_lengths,
     plot_loss,
     plot_positions,
+    plot_schedules,
     running_mean,
     series,
     write_plots,
@@ -136,6 +137,17 @@ def test_a_panel_without_data_is_left_out():
     only = [{"step": 1, "rollout/ended": 0.5}]
     (axes,) = plot_lengths(only).axes
     assert "ended with a stop token" in lines_by_label(axes)
+
+
+def test_fields_that_follow_a_schedule_are_drawn_and_no_others():
+    lines = [{"step": n, "lmbda": n / 4, "lmbda_realised": n / 4, "max_new_tokens": 8.0 * n} for n in range(1, 5)]
+    figure = plot_schedules(lines)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Share of the student's sequences",
+        "Most tokens of a rollout",
+    ]
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.25, 0.5, 0.75, 1.0]] * 2
+    assert plot_schedules([{"step": 1, "lmbda_realised": 0.5}]) is None
 
 
 def test_a_writers_colour_means_that_writer_in_every_picture():

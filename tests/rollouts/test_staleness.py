@@ -122,6 +122,22 @@ def test_a_training_samples_one_step_behind(server, tmp_path, windows):
     assert stale != windows
 
 
+def test_what_is_asked_for_ahead_is_sampled_as_its_own_step_says(server, tmp_path, windows):
+    texts = {"lmbda": "0.25@0 0.75@5", "max_new_tokens": "3@0 8@5", "temperature": "1@0 0.5@5"}
+    trainer = stale_trainer(tmp_path, server, **texts)
+    trainer.train()
+    asked = [
+        b for path, b in server.seen if path == "/v1/completions" and b.get("logprobs") == 0 and b["max_tokens"] > 1
+    ]
+    shares = [sum(source == "student" for _, source, _ in window) for window in windows]
+    by_step = iter(asked)
+    for step, share in enumerate(shares):
+        assert abs(share - len(windows[step]) * (0.25 + 0.1 * step)) < 1
+        for body in [next(by_step) for _ in range(share)]:
+            assert (body["max_tokens"], body["temperature"]) == (3 + step, pytest.approx(1 - 0.1 * step))
+    assert next(by_step, None) is None
+
+
 def test_the_server_writes_while_the_step_is_trained(server, tmp_path):
     """Its answer for the second step waits until the first one is finished: were it waited for first, it would never
     come."""

@@ -112,8 +112,12 @@ def test_completions_that_are_not_trained_on_are_shown_as_such(tmp_path, monkeyp
     assert all(row.divergence is None and row.end.endswith("not trained on") for row in cut)
 
 
+def hygiene(cap):
+    return lambda: Hygiene({"student": (258,), "teacher": (258,)}, cap)
+
+
 def test_only_the_main_process_shows(capsys):
-    log = CompletionLog(tiny_tokenizer(), Hygiene({"student": (258,), "teacher": (258,)}, 8), list, number=2)
+    log = CompletionLog(tiny_tokenizer(), hygiene(8), list, number=2)
 
     class State:
         global_step = 1
@@ -134,7 +138,7 @@ def test_only_the_main_process_shows(capsys):
 
 def test_secrets_in_rows_do_not_reach_console_or_loggers():
     tokenizer = tiny_tokenizer()
-    log = CompletionLog(tokenizer, Hygiene({"student": (258,), "teacher": (258,)}, 99), list)
+    log = CompletionLog(tokenizer, hygiene(99), list)
     log.open(
         [
             [
@@ -153,7 +157,7 @@ def test_secrets_in_rows_do_not_reach_console_or_loggers():
 
 
 def test_how_a_completion_ends():
-    log = CompletionLog(tiny_tokenizer(), Hygiene({"student": (258,), "teacher": (258,)}, 3), list)
+    log = CompletionLog(tiny_tokenizer(), hygiene(3), list)
     rows = [
         join([1], [2, 258], "student", 0),
         join([1], [2, 3, 4], "student", 1, truncated=True, train=False),

@@ -24,6 +24,7 @@ from gkd.commands.plan.memory import GIB, Estimate, estimate, smallest_change
 from gkd.commands.plan.plan import setup_of
 from gkd.common.text import rough_duration
 from gkd.config.fields import GKDConfig
+from gkd.config.schedules import in_words, schedule_of
 from gkd.recipe.capture import Recipe
 from gkd.training.metrics import PHASES
 from gkd.training.trainer import GKDTrainer
@@ -98,8 +99,30 @@ def timed_steps(args: GKDConfig, rows: int) -> tuple[GKDConfig, Schedule]:
     args.load_best_model_at_end, args.eval_on_start = False, False
     args.logging_strategy, args.logging_steps = IntervalStrategy.STEPS, 1
     args.mixing = "sample"  # the same share of rollouts in every step
+    _hold_still(args, steps)
     args.resume_from_checkpoint, args.disable_tqdm = None, True
     return args, Schedule(steps, accumulation, timed)
+
+
+def _hold_still(args: GKDConfig, steps: int) -> None:
+    """In place of a schedule one number: of lmbda the run's mean, of max_new_tokens the most, else the last."""
+    mean = sum(schedule_of("lmbda", args.lmbda).at(step, steps) for step in range(steps)) / steps
+    args.lmbda = mean if isinstance(args.lmbda, str) else args.lmbda
+    args.max_new_tokens = args.most_new_tokens
+    args.temperature = schedule_of("temperature", args.temperature).values[-1]
+    args.beta = schedule_of("beta", args.beta).values[-1]
+
+
+def examine_schedules(out: Diagnosis, args: GKDConfig, steps: int) -> None:
+    """What the fields that follow a schedule are at first, halfway and at last."""
+    shown = []
+    for name, text in in_words(args).items():
+        schedule = schedule_of(name, text)
+        first, half, last = (schedule.at(step, steps) for step in (0, steps // 2, steps - 1))
+        mean = sum(schedule.at(step, steps) for step in range(steps)) / steps
+        shown.append(f"{name} {first:.3g} at first, {half:.3g} halfway, {last:.3g} at last, {mean:.3g} on average")
+    if shown:
+        out.add("Schedules", "ok", f"{'; '.join(shown)}; over {steps:,} steps")
 
 
 def spread(prepared: Dataset, number: int) -> list[int]:

@@ -21,7 +21,7 @@ from gkd.assembly.evaluator import Questions, make_evaluator, texts_in_ids
 from gkd.assembly.models import resolve_tokenizer
 from gkd.assembly.reading import reading_of_teachers
 from gkd.assembly.rollouts import encoding_options
-from gkd.commands.doctor.cost import STEPS, examine_memory, examine_time, spread, timed_steps
+from gkd.commands.doctor.cost import STEPS, examine_memory, examine_schedules, examine_time, spread, timed_steps
 from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.template import examine_template
 from gkd.commands.doctor.view import Diagnosis
@@ -229,6 +229,7 @@ def _chat_templates(
 def _models(out: Diagnosis, recipe: Recipe, data: dict[str, Any], prepared: Dataset) -> None:
     """Load both models as a run does, let them answer, and make two steps."""
     args, schedule = timed_steps(recipe.settings.training, len(prepared))
+    examine_schedules(out, recipe.settings.training, schedule.steps)
     number = max(ROWS_MEASURED, STEPS * schedule.timed * args.per_device_train_batch_size)
     usable = data["train"].select(spread(prepared, number))
     out.doing("loading both models")
@@ -293,7 +294,7 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
             rows = data["train"].select(spread(prepared, ROLLOUTS))
             examine_template(out, trainer, evaluator.teacher, rows, evaluator.conditions)
     for measures in found:
-        _rollouts(out, measures, trainer.args.max_new_tokens, trainer.args.repetition_threshold)
+        _rollouts(out, measures, trainer.args.most_new_tokens, trainer.args.repetition_threshold)
 
 
 def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> Evaluator:

@@ -111,7 +111,7 @@ def _setup_of_one(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> 
     own = args.teacher_model_init_kwargs or {}
     weight_bytes = _BYTES.get(str(settings.model.dtype), 2)
     writes = {"student": args.student_writes, "teacher": args.teacher_writes}
-    tokens = args.max_length or (args.prompt_limit or 1024) + args.max_new_tokens
+    tokens = args.max_length or (args.prompt_limit or 1024) + args.most_new_tokens
     return Setup(
         student=student,
         teacher=shape_of(teacher_config),
@@ -125,7 +125,7 @@ def _setup_of_one(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> 
         fold=args.fold_adapter,
         batch=args.per_device_train_batch_size,
         tokens=tokens,
-        targets=args.per_device_train_batch_size * (tokens if args.reads_answers else args.max_new_tokens),
+        targets=args.per_device_train_batch_size * (tokens if args.reads_answers else args.most_new_tokens),
         accumulates=args.gradient_accumulation_steps > 1,
         rollout_batch=args.rollout_batch_size or 1,
         generates=tuple(who for who in writes if writes[who]) if args.rollout_backend == "hf" else (),

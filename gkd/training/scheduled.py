@@ -1,0 +1,113 @@
+"""`Scheduled`: the fields that follow a schedule, as each step has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from gkd.config.schedules import SCHEDULED, of_a_schedule, schedule_of
+from gkd.loss.integrand import Divergence
+from gkd.rollouts.base import SamplingSettings
+
+
+class Scheduled:
+    """Puts a step's values where they work: into the share of the student, its sampling and the divergence.
+
+    A value is a function of the field, the step and the number of steps. Outside of a training, and in an evaluation,
+    the last one holds (of `max_new_tokens` the largest), so that what is measured there can be compared.
+
+    Args:
+        trainer: its state tells the step; its rollouts, its hygiene and its loss take the values.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._args = trainer, trainer.args
+
+    def now(self, name: str) -> float:
+        """The value of a field in the present step."""
+        return self._at(name, self._trainer.state.global_step)
+
+    def lmbda(self, step: int) -> float:
+        """The share of the student's rows in a step."""
+        return self._at("lmbda", step)
+
+    def begin(self) -> None:
+        """A step begins: its sampling and its divergence."""
+        step = self._trainer.state.global_step
+        if self._samples():
+            self._trainer._follow(self._sampling(step))
+        if self._follows("beta"):
+            self.compare_by(self._divergence(step))
+
+    def logged(self) -> dict[str, float]:
+        """The values of the step that was made last."""
+        step = max(self._trainer.state.global_step - 1, 0)
+        return {name: float(self._at(name, step)) for name in SCHEDULED if self._follows(name)}
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """A training happens inside."""
+        rollout = self._trainer.rollouts["student"]
+        before = rollout.settings
+        try:
+            yield
+        finally:
+            if self._samples():
+                tokens, temperature = before.max_new_tokens, before.temperature
+                self._trainer._follow(replace(rollout.settings, max_new_tokens=tokens, temperature=temperature))
+            if self._follows("beta"):
+                self.compare_by(self._divergence(None))
+
+    @contextmanager
+    def sampling_of(self, step: int) -> Iterator[None]:
+        """Inside, the student's completions of another step are asked for."""
+        rollout = self._trainer.rollouts["student"]
+        before = rollout.settings
+        if self._samples():
+            rollout.settings = self._sampling(step)
+        try:
+            yield
+        finally:
+            rollout.settings = before
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """An evaluation happens inside: by the last divergence, so that all of a run can be compared."""
+        settings = self._trainer.loss_settings.divergence
+        if self._follows("beta"):
+            self.compare_by(self._divergence(None))
+        try:
+            yield
+        finally:
+            if self._follows("beta"):
+                self.compare_by(settings)
+
+    def compare_by(self, divergence: Divergence) -> None:
+        """Student and teachers are compared by this one from now on."""
+        self._trainer.loss_settings = replace(self._trainer.loss_settings, divergence=divergence)
+        self._trainer.teacher.compare_by(divergence)
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    def _follows(self, name: str) -> bool:
+        return isinstance(getattr(self._args, name), str)
+
+    def _samples(self) -> bool:
+        return self._follows("max_new_tokens") or self._follows("temperature")
+
+    def _at(self, name: str, step: int) -> float:
+        return schedule_of(name, getattr(self._args, name)).at(step, self._trainer.state.max_steps)
+
+    def _sampling(self, step: int) -> SamplingSettings:
+        settings: SamplingSettings = self._trainer.rollouts["student"].settings
+        values: dict[str, Any] = {
+            name: self._at(name, step) for name in ("max_new_tokens", "temperature") if self._follows(name)
+        }
+        return replace(settings, **values)
+
+    def _divergence(self, step: int | None) -> Divergence:
+        """That of a step, or the last one."""
+        return of_a_schedule(partial(self._args.make_divergence, None if step is None else self._at("beta", step)))
