@@ -17,13 +17,14 @@ from typing import Any
 from rich.console import Console
 
 from gkd._version import __version__
-from gkd.commands.evaluate import as_json, evaluate_recipe, results_table
+from gkd.common.distribution import check_alone
 from gkd.recipe.capture import capture, run_recipe
 from gkd.recipe.mistakes import mistakes_in_one_line
 
 Action = Callable[[argparse.Namespace, list[str]], int]
 
 EXAMPLE = """example:
+  gkd run gkd_glass
   gkd new mine --data rows.jsonl --student my/student --teacher my/teacher
   gkd doctor recipes/mine.py
   gkd run recipes/mine.py --learning_rate 2e-4 --output_dir out
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_new, _add_doctor, _add_evaluate, _add_precompute, _add_plan, _add_sweep):
+    for add in (_add_run, _add_new, _add_doctor, _add_evaluate, _add_precompute, _add_plan, _add_sweep, _add_recipes):
         add(commands)
     return parser
 
@@ -64,8 +65,8 @@ def _command(
         allow_abbrev=False,
     )
     command.set_defaults(action=action)
-    if action is not _new:
-        command.add_argument("recipe", type=Path, help="the recipe's file")
+    if action not in (_new, _recipes):
+        command.add_argument("recipe", type=Path, help="the recipe's file, or the name of a built-in one")
     if json_too:
         command.add_argument("--json", action="store_true", help="print JSON instead")
     return command
@@ -205,6 +206,24 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument("--output_dir", metavar="DIR", type=Path, help="outputs/RECIPE-sweep without it")
 
 
+def _add_recipes(commands: Any) -> None:
+    recipes = _command(
+        commands,
+        "recipes",
+        _recipes,
+        summary="the recipes that come with the package",
+        description=(
+            "List the built-in recipes with a line each, or copy one into ./recipes (and a launch file into "
+            "./deepspeed_configs) to change it. Every command takes a built-in recipe by its name."
+        ),
+        example="gkd recipes copy gkd_qwen2 --launch_file zero2",
+    )
+    recipes.add_argument("what", metavar="copy", nargs="?", choices=("copy",), help="put one here")
+    recipes.add_argument("name", metavar="NAME", nargs="?", help="which")
+    recipes.add_argument("--launch_file", metavar="NAME", help="with that file for accelerate launch")
+    recipes.add_argument("--to", metavar="DIR", type=Path, default=Path(), help="instead of here")
+
+
 # ------------------------------------------------------------------------------------------------------- actions
 
 
@@ -247,8 +266,9 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.commands.sweep.grid import parse_arms, parse_axes
     from gkd.commands.sweep.plan import Order
     from gkd.commands.sweep.sweep import sweep
+    from gkd.recipe.library import recipe_file
 
-    recipe: Path = arguments.recipe
+    recipe = recipe_file(arguments.recipe)
     order = Order(
         recipe=recipe,
         flags=flags,
@@ -306,12 +326,27 @@ def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 def _evaluate(arguments: argparse.Namespace, flags: list[str]) -> int:
     with _stdout_for_json(arguments.json):
+        from gkd.commands.evaluate import as_json, evaluate_recipe, results_table
+
         columns = evaluate_recipe(capture(arguments.recipe, flags), arguments.adapter)
     if int(os.environ.get("RANK", 0)) == 0:
         if arguments.json:
             print(json.dumps(as_json(columns), indent=2))
         else:
             Console().print(results_table(columns))
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from gkd.commands.recipes import copy_recipe, show_recipes
+
+    if arguments.what is None:
+        show_recipes(Console())
+        return 0
+    if arguments.name is None:
+        raise ValueError("gkd recipes copy needs a name: `gkd recipes` lists them")
+    files = copy_recipe(arguments.name, arguments.launch_file, arguments.to)
+    print(f"wrote {' and '.join(map(str, files))}; next: gkd doctor {files[0]}")
     return 0
 
 
@@ -350,9 +385,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, flags = parser.parse_known_args(argv)
-    if flags and arguments.action is _new:
+    if flags and arguments.action in (_new, _recipes):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     with mistakes_in_one_line():
+        check_alone()
         code: int = arguments.action(arguments, flags)
     return code
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from gkd.assembly.evaluator import evaluator_of
+from gkd.common.distribution import check_alone
 from gkd.common.launcher import end_with_the_launcher
 from gkd.config.fields import GKDConfig
 from gkd.data.held_out import hold_out, warn_of_overlap, with_held_out
@@ -76,6 +77,7 @@ def run(
     if is_captured():
         hand_over(recipe())
     with mistakes_in_one_line():
+        check_alone()
         _run(recipe())
 
 

@@ -7,5 +7,6 @@ new_look: A look at the rows that `gkd new` is given: their format, what a recip
     leave unused
 plan: `gkd plan`: memory, before a machine is rented
 precompute: `gkd precompute`: the teacher's answers and scores, made beforehand
+recipes: `gkd recipes`: those that come with the package, listed, and copied to be changed
 sweep: `gkd sweep`: a grid of runs over several seeds, as a table with errors
 """

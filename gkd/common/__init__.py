@@ -3,6 +3,8 @@
 devices: the dtype in which a device takes sums: float64 where there is one
 disk: files that are whole or not there, and the error of a full disk: what, where, what to
     do
+distribution: how this package is installed: under which name, beside what, and with which files of its own
+    beside the code
 environment: what a run ran on: package versions and hardware, for the card and the doctor
 errors: how a training ends that cannot or must not go on
 keyed_folder: a folder that is named by the hash of what its files depend on (`digest`)

@@ -7,12 +7,14 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 
-PACKAGES = ("gkd", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
+from gkd._version import __version__
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Python's and the installed packages' versions; a package that is not there is left out."""
-    versions = {"python": platform.python_version()}
+    """Python's, ours and the installed packages' versions; a package that is not there is left out."""
+    versions = {"python": platform.python_version(), "gkd": __version__}
     for package in packages:
         try:
             versions[package] = metadata.version(package)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gkd.common.redact import harmless
+from gkd.recipe.library import recipe_file
 
 if TYPE_CHECKING:
     from gkd.data.teacher_rows import View
@@ -114,10 +115,9 @@ def execute_recipe(path: str | Path, argv: list[str]) -> None:
     """Execute a recipe file as `python path argv...` does, in this process.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, nor a recipe of that name.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no recipe {str(path)!r}: name a file, for example recipes/gkd_glass.py")
+    path = recipe_file(path)
     before = sys.argv
     sys.argv = [str(path), *argv]
     try:
