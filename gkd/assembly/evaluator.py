@@ -114,6 +114,8 @@ def make_evaluator(
 def _teacher(run: Assembled, numbers: tuple[int, ...]) -> Subject | None:
     """What the models are compared with: the teacher, or each row's own."""
     names = run.args.teacher_names
+    if run.hygiene.aligned:  # its ids are not the student's
+        return None
     if not names:
         return subject_of(run.teacher)
     settings = run.teacher.settings_of_each()

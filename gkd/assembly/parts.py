@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.checks import check_lengths, check_views
@@ -22,11 +23,17 @@ from gkd.assembly.token_ids import SharedIds, ids_apart, in_common, shared_ids
 from gkd.config.fields import GKDConfig
 from gkd.config.settings import hygiene, loss_settings
 from gkd.config.several import of_entry
-from gkd.data.end_map import check_end_map
+from gkd.data.aligned_view import Alignment
+from gkd.data.common_tokens import common_tokens
+from gkd.data.end_map import check_end_map, end_pair
+from gkd.data.joined_tokens import joined_tokens
 from gkd.data.message_bytes import text_of
+from gkd.data.respelling import Respelling
 from gkd.data.rewritten import Rewriting, end_of_answers, text_by
+from gkd.data.vocabulary import configured_stop_ids
 from gkd.loss.settings import LossSettings
-from gkd.models.facts import head_size, vocabulary_rows
+from gkd.models.facts import head_size, position_limit, vocabulary_rows
+from gkd.models.loading import generation_config_of
 from gkd.rollouts.base import Rollout
 from gkd.rollouts.hygiene import Hygiene
 from gkd.rollouts.routed import routed
@@ -36,6 +43,8 @@ from gkd.teachers.absent import as_absent
 from gkd.teachers.base import Teacher
 from gkd.teachers.routed import Compared, RoutedTeacher
 from gkd.teachers.writer import WriterTeacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Side:
 
     `args` are the fields of such a run. `model` is what the `teacher` was made from, which is None where it is on a
     server that only writes. `heads` are rows of both output heads, `ids` what the token ids have in common; with
-    other tokens, `rewriting` puts what it writes into the student's.
+    other tokens, `rewriting` puts what it writes into the student's, and `alignment` what both read side by side.
     """
 
     args: GKDConfig
@@ -64,6 +73,7 @@ class Side:
     teacher: Teacher | None
     rollout: Rollout
     rewriting: Rewriting | None = None
+    alignment: Alignment | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Parts:
     under None the one of a run that has one. `rollouts` write, by source ("student" is there when the student is
     loaded). `loss_settings`, `stop_ids` and `hygiene` hold for all teachers. `pad_id` can be read by all models.
     `end_map` is the token that ends a turn for the student, and the one for the teacher, where they are not the same.
+    `alignment` is how a teacher with other tokens is compared.
     """
 
     teacher: Any
@@ -84,6 +95,7 @@ class Parts:
     hygiene: Hygiene
     pad_id: int
     end_map: tuple[int, int] | None = None
+    alignment: Alignment | None = None
 
 
 def assemble(
@@ -126,9 +138,14 @@ def assemble(
         rollouts=rollouts,
         loss_settings=of_all,
         stop_ids=ids.stop,
-        hygiene=replace(hygiene(args, ids.stop, ready.end_map), rewriting=every[0].rewriting),
+        hygiene=replace(
+            hygiene(args, ids.stop, ready.end_map),
+            rewriting=every[0].rewriting,
+            aligned=every[0].alignment is not None,
+        ),
         pad_id=ids.pad,
         end_map=ready.end_map,
+        alignment=every[0].alignment,
     )
 
 
@@ -179,7 +196,7 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
     elif order.loaded is not None or server is None:
         lent = not alone and name in ready.args.teachers_on_base and lends_base(ready.args)
         teacher = make_teacher(TeacherOrder(args, model, order.loaded, accelerator, server, lent, alone))
-        teacher = WriterTeacher(teacher) if foreign else teacher
+        teacher = WriterTeacher(teacher) if foreign and args.teacher_tokenizer_alignment is None else teacher
     writer = Writer(
         "teacher",
         _nowhere,
@@ -193,7 +210,11 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
     models = [writer.get_model] if teacher is None else teacher.models()
     rollout = routed(make_rollout(args, replace(writer, get_model=get), accelerator) for get in models)
     rewriting = _rewriting(order, ids, tokenizer) if foreign else None
-    return Side(args, model, tokenizer, elsewhere, heads, ids, teacher, rollout, rewriting)
+    aligned = None
+    if foreign and args.teacher_tokenizer_alignment is not None:
+        assert tokenizer is not None
+        aligned = _alignment(order, model, heads, tokenizer, ids)
+    return Side(args, model, tokenizer, elsewhere, heads, ids, teacher, rollout, rewriting, aligned)
 
 
 def _nowhere() -> Any:
@@ -225,6 +246,44 @@ def _loss_settings(
     if all(own == each[0] for own in each):
         return each[0], [None] * len(each)
     return replace(plain, shared_vocab=ids.shared), list(each)
+
+
+def _alignment(
+    order: SideOrder,
+    teacher: Any,
+    heads: dict[str, int],
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    ids: SharedIds,
+) -> Alignment:
+    """How a teacher with another tokenizer is compared."""
+    ready = order.ready
+    own = ready.reading.template(0)
+    student_stops = configured_stop_ids(generation_config_of(order.known, loading_options(ready.args)))
+    said = ready.args.teacher_end_of_turn
+    pair = end_pair(ready.tokenizer, teacher_tokenizer, student_stops, () if own is None else own.stop_ids, said)
+    both, rows = (ready.tokenizer, teacher_tokenizer), (heads["student"], heads["teacher"])
+    common = common_tokens(*both, *rows, pair)
+    of_student, of_teacher = joined_tokens(*both, common, *rows)
+    room, binds = position_limit(teacher.config)
+    logger.info(
+        "the teacher is compared by the bytes that tokens stand for (teacher_tokenizer_alignment='bytes'): both have "
+        "%s tokens in common, of %s (student) and %s (teacher); %s and %s count with the one that they begin with",
+        *(f"{n:,}" for n in (len(common.student), *map(len, both), *map(_count, (of_student, of_teacher)))),
+    )
+    assert ids.teacher_pad is not None
+    return Alignment(
+        Respelling(*both, pair),
+        common,
+        pair,
+        student_joined=of_student,
+        teacher_joined=of_teacher,
+        pad_id=ids.teacher_pad,
+        room=room if binds else None,
+    )
+
+
+def _count(joined: Tensor | None) -> int:
+    return 0 if joined is None else joined.shape[1]
 
 
 def _rewriting(order: SideOrder, ids: SharedIds, teacher_tokenizer: PreTrainedTokenizerBase | None) -> Rewriting:

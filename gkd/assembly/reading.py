@@ -127,9 +127,14 @@ def _other_tokenizer(
     teacher: Any,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> OwnTemplate | None:
-    """What a teacher reads that only writes, and in other tokens than the student's; None for any other."""
+    """What a teacher reads in other tokens than the student's, which only writes or is aligned; None for any other."""
     asked = args.teacher_template == "own" or teacher_tokenizer is not None
-    if not args.trains_on_nll_alone or args.shares_weights or (args.teacher_server_url is not None and not asked):
+    aligns = args.teacher_tokenizer_alignment is not None
+    if (
+        not (args.trains_on_nll_alone or aligns)
+        or args.shares_weights
+        or (args.teacher_server_url is not None and not asked)
+    ):
         return None
     name = _name(args, student, teacher)
     own = teacher_tokenizer
@@ -140,20 +145,37 @@ def _other_tokenizer(
             if args.teacher_template == "own":
                 raise
             logger.warning("the teacher's token map cannot be compared with the student's: %s", error)
+    if aligns:
+        _check_apart(args, tokenizer, own)
     if own is None or same_token_maps(tokenizer, own):
         return None
-    if args.teacher_end_of_turn is not None:
+    if args.teacher_end_of_turn is not None and not aligns:
         raise ValueError(
             f"teacher_end_of_turn={args.teacher_end_of_turn!r} has no effect: the teacher has another tokenizer and "
             "only writes, and where it ends an answer the student's ends: leave it out"
         )
     logger.info(
-        "the teacher has another tokenizer: it writes from prompts in its own%s, and its text is trained on in the "
-        "student's tokens",
+        "the teacher has another tokenizer: it %s prompts in its own%s, and its text is trained on in the student's "
+        "tokens",
+        "reads and writes from" if aligns else "writes from",
         " template" if own.chat_template else "",
     )
     known = name if teacher is None else teacher
     return OwnTemplate(own, configured_stop_ids(generation_config_of(known)), foreign=True)
+
+
+def _check_apart(args: GKDConfig, tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError where a teacher's tokens cannot be aligned with the student's, or need not be."""
+    given = f"teacher_tokenizer_alignment={args.teacher_tokenizer_alignment!r}"
+    if own is None:
+        raise ValueError(
+            f"{given} needs the teacher's tokenizer, and the teacher has none by its name: pass it "
+            "(teacher_processing_class), or name a teacher with one beside its weights"
+        )
+    if same_token_maps(tokenizer, own):
+        raise ValueError(
+            f"{given} has no effect: student and teacher have the same tokens, and are compared in full: leave it out"
+        )
 
 
 def _kwargs(given: Any) -> dict[str, Any]:

@@ -58,6 +58,11 @@ def prepare_rows(
                 "teacher_adapters does not go with a data_collator of your own, which does not say whose a row is: "
                 "leave one of them out"
             )
+        if args.teacher_tokenizer_alignment is not None:
+            raise ValueError(
+                f"teacher_tokenizer_alignment={args.teacher_tokenizer_alignment!r} does not go with a data_collator "
+                "of your own, which does not say what the teacher reads: leave one of them out"
+            )
         if encoding["reading"].differs:
             raise ValueError(
                 "teacher_view and teacher_template='own' do not go with a data_collator of your own, which does not "

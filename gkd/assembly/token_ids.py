@@ -82,18 +82,19 @@ def ids_apart(
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     server: Server | None,
 ) -> SharedIds:
-    """The ids of a teacher with other tokens, which only writes; arguments as of `shared_ids`.
+    """The ids of a teacher with other tokens; arguments as of `shared_ids`.
 
     Raises:
         ValueError: an evaluation during the training, which compares; or rows with ids that their reader does not
             know.
     """
     args, tokenizer = ready.args, ready.tokenizer
-    if args.evaluates_along:
+    if args.evaluates_along and args.teacher_tokenizer_alignment is None:
         raise ValueError(
             f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}: eval_loss is a "
             "divergence, and this teacher has another tokenizer or gives text alone, so it can only write: set "
-            "eval_strategy='no'; the student by itself is measured by gkd evaluate"
+            "eval_strategy='no'; the student by itself is measured by gkd evaluate. A teacher in this process can be "
+            "compared by teacher_tokenizer_alignment='bytes'"
         )
     student_stops = stop_token_ids(tokenizer, generation_config_of(student, loading_options(args)))
     pad, unread, stops = readable_pad_id(tokenizer, heads["student"]), range(0), {*_own_stops(ready)}
@@ -103,7 +104,8 @@ def ids_apart(
         stops |= {*stop_token_ids(teacher_tokenizer, getattr(teacher, "generation_config", None))}
         teacher_pad = readable_pad_id(teacher_tokenizer, heads["teacher"])
         unread = range(0) if server else unreadable_ids(heads["teacher"], None, teacher_tokenizer, None)
-    check_ids_in_use({"train": ready.train}, student_stops, tokenizer, heads, heads["student"])
+    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
+    check_ids_in_use({**evaluated, "train": ready.train}, student_stops, tokenizer, heads, heads["student"])
     stop = {"student": student_stops, "teacher": tuple(sorted(stops))}
     return SharedIds(None, pad, stop, {"student": range(0), "teacher": unread}, teacher_pad)
 

@@ -140,6 +140,12 @@ class GKDConfig(SFTConfig):
         "templates.",
     )
 
+    teacher_tokenizer_alignment: str | None = _field(
+        None,
+        "bytes: compare with a teacher of another tokenizer where the tokens of both stand for the same bytes. None = "
+        "such a teacher is refused, or only writes.",
+    )
+
     # --- the loss ---
     divergence: str = _field("jsd", f"Per-token divergence, one of: {', '.join(DIVERGENCES)}.")
     skew_lambda: float = _field(0.1, "Mixing share of the skew divergences (DistiLLM's alpha).")

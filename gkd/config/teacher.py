@@ -13,6 +13,18 @@ SELF_TEACHERS = ("base", "live", "ema")
 SELF_TEACHER_DECAY = 0.99  # Tarvainen and Valpola, arXiv 1703.01780, while the student learns fast
 PLACEMENTS = ("same", "cpu_offload", "zero3", "zero3_offload")
 TEMPLATES = ("student", "own")
+ALIGNMENTS = ("bytes",)
+# What means nothing of a teacher that is compared over the tokens that both tokenizers have.
+_NOT_ALIGNED = (
+    "teacher_top_k",
+    "teacher_top_k_data",
+    "teacher_top_k_student",
+    "teacher_top_k_teacher",
+    "teacher_scores_dir",
+    "loss_compile",
+    "token_weights",
+    "log_top_k_overlap",
+)
 
 
 def check_teacher(config: Any) -> None:
@@ -23,12 +35,14 @@ def check_teacher(config: Any) -> None:
     """
     one_of("teacher_placement", config.teacher_placement, PLACEMENTS)
     one_of("teacher_template", config.teacher_template, TEMPLATES)
+    if config.teacher_tokenizer_alignment is not None:
+        one_of("teacher_tokenizer_alignment", config.teacher_tokenizer_alignment, ALIGNMENTS)
     if config.self_teacher is not None:
         one_of("self_teacher", config.self_teacher, SELF_TEACHERS)
     within("self_teacher_decay", config.self_teacher_decay, 0, 1, "0 is the student as it is")
     of_self, of_template = _of_self_teacher(config), _of_template(config)
     checks = (*of_self, *_of_placement(config), *_of_scores(config), *_of_adapters(config), *of_template)
-    checks = (*_of_chat(config), *checks)
+    checks = (*_of_chat(config), *_of_alignment(config), *checks)
     for wrong, text in checks:
         if wrong:
             raise ValueError(text)
@@ -94,9 +108,44 @@ def _of_placement(config: Any) -> list[tuple[bool, str]]:
 def _of_template(config: Any) -> list[tuple[bool, str]]:
     return [
         (
-            config.teacher_end_of_turn is not None and config.teacher_template != "own",
+            config.teacher_end_of_turn is not None
+            and config.teacher_template != "own"
+            and config.teacher_tokenizer_alignment is None,
             f"teacher_end_of_turn={config.teacher_end_of_turn!r} has no effect with teacher_template='student', where "
             "student and teacher end their turns alike: set teacher_template='own', or leave it out",
+        ),
+    ]
+
+
+def _of_alignment(config: Any) -> list[tuple[bool, str]]:
+    """A teacher with another tokenizer that is compared."""
+    if config.teacher_tokenizer_alignment is None:
+        return []
+    given = f"teacher_tokenizer_alignment={config.teacher_tokenizer_alignment!r}"
+    own = [name for name in ("share_base_model", "self_teacher") if getattr(config, name)]
+    several = [name for name in ("teachers", "teacher_adapters") if getattr(config, name)]
+    beside = [f"{name}={getattr(config, name)!r}" for name in _NOT_ALIGNED if getattr(config, name)]
+    return [
+        (
+            bool(own),
+            f"{given} has no effect with {' and '.join(own)}, where the teacher has the student's tokens: leave it "
+            "out",
+        ),
+        (
+            config.teacher_server_url is not None or config.teacher_chat_url is not None,
+            f"{given} does not go with a teacher that is elsewhere, which gives no hidden states: load it in this "
+            "process (teacher_model_name_or_path), or let it only write (seq_kd=True, seq_kd_loss='nll', lmbda=0)",
+        ),
+        (
+            bool(several),
+            f"{given} does not go with {' and '.join(several)}: take one teacher with another tokenizer, or several "
+            "with the student's",
+        ),
+        (bool(beside), f"{', '.join(beside)} does not go with {given}: leave it out"),
+        (
+            config.trains_on_nll_alone and not config.evaluates_along,
+            f"{given} has no effect with seq_kd_loss='nll' and lmbda=0, where nothing is compared with the teacher: "
+            "set seq_kd_loss='divergence', or leave it out",
         ),
     ]
 

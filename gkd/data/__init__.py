@@ -1,5 +1,7 @@
 """From a row to a padded batch: formats, tokens, sources, sequences, targets.
 
+aligned_view: a batch as a teacher with another tokenizer reads it: its own ids of the same completions, and
+    where both meet
 alignment: two tokenizers' ids of one completion, side by side: groups of tokens that stand for the same
     bytes
 common_tokens: the tokens that two vocabularies spell alike: over these, two models can be
@@ -13,6 +15,8 @@ files: local data files as data sets: JSON, JSON Lines, CSV, Parquet, with the l
     broken
 formats: row formats
 held_out: held-out rows whose prompts are not trained on, and a count of those that are
+joined_tokens: tokens that only one of two vocabularies has, each counted with the common token that its text
+    begins with
 kinds: kinds of data set objects: which have rows that can be counted, and how their rows are read as they
     are stored
 last_turn: the last question of a prompt, for tables: without the system turn and the signs that a chat

@@ -80,6 +80,7 @@ class TokenSequence:
             `teacher_context` (or, without one, `prompt`); else empty.
         teacher_last: what the teacher reads in the place of the last id, where its turns end with another token.
         log_prob_weight: what its tokens' negative log-likelihood is multiplied by in the loss, of a reward; signed.
+        teacher_ids: the completion in the ids of a teacher with other tokens (`gkd.data.aligned_view`), else empty.
     """
 
     input_ids: list[int]
@@ -95,6 +96,7 @@ class TokenSequence:
     teacher_prompt_ids: list[int] = field(default_factory=list)
     teacher_last: int | None = None
     log_prob_weight: float = 0.0
+    teacher_ids: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> list[int]:
@@ -114,8 +116,8 @@ class TokenSequence:
     @property
     def length(self) -> int:
         """Tokens that a model reads of it, the student or the teacher: the larger number."""
-        own = len(self.input_ids)
-        return max(own, len(self.teacher_context) + self.completion_length) if self.teacher_context else own
+        own, context = len(self.input_ids), len(self.teacher_context) or self.prompt_length
+        return max(own, context + (len(self.teacher_ids) or self.completion_length))
 
     def teacher_row(self) -> tuple[list[int], list[int]]:
         """Token ids and labels as the teacher reads them: its context and the completion, with the same targets."""

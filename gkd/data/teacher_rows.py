@@ -42,7 +42,7 @@ class OwnTemplate:
         tokenizer: the teacher's, with its chat template; None for one behind a chat address, which reads messages.
         stop_ids: at which the teacher stops beside what its tokenizer says.
         end_map: the ids that end a turn of the student's and of the teacher's, where they differ.
-        foreign: its ids stand for other tokens than the student's, so that it writes, and reads no completion.
+        foreign: its ids stand for other tokens than the student's, so that it reads no completion in these.
     """
 
     tokenizer: PreTrainedTokenizerBase | None

@@ -20,8 +20,9 @@ from gkd.data.templates import STUMBLES, ChatTemplate, common_prefix
 logger = logging.getLogger(__name__)
 
 _REMEDY = (
-    "Take a teacher of the student's family, whose tokenizer gives every token the same id; or let it only write "
-    "(seq_kd=True, seq_kd_loss='nll', lmbda=0): its text is then trained on in the student's tokens"
+    "Take a teacher of the student's family, whose tokenizer gives every token the same id; compare them by the bytes "
+    "that their tokens stand for (teacher_tokenizer_alignment='bytes'); or let it only write (seq_kd=True, "
+    "seq_kd_loss='nll', lmbda=0): its text is then trained on in the student's tokens"
 )
 
 

@@ -141,7 +141,8 @@ def run_aligned(
     kinds.index_fill_(0, groups.tokens, IN_FULL).index_fill_(0, groups.in_text, IN_TEXT)
     tokens["divergence"] = torch.zeros_like(weights).index_copy_(0, groups.tokens, by_text[groups.of_tokens])
     tokens["teacher_log_prob"].index_copy_(0, groups.in_text, (of_teacher / groups.n)[groups.of_text])
-    return FusedOutput(loss=loss, kinds=kinds, **tokens)
+    at_border = torch.zeros_like(kinds, dtype=torch.bool).index_fill_(0, at, True)
+    return FusedOutput(loss=loss, kinds=kinds, at_border=at_border, **tokens)
 
 
 def text_divergence(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gkd.common.ranges import called, one_of, whole, within
 from gkd.loss.integrand import Divergence
+from gkd.loss.signals import IN_FULL, IN_TEXT, NOT_COMPARED
 
 _TAILS = ("bucket", "renormalize", "renormalize_both", "ignore")
 
@@ -130,6 +131,7 @@ class FusedOutput:
         token_weights: [N] the factor that each token has had of its own (`weigh`), or None.
         top_k_overlap: [N] share of the most likely tokens that both have; NaN on targets that were not looked at. None
             where it was not asked for.
+        at_border: [N] bool, of an aligned signal: where the teacher stands.
     """
 
     loss: Tensor
@@ -145,3 +147,19 @@ class FusedOutput:
     kinds: Tensor | None = None
     token_weights: Tensor | None = None
     top_k_overlap: Tensor | None = None
+    at_border: Tensor | None = None
+
+    @property
+    def in_full(self) -> Tensor | None:
+        """[N] bool: the targets that are compared over all common tokens."""
+        return None if self.kinds is None else self.kinds == IN_FULL
+
+    @property
+    def in_text(self) -> Tensor | None:
+        """[N] bool: those that are compared as part of a longer text."""
+        return None if self.kinds is None else self.kinds == IN_TEXT
+
+    @property
+    def not_compared(self) -> Tensor | None:
+        """[N] bool: those that are not compared."""
+        return None if self.kinds is None else self.kinds == NOT_COMPARED

@@ -45,6 +45,7 @@ class Hygiene:
             not the same: what the teacher has written is trained on with the student's.
         student_tokens: the cap of the student's rollouts, where it is another (a schedule's); None is the same.
         rewriting: of a teacher with other tokens, what puts its completions into the student's.
+        aligned: such a teacher is compared with, too, so that it reads what is trained on.
 
     Raises:
         ValueError: a value out of range.
@@ -58,6 +59,7 @@ class Hygiene:
     end_map: tuple[int, int] | None = None
     rewriting: Rewriting | None = None
     student_tokens: int | None = None
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         whole("max_new_tokens", self.max_new_tokens, 1)

@@ -29,12 +29,16 @@ TOKEN_METRICS = (
     ("teacher/top_k_mass", "top_k_mass"),
     ("student/token_weight", "token_weights"),
     ("student/top_k_overlap", "top_k_overlap"),
+    ("aligned/in_full", "in_full"),
+    ("aligned/in_text", "in_text"),
+    ("aligned/not_compared", "not_compared"),
 )
 _PARTLY = ("top_k_mass", "top_k_overlap")  # NaN where it is not known
 # Those that are also told for each of several teachers, as `teacher/<name>/<log name>`.
 TEACHER_METRICS = (("divergence", "divergence"), ("agreement", "agreement"))
 _MANY_SPANS = 2000  # of phases that wait for the next log
-PHASES = ("rollout", "teacher", "student")
+PHASES = ("rollout", "teacher", "student", "alignment")
+_SELDOM = ("time/alignment",)  # logged where there is any
 _ROLLOUT = ("sequences", "length", "ended", "truncated", "repetitive", "empty")
 
 Reduce = Callable[[Tensor], Tensor]
@@ -77,6 +81,9 @@ class Meter:
                 told = membership
                 if attribute in _PARTLY:
                     told, values = membership * ~values.isnan()[:, None], values.nan_to_num()
+                where = _told_of(output, attribute)
+                if where is not None:
+                    told = membership * where[:, None]
                 self._token_sums[i] = self._token_sums[i] + values.to(self._dtype) @ told
                 self._token_counts[i] = self._token_counts[i] + told.sum(dim=0)
         if self.teachers and output.divergence is not None:
@@ -149,7 +156,11 @@ class Meter:
         logs.update(self._teacher_means(sums[2 * n + rollout_sums.numel() :]))
         logs.update(_rollout_means(rollouts, peaks[: len(SOURCES)]))
         logs.update(
-            {f"time/{name}": round(float(s), 4) for name, s in zip(PHASES, peaks[len(SOURCES) :], strict=True)}
+            {
+                f"time/{name}": round(float(s), 4)
+                for name, s in zip(PHASES, peaks[len(SOURCES) :], strict=True)
+                if s > 0 or f"time/{name}" not in _SELDOM
+            }
         )
         return logs
 
@@ -194,6 +205,17 @@ def _rollout_means(sums: Tensor, longest: Tensor) -> dict[str, float]:
         for i, name in enumerate(_ROLLOUT[2:], start=2):
             logs[f"rollout/{name}"] = float(sums[i, written].sum() / count)
     return logs
+
+
+def _told_of(output: Any, attribute: str) -> Tensor | None:
+    """[N] bool: the targets that a quantity is told of; None is all. A teacher with other tokens stands at some only,
+    and is not compared at others."""
+    if output.kinds is None:
+        return None
+    if attribute in ("agreement", "teacher_entropy"):
+        at_border: Tensor | None = output.at_border
+        return at_border
+    return ~output.not_compared if attribute == "teacher_log_prob" else None
 
 
 def _membership(numbers: Tensor, size: int) -> Tensor:

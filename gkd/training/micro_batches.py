@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gkd.assembly.servers import score_together
 from gkd.config.by_source import overrides
+from gkd.data.aligned_view import BORDER, GROUP, TEACHER_GROUP, collate_aligned, respell
 from gkd.data.sequences import PaddingCollator, TokenSequence, collate, unpad
 from gkd.data.targets import Targets, per_target, select_targets, target_weights, targets_of
 from gkd.data.teacher_view import teacher_view
@@ -25,7 +26,7 @@ from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.loss.overlap import top_k_overlap
 from gkd.loss.parts import SplitSignal, fused_by_part
 from gkd.loss.settings import FusedOutput
-from gkd.loss.signals import DenseSignal, TeacherSignal, TopKSignal
+from gkd.loss.signals import AlignedSignal, DenseSignal, TeacherSignal, TopKSignal
 from gkd.models.facts import head_size
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.hidden import instead_of_logits
@@ -36,7 +37,18 @@ from gkd.training.token_weights import Own, TokenWeights, with_reward
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and what stays on the CPU
+_MEETING = "aligned"
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """Where student and teacher meet in a batch (`gkd.loss.signals.AlignedSignal`), on the CPU: the Trainer moves
+    tensors to the device, and nothing else."""
+
+    border: Tensor
+    group: Tensor
+    teacher_group: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class MicroBatches:
         student = self._accelerator.unwrap_model(trainer.model)
         self._head, self._module = head_of(student), output_layer(student)
         self._unchecked = zero_stage(self._accelerator) == 3
+        self._vocabularies: Any = None  # of an alignment, on the device
         if not self._unchecked:
             with mixed_precision(self._accelerator, student):
                 check_head(student, self._head)
@@ -89,7 +102,7 @@ class MicroBatches:
             ValueError: a target is no id that the models share.
         """
         trainer, args = self._trainer, self._args
-        batches = [collate(rows, trainer._pad_id, args.pad_to_multiple_of) for rows in micro_batches]
+        batches = [self._collated(rows, args.pad_to_multiple_of) for rows in micro_batches]
         compared = trainer.loss_settings.shared_vocab or head_size(self._accelerator.unwrap_model(trainer.model))
         for batch in batches:
             ids_in_range("target", batch["target_ids"], compared)
@@ -103,14 +116,30 @@ class MicroBatches:
     def padded_on_the_right(self, inputs: Batch) -> Batch:
         """A batch of an evaluation as the forward pass wants it, which a foreign collator may have padded on the
         left."""
-        if isinstance(self._trainer.data_collator, PaddingCollator):
+        if isinstance(self._trainer.data_collator, PaddingCollator) and self._trainer.alignment is None:
             return inputs
-        batch = collate(unpad(inputs), self._trainer._pad_id)
-        return {name: value.to(inputs["input_ids"].device) for name, value in batch.items()}
+        batch, device = self._collated(unpad(inputs)), inputs["input_ids"].device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def respell(self, sequences: list[TokenSequence]) -> None:
+        """Put what is trained on into the ids of a teacher with another tokenizer, before the window is cut."""
+        trainer = self._trainer
+        if trainer.alignment is not None:
+            with trainer.training_log.meters["train"].phase("alignment"):
+                respell(sequences, trainer.alignment)
+
+    def _collated(self, rows: list[TokenSequence], multiple: int | None = None) -> Batch:
+        trainer = self._trainer
+        if trainer.alignment is None:
+            return {**collate(rows, trainer._pad_id, multiple)}
+        with trainer.training_log.meters["train" if trainer.model.training else "eval"].phase("alignment"):
+            batch: Batch = {**collate_aligned(rows, trainer.alignment, trainer._pad_id, multiple)}
+        batch[_MEETING] = Meeting(*(batch.pop(name) for name in (BORDER, GROUP, TEACHER_GROUP)))
+        return batch
 
     # --------------------------------------------------------------------------------------------- the loss
 
-    def signal(self, inputs: Batch) -> TeacherSignal | SplitSignal | None:
+    def signal(self, inputs: Batch) -> TeacherSignal | AlignedSignal | SplitSignal | None:
         """What the teacher says about the targets, in the student's terms; None in a training that does not ask it."""
         trainer = self._trainer
         scored: TeacherSignal | SplitSignal
@@ -122,7 +151,30 @@ class MicroBatches:
             kept = {name: value for name, value in inputs.items() if name.startswith(WINDOW)}
             read = teacher_view(inputs)
             scored = score_together(trainer.teacher, {**read, **kept} if kept else read, self._accelerator)
+        if _MEETING in inputs:
+            assert isinstance(scored, DenseSignal)
+            return self._aligned(scored, inputs)
         return scored if trainer.hygiene.end_map is None else scored.exchanging(trainer.hygiene.end_map)
+
+    def _aligned(self, scored: DenseSignal, inputs: Batch) -> AlignedSignal:
+        """The signal of a teacher with another tokenizer."""
+        device, meeting = scored.hidden.device, inputs[_MEETING]
+        if self._vocabularies is None or self._vocabularies[0].device != device:
+            own = self._trainer.alignment
+            both = (own.common.student, own.common.teacher, own.student_joined, own.teacher_joined)
+            self._vocabularies = [None if ids is None else ids.to(device) for ids in both]
+        student_ids, teacher_ids, student_joined, teacher_joined = self._vocabularies
+        return AlignedSignal(
+            scored,
+            inputs["teacher_target_ids"],
+            student_ids,
+            teacher_ids,
+            meeting.border,
+            meeting.group,
+            meeting.teacher_group,
+            student_joined,
+            teacher_joined,
+        )
 
     def model_inputs(self, inputs: Batch) -> dict[str, Any]:
         """What the student is called with."""
@@ -133,7 +185,7 @@ class MicroBatches:
         self,
         model: nn.Module,
         inputs: Batch,
-        signal: TeacherSignal | SplitSignal | None,
+        signal: TeacherSignal | AlignedSignal | SplitSignal | None,
         num_items: Tensor | int | None,
     ) -> TargetLosses:
         """Sum over the micro-batch's targets / `num_items`, taken inside the student's head: no logits are built.
@@ -161,7 +213,7 @@ class MicroBatches:
     def divergence(
         self,
         hidden: Tensor,
-        signal: TeacherSignal | SplitSignal | None,
+        signal: TeacherSignal | AlignedSignal | SplitSignal | None,
         targets: Targets,
         inputs: Batch,
         num_items: Tensor | int | None,
@@ -206,7 +258,7 @@ class MicroBatches:
                 found = fused_divergence(selected, self._head, split, targets.ids, weights, settings, **beside)
         return found if overlap is None else replace(found, top_k_overlap=overlap)
 
-    def _overlap(self, hidden: Tensor, signal: TeacherSignal | SplitSignal) -> Tensor | None:
+    def _overlap(self, hidden: Tensor, signal: TeacherSignal | AlignedSignal | SplitSignal) -> Tensor | None:
         """[N] of the [N, D] hidden states at the targets; None where it is not to be logged."""
         k = self._args.log_top_k_overlap
         if k is None:

@@ -40,6 +40,11 @@ class TokenWeights:
             raise ValueError(
                 f"token_weights={args.token_weights!r} and a function token_weights: leave one of them out"
             )
+        if own is not None and args.teacher_tokenizer_alignment is not None:
+            raise ValueError(
+                f"teacher_tokenizer_alignment={args.teacher_tokenizer_alignment!r} does not go with a function "
+                "token_weights, since it compares several tokens at a time: leave one of them out"
+            )
         if own is not None and (args.trains_on_nll_alone or args.reward_weight):
             beside = "a training on negative log-likelihoods alone" if args.trains_on_nll_alone else "reward_weight"
             raise ValueError(f"a function token_weights does not go with {beside}: leave one of them out")

@@ -177,7 +177,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self._pad_id = parts.pad_id
         if isinstance(self.data_collator, PaddingCollator):
             self.data_collator = replace(self.data_collator, pad_id=self._pad_id, end_map=parts.hygiene.end_map)
-        self.teacher, self.rollouts = parts.teacher, parts.rollouts
+        self.teacher, self.rollouts, self.alignment = parts.teacher, parts.rollouts, parts.alignment
         self.loss_settings, self.stop_ids, self.hygiene = parts.loss_settings, parts.stop_ids, parts.hygiene
         self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)
         asked = [ready.train, *evaluation_sets(ready.evaluation)]
@@ -300,6 +300,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
                 sequences = [without_first(sequence, self.args.skip_first_tokens) for sequence in sequences]
             if self.reward is not None:
                 self.reward.weigh(sequences)
+        self.micro_batches.respell(sequences)
         measure(sequences, self.hygiene, self.training_log.meters["train"])
         number = self._count(sequences)
         micro_batches = cut(sequences + window.fillers, window.sizes)

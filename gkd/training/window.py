@@ -118,9 +118,11 @@ def write_completions(
                 truncated=verdict.truncated,
                 train=hygiene.trains(verdict),
                 teacher=row.teacher,
-                teacher_prompt=() if hygiene.rewriting else row.teacher_prompt,
+                teacher_prompt=() if hygiene.rewriting and not hygiene.aligned else row.teacher_prompt,
                 end_map=hygiene.end_map,
             )
+            if hygiene.aligned and source == "teacher":
+                written[i].teacher_ids = completion
         for i, log_probs in zip(mine, rollout.log_probs, strict=False):  # none where nobody asked for them
             written[i].log_probs = log_probs
     return written

@@ -1,5 +1,6 @@
 """Devices without float64 (Apple's GPUs): no such tensor is made there, and the numbers hold in float32."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from training import logged, losses, trainer_of
 from gkd.common import devices
 from gkd.common.devices import sum_dtype
 from gkd.common.ranks import max_over_ranks, sum_over_ranks
+from gkd.loss.settings import FusedOutput
 from gkd.rollouts import hf
 from gkd.training.metrics import TEACHER_METRICS, TOKEN_METRICS, Meter
 from gkd.training.position_profile import PositionProfile
@@ -44,8 +46,10 @@ def arrives(values):
 def test_no_float64_tensor_is_made(refused):
     with pytest.raises(TypeError, match="float64"):
         torch.zeros(2, dtype=torch.float64, device="meta")
-    names = {attribute for _, attribute in (*TOKEN_METRICS, *TEACHER_METRICS)}
-    output = SimpleNamespace(**{name: torch.ones(5, device="meta") for name in names})
+    names = {attribute for _, attribute in (*TOKEN_METRICS, *TEACHER_METRICS)} & {f.name for f in fields(FusedOutput)}
+    kinds, border = (torch.ones(5, dtype=dtype, device="meta") for dtype in (torch.int8, torch.bool))
+    values = {name: torch.ones(5, device="meta") for name in names}
+    output = FusedOutput(loss=None, kinds=kinds, at_border=border, **values)
     ids = torch.zeros(5, dtype=torch.long, device="meta")
     meter = Meter("meta", ("one", "two"))
     meter.add_targets(output, ids, ids)

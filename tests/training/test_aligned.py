@@ -1,0 +1,318 @@
+"""Training with a teacher of another tokenizer against two dense float64 passes and the definition of each term."""
+
+import copy
+import logging
+
+import oracle
+import pytest
+import torch
+from datasets import Dataset
+from other_tokens import other_model, other_tokenizer
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from training import Remember, change, config, logged, losses
+
+from gkd.assembly.evaluator import _teacher
+from gkd.data import aligned_view
+from gkd.data.aligned_view import as_the_teacher_reads_it, collate_aligned
+from gkd.data.sequences import TokenSequence
+from gkd.data.token_bytes import token_bytes
+from gkd.training.trainer import GKDTrainer
+
+OWN, OTHER = tiny_tokenizer(), other_tokenizer()
+ENDS = {OWN: 258, OTHER: 1}
+BYTES = {tokenizer: token_bytes(tokenizer) for tokenizer in (OWN, OTHER)}
+SAID = {i for i, text in enumerate(BYTES[OWN]) if text and text < b"\x80"} | {258}
+ASCII = {"suppress_tokens": [i for i in range(tiny_model().config.vocab_size) if i not in SAID]}
+
+
+def rows_of(n=8):
+    rows = tiny_rows(n)
+    for row in rows:
+        row["messages"][-1]["content"] = row["messages"][-1]["content"].replace("é", "e")
+    return Dataset.from_list(rows)
+
+
+ROWS = rows_of()
+
+
+def trainer_of(folder, rows=ROWS, student=None, teacher=None, swapped=False, **values):
+    """`swapped`: the student has the longer tokens."""
+    models = [tiny_model(seed=1) if student is None else student, other_model() if teacher is None else teacher]
+    tokenizers = [tiny_tokenizer(), other_tokenizer()]
+    if swapped:
+        models.reverse()
+        tokenizers.reverse()
+    settings = {"lmbda": 0.0, "per_device_train_batch_size": 8, "teacher_tokenizer_alignment": "bytes"}
+    extra = {name: values.pop(name) for name in ("eval_dataset", "data_collator") if name in values}
+    return GKDTrainer(
+        model=models[0],
+        teacher_model=models[1],
+        args=config(folder, **{**settings, **values}),
+        train_dataset=rows,
+        processing_class=tokenizers[0],
+        teacher_processing_class=tokenizers[1],
+        **extra,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the definition
+
+
+def prompt_of(row, tokenizer):
+    turns = row["messages"][:-1]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
+
+
+def outcomes(student, teacher):
+    """Pairs of ids of one spelling, the ends of a turn among them; and each side's other ids with the place of the
+    pair that their first letter makes."""
+    theirs = {text: i for i, text in enumerate(BYTES[teacher]) if text}
+    pairs = [(i, theirs[text]) for i, text in enumerate(BYTES[student]) if text in theirs and text]
+    pairs.append((ENDS[student], ENDS[teacher]))
+    joined = []
+    for side, tokenizer in enumerate((student, teacher)):
+        known = [pair[side] for pair in pairs]
+        letters = {BYTES[tokenizer][i]: place for place, i in enumerate(known) if BYTES[tokenizer][i]}
+        alone = [i for i, text in enumerate(BYTES[tokenizer]) if text and i not in known]
+        places = [(i, letters[BYTES[tokenizer][i][:1]]) for i in alone]
+        joined.append(torch.tensor(places, dtype=torch.long).view(-1, 2).T)
+    return torch.tensor(pairs), joined
+
+
+def groups(ours, theirs, student, teacher):
+    """First and last token of both, as few as stand for the same bytes."""
+    texts = [
+        [b"\xff" if i == ENDS[who] else BYTES[who][i] for i in ids]
+        for ids, who in ((ours, student), (theirs, teacher))
+    ]
+    assert b"".join(texts[0]) == b"".join(texts[1])
+    found, i, j = [], 0, 0
+    while i < len(ours):
+        a, b, first = i + 1, j + 1, (i, j)
+        while len(b"".join(texts[0][i:a])) != len(b"".join(texts[1][j:b])):
+            if len(b"".join(texts[0][i:a])) < len(b"".join(texts[1][j:b])):
+                a += 1
+            else:
+                b += 1
+        found.append((*first, a - first[0], b - first[1]))
+        i, j = a, b
+    return found
+
+
+def in_their_ids(answer, student, teacher):
+    ended = answer[-1] == ENDS[student]
+    text = student.decode(answer[:-1] if ended else answer)
+    return [*teacher(text, split_special_tokens=True).input_ids, *([ENDS[teacher]] if ended else [])]
+
+
+def expected(models, sequences, rows=ROWS, tokenizers=(OWN, OTHER), name="jsd"):
+    """The loss, and the shares in full and in text."""
+    (student, teacher), (pairs, joined) = tokenizers, outcomes(*tokenizers)
+    total, number, in_full = torch.zeros((), dtype=torch.float64), 0, 0
+    for sequence in sequences:
+        start, row = sequence.prompt_length, rows[sequence.row]
+        answer = sequence.input_ids[start:]
+        theirs = sequence.teacher_ids or in_their_ids(answer, student, teacher)
+        context = prompt_of(row, teacher)
+        z = models[0](input_ids=torch.tensor([sequence.input_ids])).logits[0, start - 1 : -1].softmax(-1)
+        with torch.no_grad():
+            zt = models[1](input_ids=torch.tensor([[*context, *theirs]])).logits[0, len(context) - 1 : -1].softmax(-1)
+        for i, j, n, m in groups(answer, theirs, student, teacher):
+            s = z[i][pairs[:, 0]].index_add(0, joined[0][1], z[i][joined[0][0]])
+            t = zt[j][pairs[:, 1]].index_add(0, joined[1][1], zt[j][joined[1][0]])
+            s, t = torch.cat([s, 1 - s.sum()[None]]), torch.cat([t, 1 - t.sum()[None]])
+            share = 1.0 if n == m == 1 else 1 / n * min(1, n / 2)
+            value = n * share * oracle.divergence(name, s, t)
+            if n > 1 or m > 1:
+                p = torch.stack([z[i + k][answer[i + k]] for k in range(n)]).prod()
+                q = torch.stack([zt[j + k][theirs[j + k]] for k in range(m)]).prod()
+                both = (torch.stack([p, 1 - p]), torch.stack([q, 1 - q]))
+                value = value + n * (1 - share) * oracle.divergence(name, *both)
+            in_full += n == m == 1
+            total = total + value
+        number += len(answer)
+    return total / number, in_full / number
+
+
+def check(moved, models, sequences, **how):
+    loss, in_full = expected(models, sequences, **how)
+    wanted = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(models[0].parameters()))])
+    assert float((moved.double() - wanted).norm() / wanted.norm()) < 1e-4
+    return loss, in_full
+
+
+# ------------------------------------------------------------------------------------------------------ a training
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"swapped": True},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "teacher_placement": "cpu_offload"},
+        {"lmbda": 1.0, "generation_kwargs": ASCII},
+    ],
+    ids=["data", "swapped", "offloaded", "student"],
+)
+def test_the_gradient_is_that_of_the_definition(tmp_path, monkeypatch, values):
+    remembered = Remember(monkeypatch)
+    student, teacher = tiny_model(seed=1), other_model()
+    models, tokenizers = [copy.deepcopy(student).double(), copy.deepcopy(teacher).double()], (OWN, OTHER)
+    trainer = trainer_of(tmp_path, student=student, teacher=teacher, **values)
+    moved = change(trainer)
+    if "swapped" in values:
+        models, tokenizers = models[::-1], tokenizers[::-1]
+    loss, in_full = check(moved, models, remembered.windows[0], tokenizers=tokenizers)
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-4)
+    assert logged(trainer, "aligned/in_full")[0] == pytest.approx(in_full)
+    assert 0.1 < in_full < 1
+    assert logged(trainer, "aligned/in_text")[0] == pytest.approx(1 - in_full)
+    assert logged(trainer, "aligned/not_compared") == [0.0]
+    assert len(logged(trainer, "time/alignment")) == 1
+
+
+def test_what_the_teacher_wrote_it_reads_as_it_wrote_it(tmp_path, monkeypatch):
+    """Letter by letter, where its tokenizer would have joined some: so does no other way of its text."""
+    letters = {i for i, text in enumerate(BYTES[OTHER]) if text and text in b"34"} - set(range(258, 270)) | {1}
+    silent = [i for i in range(len(OTHER)) if i not in letters]
+    remembered = Remember(monkeypatch)
+    student, teacher = tiny_model(seed=1), other_model()
+    models = [copy.deepcopy(student).double(), copy.deepcopy(teacher).double()]
+    values = {"seq_kd": True, "max_new_tokens": 20, "generation_kwargs": {"suppress_tokens": silent}}
+    trainer = trainer_of(tmp_path, student=student, teacher=teacher, **values)
+    moved = change(trainer)
+    window, store = remembered.windows[0], trainer.rollouts["teacher"].store
+    assert {sequence.source for sequence in window} == {"teacher"}
+    for sequence in window:
+        prompt = prompt_of(ROWS[sequence.row], OTHER)
+        assert sequence.teacher_ids == store.get(prompt)
+        assert as_the_teacher_reads_it(sequence, trainer.alignment)[0].input_ids == [*prompt, *store.get(prompt)]
+    otherwise = [in_their_ids(s.input_ids[s.prompt_length :], OWN, OTHER) != s.teacher_ids for s in window]
+    assert any(otherwise)
+    assert check(moved, models, window)[1] == 1.0 == logged(trainer, "aligned/in_full/teacher")[0]
+
+
+def test_an_evaluation_is_the_same_mean(tmp_path):
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
+    trainer = trainer_of(tmp_path, eval_dataset=ROWS, **evaluates)
+    models = [copy.deepcopy(model).double() for model in (trainer.model, trainer.teacher_model)]
+    found = trainer.evaluate()
+    sequences = trainer.data_collator.sequences(list(trainer.eval_dataset))
+    loss, in_full = expected(models, sequences)
+    assert found["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["eval_aligned/in_full"] == pytest.approx(in_full)
+
+
+def test_a_resumed_run_is_the_run(tmp_path):
+    values = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lmbda": 0.5, "seq_kd": True}
+    values["per_device_train_batch_size"] = 4
+    whole = change(trainer_of(tmp_path, **values))
+    resumed = trainer_of(tmp_path, **values)
+    before = torch.cat([p.detach().flatten().clone() for p in resumed.model.parameters()])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    after = torch.cat([p.detach().flatten() for p in resumed.model.parameters()])
+    torch.testing.assert_close(after - before, whole)
+
+
+def test_a_measurement_leaves_the_teacher_out(tmp_path):
+    """It would read ids that are not its own."""
+    assert _teacher(trainer_of(tmp_path), ()) is None
+
+
+# ------------------------------------------------------------------------------------------------- rows and batches
+
+
+@pytest.fixture(scope="module")
+def alignment(tmp_path_factory):
+    return trainer_of(tmp_path_factory.mktemp("run")).alignment
+
+
+def sequence_of(text, prompt="a", context=(), ended=True):
+    ids = [*OWN(text).input_ids, *([258] if ended else [])]
+    start = OWN(prompt).input_ids if prompt else []
+    labels = [*[-100] * len(start), *ids]
+    return TokenSequence([*start, *ids], labels, len(start), teacher_context=list(context))
+
+
+def test_a_teacher_that_ended_with_another_of_its_stop_tokens_ended(alignment):
+    sequence = sequence_of("the 34", context=[5])
+    sequence.teacher_ids = [*OTHER("the").input_ids, *OTHER(" 34").input_ids, 0]
+    read, groups = as_the_teacher_reads_it(sequence, alignment)
+    assert read.input_ids == [5, *sequence.teacher_ids[:-1], 1]
+    assert (groups[-1].student_last, groups[-1].teacher_last) == (6, len(sequence.teacher_ids) - 1)
+
+
+def test_rows_without_a_target_ask_nothing_of_the_teacher(alignment):
+    """Fillers hold an id of the student's, which the teacher may have no row for."""
+    silent = TokenSequence([10**6, 3], [-100, -100], 1)
+    batch = collate_aligned([silent, silent], alignment, 0)
+    assert batch["teacher_input_ids"].tolist() == [[alignment.pad_id]] * 2
+    assert [batch[name].shape for name in ("aligned_group", "aligned_border", "aligned_teacher_group")] == [(0,)] * 3
+    assert batch["teacher_target_ids"].shape == (0,)
+
+
+def test_a_text_without_a_prompt_begins_as_the_teachers_texts_do(alignment):
+    """Its first token is predicted by nothing on the student's side, and where there is no beginning on neither."""
+    text = sequence_of("a red", prompt="", ended=False)
+    read, groups = as_the_teacher_reads_it(text, alignment)
+    assert read.input_ids == OTHER("a red").input_ids
+    assert groups[0].student_first == 1
+
+
+def test_what_the_teacher_has_no_positions_for_is_not_compared(alignment, caplog):
+    aligned_view._warn_of_room.cache_clear()
+    short = aligned_view.replace(alignment, room=5)
+    sequence = sequence_of("one the red", context=[7, 8])
+    with caplog.at_level(logging.WARNING):
+        read, groups = as_the_teacher_reads_it(sequence, short)
+        as_the_teacher_reads_it(sequence, short)
+    whole, every = as_the_teacher_reads_it(sequence, alignment)
+    assert read.input_ids == whole.input_ids[:5]
+    assert groups == [group for group in every if group.teacher_last < 3]
+    assert caplog.text.count("its 5 positions") == 1
+    assert len(as_the_teacher_reads_it(sequence_of("one", context=range(9)), short)[0].input_ids) == 5
+
+
+def test_groups_with_a_token_that_is_not_trained_on_do_not_count(alignment):
+    sequence = sequence_of("the the", context=[5])
+    sequence.labels[2] = -100  # the first "h"
+    batch = collate_aligned([sequence], alignment, 0)
+    assert batch["aligned_group"].tolist() == [-1, -1, 0, 1, 1, 1, 2]
+    assert batch["aligned_teacher_group"].tolist() == [0, 1, 2]
+    assert batch["aligned_border"].tolist() == [-1, -1, 0, 1, -1, -1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_it_is_refused_where_the_tokens_are_the_same_or_not_known(tmp_path):
+    with pytest.raises(ValueError, match=r"alignment='bytes' has no effect: .* same tokens, .*leave it out"):
+        GKDTrainer(
+            model=tiny_model(seed=1),
+            teacher_model=tiny_model(seed=2),
+            args=config(tmp_path, teacher_tokenizer_alignment="bytes"),
+            train_dataset=ROWS,
+            processing_class=tiny_tokenizer(),
+            teacher_processing_class=tiny_tokenizer(),
+        )
+    with pytest.raises(ValueError, match=r"alignment='bytes' needs the teacher's tokenizer.*teacher_processing_class"):
+        GKDTrainer(
+            model=tiny_model(seed=1),
+            teacher_model=other_model(),
+            args=config(tmp_path, teacher_tokenizer_alignment="bytes"),
+            train_dataset=ROWS,
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_a_foreign_collator_and_a_teacher_without_the_field_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher_tokenizer_alignment='bytes' does not go with a data_collator"):
+        trainer_of(tmp_path, data_collator=lambda rows: {})
+    with pytest.raises(ValueError, match=r"different tokenizers.*teacher_tokenizer_alignment='bytes'"):
+        trainer_of(tmp_path, teacher_tokenizer_alignment=None)
+
+
+def test_the_end_of_a_turn_may_be_said(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher_end_of_turn='a=</s>' has no effect"):
+        trainer_of(tmp_path, teacher_end_of_turn="a=</s>")
+    assert trainer_of(tmp_path, teacher_end_of_turn="<|im_end|>=<s>").alignment.end_of_turn == (258, 0)
