@@ -47,7 +47,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_new, _add_doctor, _add_evaluate, _add_precompute, _add_plan, _add_sweep, _add_recipes):
+    for add in (
+        _add_run,
+        _add_new,
+        _add_doctor,
+        _add_evaluate,
+        _add_precompute,
+        _add_plan,
+        _add_sweep,
+        _add_recipes,
+        _add_export,
+    ):
         add(commands)
     return parser
 
@@ -65,7 +75,7 @@ def _command(
         allow_abbrev=False,
     )
     command.set_defaults(action=action)
-    if action not in (_new, _recipes):
+    if action not in _WITHOUT_RECIPE:
         command.add_argument("recipe", type=Path, help="the recipe's file, or the name of a built-in one")
     if json_too:
         command.add_argument("--json", action="store_true", help="print JSON instead")
@@ -224,6 +234,28 @@ def _add_recipes(commands: Any) -> None:
     recipes.add_argument("--to", metavar="DIR", type=Path, default=Path(), help="instead of here")
 
 
+def _add_export(commands: Any) -> None:
+    export = _command(
+        commands,
+        "export",
+        _export,
+        summary="a trained run as one model, for other programs",
+        description=(
+            "Add a run's adapter to its base model and save the whole with tokenizer, chat template, generation "
+            "config and card, loaded again and compared. gguf: also converted by llama.cpp's script where there is "
+            "one. ollama: with a Modelfile."
+        ),
+        example="gkd export outputs/mine --to merged",
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="a run's output_dir, or a checkpoint in it")
+    export.add_argument("--to", metavar="KIND", default="merged", help="merged (the default), gguf or ollama")
+    export.add_argument("--output", metavar="DIR", type=Path, help="RUN-merged without it")
+    export.add_argument("--dtype", metavar="NAME", default="auto", help="float32, bfloat16, float16; the base's")
+    export.add_argument("--gguf_type", metavar="NAME", default="auto", help="f32, f16, bf16, q8_0")
+    export.add_argument("--llama_cpp", metavar="DIR", type=Path, help="a clone of llama.cpp, if not on the PATH")
+    export.add_argument("--trust_remote_code", action="store_true", help="let the model's own code run")
+
+
 # ------------------------------------------------------------------------------------------------------- actions
 
 
@@ -350,6 +382,15 @@ def _recipes(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from gkd.commands.export.export import Order, export
+
+    names = ("run", "to", "output", "dtype", "gguf_type", "llama_cpp", "trust_remote_code")
+    for line in export(Order(**{name: getattr(arguments, name) for name in names})):
+        print(line)
+    return 0
+
+
 def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.commands.new import write_recipe
 
@@ -376,6 +417,9 @@ def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+_WITHOUT_RECIPE = (_new, _recipes, _export)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done; 1 the doctor found an error, a plan does not fit, or a run of a
     sweep failed.
@@ -385,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, flags = parser.parse_known_args(argv)
-    if flags and arguments.action in (_new, _recipes):
+    if flags and arguments.action in _WITHOUT_RECIPE:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     with mistakes_in_one_line():
         check_alone()

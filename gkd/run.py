@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from contextlib import nullcontext
 from typing import Any
 
@@ -131,6 +132,7 @@ def _train(recipe: Recipe) -> None:
         report.show(Console())
         results.raise_for_failures()
         print(f"saved to {args.output_dir}")
+        print(f"next: gkd export {shlex.quote(str(args.output_dir))} --to merged (or gguf, ollama)")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.script.dataset_name)
 
