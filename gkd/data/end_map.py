@@ -97,8 +97,7 @@ def _end(who: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
     why = "has no chat template" if turn is None else "has a chat template that writes no token behind an answer"
     among = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)})" for i in sorted(stops)) or "none"
     raise ValueError(
-        f"teacher_template='own': the {who}'s tokenizer {why}, and which of its stop tokens ends one ({among}) would "
-        f"be a guess: {_REMEDY}"
+        f"the {who}'s tokenizer {why}, and which of its stop tokens ends one ({among}) would be a guess: {_REMEDY}"
     )
 
 

@@ -87,8 +87,8 @@ class LossSettings:
                 "the one token: raise teacher_top_k"
             )
 
-    def in_words(self) -> str:
-        """The divergence with all that goes into it, in one line."""
+    def in_words(self, common: int | None = None) -> str:
+        """The divergence with all that goes into it, in one line; `common` tokens that two tokenizers have."""
         parts = [f"{self.divergence.name} at T = {self.loss_temperature:g}"]
         if self.teacher_temperature != self.loss_temperature:
             parts.append(f"(teacher {self.teacher_temperature:g})")
@@ -97,6 +97,8 @@ class LossSettings:
         if self.teacher_top_k is not None:
             rest = "and the rest (a lower bound)" if self.top_k_tail == "bucket" else "alone (renormalize)"
             parts.append(f"over the teacher's {self.teacher_top_k} most likely tokens {rest}")
+        elif common is not None:
+            parts.append(f"over the {common:,} common tokens and the rest, and over the likelihoods of longer texts")
         elif self.shared_vocab is not None:
             parts.append(f"over the {self.shared_vocab:,} common tokens")
         else:

@@ -186,7 +186,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             for name, side in parts.sides.items():
                 warn_of_differences(side.ids.stop, ready.tokenizer, side.tokenizer, name)
         logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
-        logger.info("loss: %s", self.loss_settings.in_words())
+        common = None if self.alignment is None else len(self.alignment.common.student)
+        logger.info("loss: %s", self.loss_settings.in_words(common))
 
     def _set_up_helpers(self, formatting_func: Callable[..., Any] | None) -> None:
         """What the trainer holds and calls on its way through a training."""
