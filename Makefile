@@ -26,7 +26,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VLLM_VENV := $(CURDIR)/.venv-vllm
 VLLM_PY   := $(VLLM_VENV)/bin/python
 
-.PHONY: help install demo fetch test test-fast test-distributed test-architectures test-vllm lint types format bench clean
+.PHONY: help install demo fetch test test-fast test-distributed test-architectures test-vllm lint types format bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ types: $(STAMP)  ## mypy on gkd/
 format: $(STAMP)  ## let ruff mend and format the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format --line-length 119 .
+
+gpu-check: $(STAMP)  ## what only a GPU can show: correctness, speed, memory (eight minutes, no network, random models)
+	$(PY) benchmarks/gpu_check/run.py
 
 bench: $(STAMP)  ## the measurements quoted in the documentation
 	for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=2 $(PY) "$$script"; done
