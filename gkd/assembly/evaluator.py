@@ -12,12 +12,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config.fields import GKDConfig
+from gkd.data.aligned_view import Alignment
 from gkd.data.prepare import prepare_dataset
 from gkd.data.sequences import EndMap, sequence_of
+from gkd.evaluation.aligned import AlignedSubject
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.evaluation.several import Member, SeveralSubject
-from gkd.evaluation.subject import Conditions, Subject, subject_of
+from gkd.evaluation.subject import Conditions, LocalSubject, Subject, subject_of
 from gkd.evaluation.task_score import CorpusScore, Score, TaskScore
 from gkd.evaluation.view import TeacherReads
 from gkd.loss.settings import LossSettings
@@ -46,6 +48,7 @@ class Assembled(Protocol):
     rollouts: dict[str, Rollout]
     loss_settings: LossSettings
     hygiene: Hygiene
+    alignment: Alignment | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ def make_evaluator(
     """The harness with a run's teacher, sampling and loss; what is asked beside is as in `Evaluator`."""
     args, several = run.args, bool(run.args.teacher_names)
     sampling = run.rollouts["teacher"].settings
+    if several:
+        sampling = replace(sampling, stop_ids=run.hygiene.stop_ids["teacher"])
+    elif run.alignment is not None:  # its text is looked at in the student's tokens
+        sampling = replace(sampling, stop_ids=run.rollouts["student"].settings.stop_ids)
     return Evaluator(
         _teacher(run, questions.teachers),
         run.processing_class,
@@ -98,7 +105,7 @@ def make_evaluator(
         questions.held_out,
         run.rollouts["student"].settings,
         run.loss_settings,
-        teacher_sampling=replace(sampling, stop_ids=run.hygiene.stop_ids["teacher"]) if several else sampling,
+        teacher_sampling=sampling,
         conditions=Conditions(args.seed, args.per_device_eval_batch_size, run.accelerator, args.fold_adapter),
         score=score,
         public_tasks=public_tasks,
@@ -114,8 +121,10 @@ def make_evaluator(
 def _teacher(run: Assembled, numbers: tuple[int, ...]) -> Subject | None:
     """What the models are compared with: the teacher, or each row's own."""
     names = run.args.teacher_names
-    if run.hygiene.aligned:  # its ids are not the student's
-        return None
+    if run.alignment is not None:
+        assert run.hygiene.rewriting is not None
+        model = LocalSubject(run.teacher.model)
+        return AlignedSubject(model, run.alignment, run.hygiene.rewriting, run.rollouts["teacher"].settings)
     if not names:
         return subject_of(run.teacher)
     settings = run.teacher.settings_of_each()

@@ -34,6 +34,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gkd.data.last_turn import LastTurn
+from gkd.data.sequences import TokenSequence
+from gkd.evaluation.bits import bits_per_byte, bytes_of_ids
 from gkd.evaluation.measures import (
     METRICS,
     Estimate,
@@ -46,19 +48,20 @@ from gkd.evaluation.measures import (
     ratio_estimate,
 )
 from gkd.evaluation.public_tasks import PublicTasks
-from gkd.evaluation.subject import Conditions, Subject
+from gkd.evaluation.subject import Conditions, Signal, Subject
 from gkd.evaluation.task_score import TaskScore
 from gkd.evaluation.view import TeacherReads, answered, held_out
 from gkd.loss.divergences import forward_kl
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
-from gkd.loss.signals import DenseSignal, TeacherSignal
+from gkd.loss.signals import IN_FULL, AlignedSignal, DenseSignal
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hygiene import repeated_ngram_share
 
 logger = logging.getLogger(__name__)
 
 TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # the KL at temperature 1
+_COUNTED = len(TARGET_VALUES)  # the column that says of how many targets the agreement is told
 
 
 @dataclass
@@ -130,10 +133,19 @@ class Evaluator:
         self._trained_as = self.loss
         if self.teacher is not None and self._of_one_teacher:
             self.loss = self._loss_against(self.loss, self.teacher)
+        self._sizes, self._no_sizes = _sizes(self.tokenizer)
+        self._teacher_sizes = self._sizes
+        if self._tokens_differ and self.teacher is not None:
+            self._teacher_sizes = _sizes(self.teacher.tokenizer)[0]
 
     @property
     def _of_one_teacher(self) -> bool:
         return not self.teachers
+
+    @property
+    def _tokens_differ(self) -> bool:
+        """Whether the teacher has tokens of its own, and is asked about text."""
+        return self.teacher is not None and self.teacher.tokenizer is not None
 
     def _loss_against(self, loss: LossSettings, teacher: Subject) -> LossSettings:
         """As trained, but against all that the teacher says."""
@@ -156,18 +168,24 @@ class Evaluator:
                 **self._against_teacher(model, own),
                 **self._text_measures(own, sampling),
                 **self._perplexity(model),
+                **self._of_teacher_text(model),
                 **self._scores(model, sampling, own),
             }
         extra: dict[str, Metric] = {}
         extra |= {key: metric for key, metric in self._of_each_teacher().items() if key in values}
         if self._of_answers:
-            extra["perplexity"] = replace(METRICS["perplexity"], label="Perplexity, held-out answers")
+            for key in ("perplexity", "bits_per_byte"):
+                plain = METRICS[key]
+                extra[key] = replace(plain, label=plain.label.replace("held-out text", "held-out answers"))
+        if self._tokens_differ:  # what models of different tokens are compared by
+            extra |= {key: extra.get(key, METRICS[key]) for key in ("bits_per_byte", "bits_per_byte_teacher_text")}
         if self.public_tasks is not None:
             public, of_tasks = model.public_tasks(self.public_tasks, self.tokenizer, self.conditions)
             values, extra = values | public, extra | of_tasks
         texts = zip(prompts[: self.num_samples], own, strict=False)
-        samples = tuple((self._text(prompt), self._text(completion)) for prompt, completion in texts)
-        questions = tuple(map(LastTurn(self.tokenizer), (prompt for prompt, _ in samples)))
+        asked_in = model.tokenizer or self.tokenizer
+        samples = tuple((str(asked_in.decode(prompt)), self._text(completion)) for prompt, completion in texts)
+        questions = tuple(map(LastTurn(asked_in), (prompt for prompt, _ in samples)))
         return Measures(name, values, samples, self.settings(), extra, questions)
 
     def settings(self) -> dict[str, Any]:
@@ -181,6 +199,8 @@ class Evaluator:
             "sampling temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
             "seed": self.conditions.seed,
+            **({"bits per byte": f"not measured: {self._no_sizes}"} if self._no_sizes else {}),
+            **({"the teacher": _OTHER_TOKENS} if self._tokens_differ else {}),
             **(
                 {"teacher": "as it was first measured, before it followed the student"} if self.teacher_follows else {}
             ),
@@ -193,6 +213,9 @@ class Evaluator:
         if not self._of_one_teacher:
             names = ", ".join(str(share.name) for share in self.teacher.shares(self.teachers))
             return f"{loss.in_words()}, each row with its own teacher ({names})"
+        if self._tokens_differ:
+            name = loss.in_words().replace("over the whole vocabulary", "where the tokens of both meet")
+            return f"{name}, tokens that meet nowhere count as 0"
         if trained.teacher_top_k is None or trained.teacher_top_k == loss.teacher_top_k:
             return loss.in_words()
         return f"{loss.in_words()} (trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})"
@@ -285,7 +308,7 @@ class Evaluator:
         reads = None if model == self.teacher else self.teacher_reads
         source = "teacher" if completions is self._teacher_text else "student"
         sequences = answered(self._prompts_of(model), completions, reads, source=source, teachers=self.teachers)
-        sums = torch.zeros(len(completions), len(TARGET_VALUES), dtype=torch.float64)
+        sums = torch.zeros(len(completions), len(TARGET_VALUES) + 1, dtype=torch.float64)
         means: dict[str, Estimate] = {}
         for share in self.teacher.shares([sequence.teacher for sequence in sequences]):
             asked = share.subject if model == self.teacher else model
@@ -303,23 +326,27 @@ class Evaluator:
             elif found is None:
                 same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
                 return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
-        return means | {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
+        told = {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
+        if self._tokens_differ:
+            told["agreement"] = ratio_estimate(sums[:, 2].tolist(), sums[:, _COUNTED].tolist())
+        return means | told
 
     def _target_values(
         self,
         own: DenseSignal,
-        signal: TeacherSignal,
+        signal: Signal,
         targets: Tensor,
         *,
         loss: LossSettings,
         exchanged: tuple[int, int] | None = None,
     ) -> Tensor:
-        """TARGET_VALUES of each target, [N, 3] on the CPU."""
+        """TARGET_VALUES of each target, and whether its agreement counts, [N, 4] on the CPU."""
         if exchanged is not None:
             signal = signal.exchanging(exchanged)
         no_loss = torch.zeros(len(targets), device=own.hidden.device)
         output = fused_divergence(own.hidden, own.head, signal, targets, no_loss, loss)
-        kl = output.forward_kl
+        # What an aligned signal says of single places is not all that is compared.
+        kl = None if isinstance(signal, AlignedSignal) else output.forward_kl
         if kl is None:
             # The forward KL that runs are compared by is of the two models as they are, whatever the training softens:
             # at temperature 1 it comes with the divergence, else from a second look at the heads.
@@ -331,10 +358,13 @@ class Evaluator:
                 scale_by_temperature_squared=False,
             )
             kl = fused_divergence(own.hidden, own.head, signal, targets, no_loss, plain).divergence
-        return torch.stack([value.cpu().double() for value in (output.divergence, kl, output.agreement)], dim=1)
+        counts = torch.ones_like(kl) if output.kinds is None else (output.kinds == IN_FULL).to(kl.dtype)
+        values = (output.divergence, kl, output.agreement * counts, counts)
+        return torch.stack([value.cpu().double() for value in values], dim=1)
 
     def _perplexity(self, model: Subject) -> dict[str, Estimate]:
-        """exp of the mean negative log-likelihood per token of the held-out texts, over the whole vocabulary."""
+        """exp of the mean negative log-likelihood per token of the held-out texts, over the whole vocabulary; and
+        their bits per byte. A teacher with other tokens has no perplexity that could stand beside the student's."""
         if not self.held_out:
             return {}
         assert self.held_out_starts is not None
@@ -347,16 +377,37 @@ class Evaluator:
             self.teacher_reads,
             by_teacher=by_teacher,
             teachers=self.held_out_teachers,
+            respelled=self._tokens_differ,
         )
+        rows = model.in_own_tokens(rows)
         nll = model.nll(rows, self.conditions, self._tick)
-        return {
-            "perplexity": exponential_estimate(ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll))))
-        }
+        found = self._bits("bits_per_byte", model, rows, nll)
+        if by_teacher and self._tokens_differ:
+            return found
+        per_token = ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll)))
+        return {"perplexity": exponential_estimate(per_token), **found}
+
+    def _of_teacher_text(self, model: Subject) -> dict[str, Estimate]:
+        """Bits per byte of what the teacher has written for the prompts."""
+        if self.teacher is None or self._sizes is None:
+            return {}
+        by_teacher = model == self.teacher
+        reads = None if by_teacher and not self._tokens_differ else self.teacher_reads
+        prompts = self.prompts if self._tokens_differ else self._prompts_of(model)
+        written = answered(prompts, self.teacher_text(), reads, source="teacher", teachers=self.teachers)
+        rows = model.in_own_tokens(written)
+        return self._bits("bits_per_byte_teacher_text", model, rows, model.nll(rows, self.conditions, self._tick))
+
+    def _bits(
+        self, key: str, model: Subject, rows: list[TokenSequence], nll: list[list[float]]
+    ) -> dict[str, Estimate]:
+        sizes = self._teacher_sizes if model == self.teacher else self._sizes
+        return {} if sizes is None else {key: bits_per_byte(rows, nll, sizes)}
 
     def _text_measures(self, own: list[list[int]], sampling: SamplingSettings) -> dict[str, Estimate]:
         """What can be seen from the completions alone; lengths count the stop token, as in training."""
         return {
-            "ended": mean_estimate([float(ids[-1] in sampling.stop_ids) for ids in own]),
+            "ended": mean_estimate([float(bool(ids) and ids[-1] in sampling.stop_ids) for ids in own]),
             "length": mean_estimate([float(len(ids)) for ids in own]),
             "repeated_4grams": mean_estimate([repeated_ngram_share(ids, 4) for ids in own]),
             "distinct_2": Estimate(distinct_ngrams(own, 2), None, len(own)),
@@ -375,3 +426,14 @@ class Evaluator:
         for way, completions in written.items():
             found |= self.score.estimates([self._text(ids, plain=True) for ids in completions], way)
         return found
+
+
+_OTHER_TOKENS = "has tokens of its own: its text is counted in the student's, and what can be compared is bits per byte"
+
+
+def _sizes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int] | None, str]:
+    """How many bytes each id stands for; or why that is not known."""
+    try:
+        return bytes_of_ids(tokenizer), ""
+    except ValueError as error:
+        return None, str(error)

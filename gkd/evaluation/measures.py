@@ -53,6 +53,8 @@ METRICS: dict[str, Metric] = {
         Metric("agreement_own", "Top-1 agreement, own completions", "share", "higher"),
         Metric("agreement_teacher_text", "Top-1 agreement, teacher's completions", "share", "higher"),
         Metric("perplexity", "Perplexity, held-out text", "", "lower"),
+        Metric("bits_per_byte", "Bits per byte, held-out text", "", "lower"),
+        Metric("bits_per_byte_teacher_text", "Bits per byte, teacher's completions", "", "lower"),
         Metric("ended", "Completions that end by themselves", "share", "teacher"),
         Metric("length", "Completion length", "tokens", "teacher"),
         Metric("repeated_4grams", "Repeated 4-grams", "share", "teacher"),

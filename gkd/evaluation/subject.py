@@ -27,7 +27,7 @@ from gkd.evaluation.measures import Estimate, Metric
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.loss.parts import SplitSignal
 from gkd.loss.settings import LossSettings
-from gkd.loss.signals import DenseSignal, Head, TeacherSignal
+from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TeacherSignal
 from gkd.models.generation_mode import generation_mode
 from gkd.models.head import head_of, output_layer
 from gkd.models.hidden import last_hidden
@@ -35,9 +35,11 @@ from gkd.rollouts.base import Rollout, SamplingSettings
 from gkd.rollouts.hf import HFRollout
 from gkd.teachers.base import Teacher
 
-Ask = Callable[[dict[str, Tensor]], TeacherSignal]  # a batch -> what is said about its targets
-Compare = Callable[[DenseSignal, TeacherSignal, Tensor], Tensor]  # student, teacher, targets [N] -> [N, values]
+Signal = TeacherSignal | AlignedSignal
+Ask = Callable[[dict[str, Tensor]], Signal]  # a batch, as `Subject.shared_batch` makes it -> what is said about its targets
+Compare = Callable[[DenseSignal, Signal, Tensor], Tensor]  # student, teacher, targets [N] -> [N, values]
 _Read = Callable[[DenseSignal, dict[str, Tensor], Tensor], Tensor]  # what the model says, batch, targets -> [N, ...]
+Collate = Callable[[list[TokenSequence], torch.device], dict[str, Tensor]]
 Rows = Sequence[TokenSequence]
 CHUNK_LOGITS = 2**25  # numbers in one chunk of logits for the perplexity: 128 MiB in fp32
 
@@ -108,9 +110,11 @@ class Subject(ABC):
 
     Attributes:
         top_k: how many tokens it scores at a position; None is all of them.
+        tokenizer: its own, where its tokens are not the student's (`gkd.evaluation.aligned`).
     """
 
     top_k: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def generate(
         self,
@@ -128,6 +132,14 @@ class Subject(ABC):
     def shares(self, numbers: Sequence[int]) -> list[Share]:
         """Who stands for the teacher, of sequences whose teachers have these numbers: itself, or several."""
         return [Share(self, list(range(len(numbers))))]
+
+    def shared_batch(self, sequences: list[TokenSequence], device: torch.device) -> dict[str, Tensor]:
+        """A batch on which a model is compared with it, as the teacher."""
+        return collated(sequences, device)
+
+    def in_own_tokens(self, sequences: Rows) -> list[TokenSequence]:
+        """The sequences, of the student's tokens behind prompts of its own, as it reads them."""
+        return list(sequences)
 
     @abstractmethod
     def _rollout(self, sampling: SamplingSettings, how: Conditions, source: str) -> Rollout:
@@ -151,7 +163,7 @@ class Subject(ABC):
 
     @abstractmethod
     def nll(self, sequences: Rows, how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
-        """-log p in nats of the targets of each sequence, over the whole vocabulary."""
+        """-log p in nats of the targets of each sequence, which is in its own tokens, over the whole vocabulary."""
 
     def public_tasks(
         self, tasks: PublicTasks, tokenizer: PreTrainedTokenizerBase, how: Conditions
@@ -181,7 +193,7 @@ class LocalSubject(Subject):
     def asked(self, how: Conditions) -> Iterator[Ask]:
         with generation_mode(self.model, how.accelerator) as bare:
             head = head_of(bare)
-            yield lambda batch: DenseSignal(hidden_of_targets(bare, batch, batch["labels"].device), head)
+            yield lambda batch: DenseSignal(hidden_of_targets(bare, teacher_view(batch), batch["labels"].device), head)
 
     def compared(
         self,
@@ -194,9 +206,9 @@ class LocalSubject(Subject):
         @contextmanager
         def comparing() -> Iterator[_Read]:
             with teacher.asked(how) as ask:
-                yield lambda own, batch, targets: compare(own, ask(teacher_view(batch)), targets)
+                yield lambda own, batch, targets: compare(own, ask(batch), targets)
 
-        return self._of_targets(sequences, comparing(), how, tick)
+        return self._of_targets(sequences, comparing(), how, tick, teacher.shared_batch)
 
     def nll(self, sequences: Rows, how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
         def read(own: DenseSignal, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
@@ -216,13 +228,14 @@ class LocalSubject(Subject):
         reading: AbstractContextManager[_Read],
         how: Conditions,
         tick: Callable[[int], None],
+        collate: Collate = collated,
     ) -> list[Tensor]:
         """What `reading` makes of the targets of each sequence, batch by batch."""
         found = [torch.empty(0)] * len(sequences)
         with generation_mode(self.model, how.accelerator) as bare, reading as read:
             head = head_of(bare)
             for rows in batches([sequence.length for sequence in sequences], how.batch_size):
-                batch = collated([sequences[row] for row in rows], bare.device)
+                batch = collate([sequences[row] for row in rows], bare.device)
                 targets = batch["labels"][:, 1:][target_mask(batch["labels"])]
                 tick(len(rows))
                 values = read(DenseSignal(hidden_of_targets(bare, batch), head), batch, targets).cpu().double()
@@ -248,7 +261,7 @@ class ServedSubject(Subject):
         return nullcontext(self._asked)
 
     def _asked(self, batch: dict[str, Tensor]) -> TeacherSignal:
-        signal = self.teacher.score(batch)
+        signal = self.teacher.score(teacher_view(batch))
         assert not isinstance(signal, SplitSignal), "several teachers are several subjects"
         return signal
 

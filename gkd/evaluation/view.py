@@ -60,9 +60,14 @@ def held_out(
     *,
     by_teacher: bool,
     teachers: Sequence[int] = (),
+    respelled: bool = False,
 ) -> list[TokenSequence]:
-    """Held-out texts with targets from `starts` on, as the student reads them or as the teacher does; `teachers` are
-    the numbers of the texts', of several."""
+    """Held-out texts with targets from `starts` on, as the student reads them or as the teacher does.
+
+    Args:
+        teachers: numbers of the texts', of several.
+        respelled: the teacher puts them into its own tokens (`Subject.in_own_tokens`), texts from their beginning on.
+    """
     read = teacher.contexts if teacher is not None and teacher.contexts else [()] * len(texts)
     end_map = teacher.end_map if teacher is not None and teacher.contexts else None
     rows = [
@@ -71,4 +76,6 @@ def held_out(
             zip(texts, starts, read, teachers or [0] * len(texts), strict=True)
         )
     ]
+    if by_teacher and respelled:
+        return rows if any(read) else [join([], list(ids), "data", row) for row, ids in enumerate(texts)]
     return [row.as_the_teacher_reads_it() for row in rows] if by_teacher else rows

@@ -384,7 +384,8 @@ def test_what_a_server_tells_exactly_is_what_the_model_gives(served):
 
 def test_without_a_teacher_the_student_is_measured_by_itself():
     measures = evaluator(None).measure(LocalSubject(STUDENT), "student")
-    assert {"perplexity", "ended", "length", "repeated_4grams", "distinct_2"} == measures.values.keys()
+    of_student = {"perplexity", "bits_per_byte", "ended", "length", "repeated_4grams", "distinct_2"}
+    assert of_student == measures.values.keys()
     assert "not measured" in measures.settings["divergence"]
 
 

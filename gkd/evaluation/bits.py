@@ -1,0 +1,45 @@
+"""Bits per byte: what texts cost a model, whatever tokens it reads them in.
+
+A perplexity is per token, so that of a model with longer tokens is larger for the same text. -log2 p of a text over its
+bytes is the same question to all (as in The Pile, arXiv 2101.00027, section 3.1). Counted are the tokens that stand
+for text: neither the end of a turn nor what a vocabulary has no token for (`<unk>`), which have no bytes. A text is
+taken as its tokenizer writes it; it could be written in other tokens, too, so that the number is an upper bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from gkd.data.sequences import TokenSequence
+from gkd.data.targets import IGNORE
+from gkd.data.token_bytes import token_bytes
+from gkd.evaluation.measures import Estimate, ratio_estimate
+
+
+def bytes_of_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """How many bytes of text each id stands for; 0 for what stands for none.
+
+    Raises:
+        ValueError: its tokens have no bytes (`gkd.data.token_bytes.token_bytes`).
+    """
+    return [len(piece or b"") for piece in token_bytes(tokenizer)]
+
+
+def bits_per_byte(sequences: Sequence[TokenSequence], nll: Sequence[Sequence[float]], sizes: Sequence[int]) -> Estimate:
+    """Over all targets of the sequences that stand for text.
+
+    Args:
+        sequences: in the model's own tokens. nll: -log p of the targets of each, in nats.
+        sizes: what `bytes_of_ids` gives.
+    """
+    bits, lengths = [], []
+    for sequence, values in zip(sequences, nll, strict=True):
+        ids = [label for label in sequence.labels[1:] if label != IGNORE]
+        of_each = [sizes[i] if i < len(sizes) else 0 for i in ids]
+        of_text = [value for value, size in zip(values, of_each, strict=True) if size]
+        bits.append(math.fsum(of_text) / math.log(2))
+        lengths.append(float(sum(of_each)))
+    return ratio_estimate(bits, lengths)
