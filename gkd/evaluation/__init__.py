@@ -1,5 +1,7 @@
 """Student before, student after and teacher on the same prompts: numbers with standard errors.
 
+aligned: a teacher with another tokenizer under measurement: asked about text, in its own tokens
+bits: bits per byte: what texts cost a model, whatever tokens it reads them in
 harness: one harness for the student before training, the student after, and the teacher: fixed prompts,
     fixed seeds
 measures: what an evaluation found of one model: numbers with standard errors

@@ -1,15 +1,16 @@
 """Bits per byte: what texts cost a model, whatever tokens it reads them in.
 
-A perplexity is per token, so that of a model with longer tokens is larger for the same text. -log2 p of a text over its
-bytes is the same question to all (as in The Pile, arXiv 2101.00027, section 3.1). Counted are the tokens that stand
-for text: neither the end of a turn nor what a vocabulary has no token for (`<unk>`), which have no bytes. A text is
-taken as its tokenizer writes it; it could be written in other tokens, too, so that the number is an upper bound.
+A perplexity is per token, so that of a model with longer tokens is larger for the same text. -log2 p of a text over
+its bytes is the same question to all (as in The Pile, arXiv 2101.00027). Counted are the tokens that stand for text:
+neither the end of a turn nor what a vocabulary has no token for (`<unk>`), which have no bytes. A text is taken as
+its tokenizer writes it; it could be written in other tokens, too, so that the number is an upper bound.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,21 +20,34 @@ from gkd.data.token_bytes import token_bytes
 from gkd.evaluation.measures import Estimate, ratio_estimate
 
 
-def bytes_of_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """How many bytes of text each id stands for; 0 for what stands for none.
-
-    Raises:
-        ValueError: its tokens have no bytes (`gkd.data.token_bytes.token_bytes`).
-    """
-    return [len(piece or b"") for piece in token_bytes(tokenizer)]
+Nats = Sequence[Sequence[float]]  # of the targets of each sequence
 
 
-def bits_per_byte(sequences: Sequence[TokenSequence], nll: Sequence[Sequence[float]], sizes: Sequence[int]) -> Estimate:
+@dataclass(frozen=True)
+class Sizes:
+    """How many bytes of text each id of a tokenizer stands for, 0 for none; or why that is not known."""
+
+    of_ids: list[int] | None
+    unknown: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Sizes:
+        try:
+            return cls([len(piece or b"") for piece in token_bytes(tokenizer)])
+        except ValueError as error:
+            return cls(None, str(error))
+
+    def bits(self, key: str, sequences: Sequence[TokenSequence], nll: Nats) -> dict[str, Estimate]:
+        """`bits_per_byte` by the name of its metric; nothing where no sizes are known."""
+        return {} if self.of_ids is None else {key: bits_per_byte(sequences, nll, self.of_ids)}
+
+
+def bits_per_byte(sequences: Sequence[TokenSequence], nll: Nats, sizes: Sequence[int]) -> Estimate:
     """Over all targets of the sequences that stand for text.
 
     Args:
         sequences: in the model's own tokens. nll: -log p of the targets of each, in nats.
-        sizes: what `bytes_of_ids` gives.
+        sizes: bytes of each id.
     """
     bits, lengths = [], []
     for sequence, values in zip(sequences, nll, strict=True):

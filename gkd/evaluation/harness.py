@@ -34,8 +34,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gkd.data.last_turn import LastTurn
-from gkd.data.sequences import TokenSequence
-from gkd.evaluation.bits import bits_per_byte, bytes_of_ids
+from gkd.evaluation.bits import Sizes
 from gkd.evaluation.measures import (
     METRICS,
     Estimate,
@@ -61,6 +60,7 @@ from gkd.rollouts.hygiene import repeated_ngram_share
 logger = logging.getLogger(__name__)
 
 TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # the KL at temperature 1
+_OTHER_TOKENS = "has other tokens: its text is counted in the student's, and bits per byte compare the two"
 _COUNTED = len(TARGET_VALUES)  # the column that says of how many targets the agreement is told
 
 
@@ -133,17 +133,16 @@ class Evaluator:
         self._trained_as = self.loss
         if self.teacher is not None and self._of_one_teacher:
             self.loss = self._loss_against(self.loss, self.teacher)
-        self._sizes, self._no_sizes = _sizes(self.tokenizer)
-        self._teacher_sizes = self._sizes
-        if self._tokens_differ and self.teacher is not None:
-            self._teacher_sizes = _sizes(self.teacher.tokenizer)[0]
+        self._sizes = self._teacher_sizes = Sizes.of(self.tokenizer)
+        if self.teacher is not None and self.teacher.tokenizer is not None:
+            self._teacher_sizes = Sizes.of(self.teacher.tokenizer)
 
     @property
     def _of_one_teacher(self) -> bool:
         return not self.teachers
 
     @property
-    def _tokens_differ(self) -> bool:
+    def tokens_differ(self) -> bool:
         """Whether the teacher has tokens of its own, and is asked about text."""
         return self.teacher is not None and self.teacher.tokenizer is not None
 
@@ -177,7 +176,7 @@ class Evaluator:
             for key in ("perplexity", "bits_per_byte"):
                 plain = METRICS[key]
                 extra[key] = replace(plain, label=plain.label.replace("held-out text", "held-out answers"))
-        if self._tokens_differ:  # what models of different tokens are compared by
+        if self.tokens_differ:  # what models of different tokens are compared by
             extra |= {key: extra.get(key, METRICS[key]) for key in ("bits_per_byte", "bits_per_byte_teacher_text")}
         if self.public_tasks is not None:
             public, of_tasks = model.public_tasks(self.public_tasks, self.tokenizer, self.conditions)
@@ -199,8 +198,8 @@ class Evaluator:
             "sampling temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
             "seed": self.conditions.seed,
-            **({"bits per byte": f"not measured: {self._no_sizes}"} if self._no_sizes else {}),
-            **({"the teacher": _OTHER_TOKENS} if self._tokens_differ else {}),
+            **({"bits per byte": f"not measured: {self._sizes.unknown}"} if self._sizes.unknown else {}),
+            **({"the teacher": _OTHER_TOKENS} if self.tokens_differ else {}),
             **(
                 {"teacher": "as it was first measured, before it followed the student"} if self.teacher_follows else {}
             ),
@@ -213,7 +212,7 @@ class Evaluator:
         if not self._of_one_teacher:
             names = ", ".join(str(share.name) for share in self.teacher.shares(self.teachers))
             return f"{loss.in_words()}, each row with its own teacher ({names})"
-        if self._tokens_differ:
+        if self.tokens_differ:
             name = loss.in_words().replace("over the whole vocabulary", "where the tokens of both meet")
             return f"{name}, tokens that meet nowhere count as 0"
         if trained.teacher_top_k is None or trained.teacher_top_k == loss.teacher_top_k:
@@ -327,7 +326,7 @@ class Evaluator:
                 same = {"divergence": 0.0, "forward_kl": 0.0, "agreement": 1.0}
                 return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
         told = {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
-        if self._tokens_differ:
+        if self.tokens_differ:
             told["agreement"] = ratio_estimate(sums[:, 2].tolist(), sums[:, _COUNTED].tolist())
         return means | told
 
@@ -377,32 +376,30 @@ class Evaluator:
             self.teacher_reads,
             by_teacher=by_teacher,
             teachers=self.held_out_teachers,
-            respelled=self._tokens_differ,
+            respelled=self.tokens_differ,
         )
         rows = model.in_own_tokens(rows)
         nll = model.nll(rows, self.conditions, self._tick)
-        found = self._bits("bits_per_byte", model, rows, nll)
-        if by_teacher and self._tokens_differ:
+        found = self._sizes_of(model).bits("bits_per_byte", rows, nll)
+        if by_teacher and self.tokens_differ:
             return found
         per_token = ratio_estimate([math.fsum(row) for row in nll], list(map(len, nll)))
         return {"perplexity": exponential_estimate(per_token), **found}
 
     def _of_teacher_text(self, model: Subject) -> dict[str, Estimate]:
         """Bits per byte of what the teacher has written for the prompts."""
-        if self.teacher is None or self._sizes is None:
+        if self.teacher is None or self._sizes.of_ids is None:
             return {}
         by_teacher = model == self.teacher
-        reads = None if by_teacher and not self._tokens_differ else self.teacher_reads
-        prompts = self.prompts if self._tokens_differ else self._prompts_of(model)
+        reads = None if by_teacher and not self.tokens_differ else self.teacher_reads
+        prompts = self.prompts if self.tokens_differ else self._prompts_of(model)
         written = answered(prompts, self.teacher_text(), reads, source="teacher", teachers=self.teachers)
         rows = model.in_own_tokens(written)
-        return self._bits("bits_per_byte_teacher_text", model, rows, model.nll(rows, self.conditions, self._tick))
+        nll = model.nll(rows, self.conditions, self._tick)
+        return self._sizes_of(model).bits("bits_per_byte_teacher_text", rows, nll)
 
-    def _bits(
-        self, key: str, model: Subject, rows: list[TokenSequence], nll: list[list[float]]
-    ) -> dict[str, Estimate]:
-        sizes = self._teacher_sizes if model == self.teacher else self._sizes
-        return {} if sizes is None else {key: bits_per_byte(rows, nll, sizes)}
+    def _sizes_of(self, model: Subject) -> Sizes:
+        return self._teacher_sizes if model == self.teacher else self._sizes
 
     def _text_measures(self, own: list[list[int]], sampling: SamplingSettings) -> dict[str, Estimate]:
         """What can be seen from the completions alone; lengths count the stop token, as in training."""
@@ -428,12 +425,3 @@ class Evaluator:
         return found
 
 
-_OTHER_TOKENS = "has tokens of its own: its text is counted in the student's, and what can be compared is bits per byte"
-
-
-def _sizes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int] | None, str]:
-    """How many bytes each id stands for; or why that is not known."""
-    try:
-        return bytes_of_ids(tokenizer), ""
-    except ValueError as error:
-        return None, str(error)

@@ -36,7 +36,7 @@ from gkd.rollouts.hf import HFRollout
 from gkd.teachers.base import Teacher
 
 Signal = TeacherSignal | AlignedSignal
-Ask = Callable[[dict[str, Tensor]], Signal]  # a batch, as `Subject.shared_batch` makes it -> what is said about its targets
+Ask = Callable[[dict[str, Tensor]], Signal]  # a batch of `Subject.shared_batch` -> what is said about its targets
 Compare = Callable[[DenseSignal, Signal, Tensor], Tensor]  # student, teacher, targets [N] -> [N, values]
 _Read = Callable[[DenseSignal, dict[str, Tensor], Tensor], Tensor]  # what the model says, batch, targets -> [N, ...]
 Collate = Callable[[list[TokenSequence], torch.device], dict[str, Tensor]]

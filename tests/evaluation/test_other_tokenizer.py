@@ -91,7 +91,7 @@ def test_bits_per_byte_of_held_out_answers_are_those_of_each_models_own_tokens(r
         assert found.values["bits_per_byte"].count == len(ROWS)
     assert "perplexity" in student.values
     assert "perplexity" not in teacher.values
-    assert "Bits per byte, held-out answers" == student.extra["bits_per_byte"].label
+    assert student.extra["bits_per_byte"].label == "Bits per byte, held-out answers"
 
 
 def test_bits_per_byte_of_texts_leave_out_what_nothing_predicts(run):
@@ -179,10 +179,9 @@ def test_the_divergence_is_that_of_the_training_and_of_its_definition(run, evalu
     assert found["divergence"].value == pytest.approx(wanted, rel=1e-4)
     assert found["forward_kl"].value == pytest.approx(wanted, rel=1e-4)
     answers = [[*ids_of(row["messages"][-1]["content"], OWN), STUDENT_END] for row in ROWS]
-    harness_of_all = evaluator_of(
-        run, {"eval": Dataset.from_list(ROWS)}, SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=0)
-    )
-    measured = harness_of_all._target_means(LocalSubject(run.model), answers)
+    all_of_them = SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=0)
+    of_all = evaluator_of(run, {"eval": Dataset.from_list(ROWS)}, all_of_them)
+    measured = of_all._target_means(LocalSubject(run.model), answers)
     assert measured["divergence"].value == pytest.approx(run.evaluate()["eval_loss"], rel=1e-5)
 
 

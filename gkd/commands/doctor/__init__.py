@@ -1,5 +1,7 @@
 """`gkd doctor`: a recipe looked at before it costs anything.
 
+alignment: the doctor's look at a teacher with another tokenizer that is compared: which tokens meet, and
+    what both can say
 cost: the doctor's estimate of a run: memory by the formulas of `gkd plan`, time from optimizer steps that
     are made
 examine: `gkd doctor`: what can be known about a run before it costs a GPU-day

@@ -21,17 +21,19 @@ from gkd.assembly.evaluator import Questions, make_evaluator, texts_in_ids
 from gkd.assembly.models import resolve_tokenizer
 from gkd.assembly.reading import reading_of_teachers
 from gkd.assembly.rollouts import encoding_options
+from gkd.commands.doctor.alignment import examine_mass
 from gkd.commands.doctor.cost import STEPS, examine_memory, examine_schedules, examine_time, spread, timed_steps
 from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.template import examine_template
 from gkd.commands.doctor.view import Diagnosis
 from gkd.common.environment import describe_hardware, installed_versions
 from gkd.config.fields import GKDConfig
-from gkd.data.sequences import sequence_of
+from gkd.data.sequences import TokenSequence, sequence_of
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, same_token_maps, shared_vocabulary
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import Measures
 from gkd.evaluation.subject import LocalSubject
+from gkd.evaluation.view import answered
 from gkd.models.facts import vocabulary_rows
 from gkd.models.loading import load_tokenizer
 from gkd.recipe.build import measuring_trainer, student_name, student_tokenizer
@@ -91,7 +93,9 @@ def _of_each_teacher(out: Diagnosis, settings: Settings) -> Tokenizers | None:
         tokenizers = _attempt(of, "Tokenizers", partial(_tokenizers, of, one))
         if tokenizers is not None:
             _attempt(of, "Token maps", partial(_token_maps, of, one, tokenizers))
-            apart = _writes_other_tokens(args, tokenizers)
+            apart = _writes_other_tokens(args, tokenizers) or (
+                args.teacher_tokenizer_alignment is not None and _other_tokens(tokenizers)
+            )
             _chat_templates(of, *tokenizers, args.teacher_template == "own" or apart)
         found.append(tokenizers)
     return None if None in found else found[-1]
@@ -179,6 +183,9 @@ def _token_maps(out: Diagnosis | _Named, settings: Settings, tokenizers: Tokeniz
     args = settings.training
     if args.teacher_is_elsewhere or args.shares_weights:
         return
+    if args.teacher_tokenizer_alignment is not None and _other_tokens(tokenizers):
+        out.add("Token maps", "ok", "they differ: compared where tokens of both are the same bytes, see Alignment")
+        return
     if _writes_other_tokens(args, tokenizers):
         out.add(
             "Token maps", "ok", "they differ: the teacher only writes, and its text is trained on (seq_kd_loss=nll)"
@@ -202,8 +209,12 @@ def _token_maps(out: Diagnosis | _Named, settings: Settings, tokenizers: Tokeniz
 
 def _writes_other_tokens(args: GKDConfig, tokenizers: Tokenizers) -> bool:
     """Whether the teacher has other tokens, and nothing is compared with it."""
+    return args.trains_on_nll_alone and _other_tokens(tokenizers)
+
+
+def _other_tokens(tokenizers: Tokenizers) -> bool:
     student, teacher = tokenizers
-    return args.trains_on_nll_alone and teacher is not None and not same_token_maps(student, teacher)
+    return teacher is not None and not same_token_maps(student, teacher)
 
 
 def _chat_templates(
@@ -290,7 +301,9 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
         found.append(teacher)
         _perplexities(out, student, teacher, len(evaluator.held_out))
         _divergence(out, student, evaluator.settings()["divergence"])
-        if not trainer.args.teacher_names:
+        if evaluator.tokens_differ:
+            examine_mass(out, evaluator.teacher, _compared_rows(evaluator, prepared), evaluator.conditions)
+        elif not trainer.args.teacher_names:
             rows = data["train"].select(spread(prepared, ROLLOUTS))
             examine_template(out, trainer, evaluator.teacher, rows, evaluator.conditions)
     for measures in found:
@@ -324,7 +337,19 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
     return make_evaluator(trainer, questions, num_samples=ROLLOUTS)
 
 
+def _compared_rows(evaluator: Evaluator, prepared: Dataset) -> list[TokenSequence]:
+    """Answers of the rows, or what the teacher has written where these have none."""
+    rows = [sequence_of(row) for row in prepared.select(range(min(ROWS_MEASURED, len(prepared))))]
+    answers = [row for row in rows if row.completion_length and row.num_targets]
+    written = evaluator.teacher_text()
+    return answers or answered(evaluator.prompts, written, evaluator.teacher_reads, source="teacher")
+
+
 def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: int) -> None:
+    if "perplexity" in student.values and "bits_per_byte" in teacher.extra and "perplexity" not in teacher.values:
+        bits = [measures.values["bits_per_byte"].value for measures in (student, teacher)]
+        _worse(out, "Bits per byte", f"student {bits[0]:.3g}, teacher {bits[1]:.3g} on {texts} texts", bits)
+        return
     if "perplexity" not in student.values:
         out.add("Perplexity", "ok", "not measured: the rows have no answers, and load_data gives no held_out_text")
         return
@@ -333,12 +358,16 @@ def _perplexities(out: Diagnosis, student: Measures, teacher: Measures, texts: i
         out.add("Perplexity", "ok", f"student {value:.3g} on {texts} texts, which are no teacher's in particular")
         return
     values = [measures.values["perplexity"].value for measures in (student, teacher)]
-    message = f"student {values[0]:.3g}, teacher {values[1]:.3g} on {texts} texts"
+    _worse(out, "Perplexity", f"student {values[0]:.3g}, teacher {values[1]:.3g} on {texts} texts", values)
+
+
+def _worse(out: Diagnosis, name: str, message: str, values: list[float]) -> None:
+    """A warning where the teacher, the second, is the worse of the two."""
     if values[1] <= values[0]:
-        out.add("Perplexity", "ok", message)
+        out.add(name, "ok", message)
     else:
         remedy = "is it the right teacher, and was it trained with this chat template? Tune it on this data first"
-        out.add("Perplexity", "warning", f"{message}: the teacher is the worse of the two", remedy)
+        out.add(name, "warning", f"{message}: the teacher is the worse of the two", remedy)
 
 
 def _divergence(out: Diagnosis, student: Measures, name: str) -> None:

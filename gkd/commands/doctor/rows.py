@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,15 +12,17 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gkd.assembly.rows import row_options, train_options
+from gkd.commands.doctor.alignment import alignment_of, examine_groups, groups_in_pieces
 from gkd.commands.doctor.view import Diagnosis, Reader, RowView, view
 from gkd.config.fields import GKDConfig
+from gkd.data.aligned_view import Alignment
 from gkd.data.formats import ChatRow, Row, canonical_row
 from gkd.data.held_out import overlap
 from gkd.data.message_bytes import MessageBytes
 from gkd.data.prepare import prepare_dataset
 from gkd.data.row_report import DataReport
 from gkd.data.row_values import RowPlace
-from gkd.data.sequences import prompt_of
+from gkd.data.sequences import prompt_of, sequence_of
 from gkd.data.targets import IGNORE
 from gkd.data.teacher_rows import TeacherReading
 from gkd.data.token_rows import TokenRow
@@ -47,15 +50,23 @@ def examine_rows(
         **encoding,
     )
     stops = stop_token_ids(tokenizer, GenerationConfig(eos_token_id=list(encoding["stop_ids"])))
+    reading, aligned = encoding["reading"], None
+    if args.teacher_tokenizer_alignment is not None and reading.foreign:
+        aligned = alignment_of(tokenizer, reading.template(0), encoding["stop_ids"], args.teacher_end_of_turn)
     _formats(out, train, bool(tokenizer.chat_template), args.assistant_turns)
     _counts(out, report)
     _stops(out, prepared, report, stops)
-    out.add_rows(_shown(prepared, report, Reader(tokenizer, stops), encoding["reading"]))
+    if aligned is not None:
+        examine_groups(out, prepared, aligned)
+    out.add_rows(_shown(prepared, report, Reader(tokenizer, stops), reading, aligned))
     return prepared
 
 
-def _shown(prepared: Dataset, report: DataReport, student: Reader, reading: TeacherReading) -> list[RowView]:
-    """The first rows, of those that the teacher reads otherwise if there are any."""
+def _shown(
+    prepared: Dataset, report: DataReport, student: Reader, reading: TeacherReading, aligned: Alignment | None
+) -> list[RowView]:
+    """The first rows, of those that the teacher reads otherwise if there are any; with their groups where it has other
+    tokens and is compared."""
     own = reading.template(0)
     teacher = student
     if own is not None:
@@ -63,7 +74,12 @@ def _shown(prepared: Dataset, report: DataReport, student: Reader, reading: Teac
         teacher = Reader(own.tokenizer or MessageBytes(), {*stops}, own.foreign)
     viewed = (i for i, context in enumerate(prepared["teacher_context"]) if context) if report.views else iter(())
     numbers = list(islice(viewed, ROWS_SHOWN)) or list(range(min(ROWS_SHOWN, len(prepared))))
-    return [view(row, student, teacher, reading.end_map) for row in prepared.select(numbers)]
+    chosen = prepared.select(numbers)
+    views = [view(row, student, teacher, reading.end_map) for row in chosen]
+    if aligned is None:
+        return views
+    groups = [groups_in_pieces(sequence_of(row), aligned) for row in chosen]
+    return [replace(shown, groups=found) for shown, found in zip(views, groups, strict=True)]
 
 
 def examine_held_out(

@@ -24,6 +24,9 @@ KINDS = {"prompt": "cyan", "target": "green", "stop": "bold white on red", "untr
 # Where there are no colours (a file, NO_COLOR): brackets that hardly any text holds.
 MARKS = {"prompt": ("", ""), "target": ("⟦", "⟧"), "stop": ("⟪", "⟫"), "untrained": ("⟨", "⟩")}
 _SHOWN = 600  # characters of one piece of a row
+_GROUPS, _GROUP_WIDTH = 40, 66  # groups of a row that are shown, and columns of a line of them
+
+Pieces = tuple[list[str], list[str]]  # tokens of the student and of the teacher that are the same text
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Check:
 @dataclass(frozen=True)
 class RowView:
     """A row as pieces of text, each with a kind of KINDS; `teacher` is the same of what the teacher reads, empty where
-    that is what the student reads."""
+    that is what the student reads. `groups` are its completion in the tokens of both, where these differ and are
+    compared."""
 
     number: int
     pieces: list[tuple[str, str]]
     teacher: list[tuple[str, str]] = field(default_factory=list)
+    groups: list[Pieces] = field(default_factory=list)
 
 
 @dataclass
@@ -159,11 +164,38 @@ def _show_rows(diagnosis: Diagnosis, console: Console) -> None:
             sides.add_row(text, _coloured(row.teacher, marks))
             text = sides
         console.print(Panel(text, title=f"row {row.number}", title_align="left"))
+        if row.groups:
+            console.print(Text(groups_in_lines(row.groups)))
+    if any(row.groups for row in diagnosis.rows):
+        console.print(Text("│ both tokenizers have a border here, · one of them; – is not compared", style="dim"))
     if diagnosis.rows:
         legend = Text("marks: " if marked else "colours: ")
         for kind, style in KINDS.items():
             legend.append(f" {kind.join(marks[kind])} ", style=style)
         console.print(legend)
+
+
+def groups_in_lines(groups: Sequence[Pieces], width: int = _GROUP_WIDTH) -> str:
+    """Two lines, one above the other: what stands between two borders is the same text in the tokens of both."""
+    cells = [tuple(_visible(side) for side in pieces) for pieces in groups[:_GROUPS]]
+    blocks: list[list[tuple[str, str]]] = [[]]
+    for own, other in cells:
+        used = sum(max(map(len, cell)) + 1 for cell in blocks[-1])
+        if blocks[-1] and used + max(len(own), len(other)) > width:
+            blocks.append([])
+        blocks[-1].append((own, other))
+    lines = []
+    for block in blocks:
+        for side, name in enumerate(("student", "teacher")):
+            line = "│".join(cell[side].ljust(max(map(len, cell))) for cell in block)
+            lines.append(f"  {name} │{line}│")
+    more = len(groups) - len(cells)
+    return "\n".join([*lines, *([f"  and {more} more groups"] if more > 0 else [])])
+
+
+def _visible(pieces: Sequence[str]) -> str:
+    """Tokens with what cannot be seen written out."""
+    return "·".join(printable(piece.replace("\n", "⏎").replace(" ", "␣")) for piece in pieces) or "–"
 
 
 def _coloured(pieces: list[tuple[str, str]], marks: Mapping[str, tuple[str, str]]) -> Text:
