@@ -34,8 +34,8 @@ class Sizes:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Sizes:
         try:
             return cls([len(piece or b"") for piece in token_bytes(tokenizer)])
-        except ValueError as error:
-            return cls(None, str(error))
+        except ValueError:  # which names fields that have nothing to do with it
+            return cls(None, f"{type(tokenizer).__name__} does not say which bytes its tokens stand for")
 
     def bits(self, key: str, sequences: Sequence[TokenSequence], nll: Nats) -> dict[str, Estimate]:
         """`bits_per_byte` by the name of its metric; nothing where no sizes are known."""

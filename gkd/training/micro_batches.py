@@ -231,6 +231,8 @@ class MicroBatches:
             ce_on_student_tokens=args.ce_on_student_tokens,
             nll_on_teacher_tokens=args.seq_kd_loss == "nll",
         )
+        if not trainer.model.training and ce_weights is None:
+            ce_weights = torch.zeros_like(weights)  # told, in an evaluation, and of no weight
         selected, check_ids = select_targets(hidden, targets), not trainer.model.training  # else checked on the CPU
         if trainer.rollout_check is not None and "server_log_probs" in inputs:
             said = inputs["server_log_probs"].flatten().index_select(0, targets.at + 1)  # of the token to predict

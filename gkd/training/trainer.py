@@ -201,7 +201,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             args, self.processing_class, lambda: self.hygiene, lambda: self.callback_handler.callbacks
         )
         self.training_log = TrainingLog(args, accelerator, self.record, self.guard, shown)
-        self.eval_loss = EvalLoss(args, accelerator, lambda: self.training_log.flush("eval"))
+        self.eval_loss = EvalLoss(args, accelerator, lambda: self.training_log.flush("eval"), self.processing_class)
         self.optimizer_settings = OptimizerSettings(self)
         self.checkpoints = Checkpoints(self)
         self.card_extras: dict[str, Any] = {}  # what only a run knows of itself: fields of `CardInfo` by name

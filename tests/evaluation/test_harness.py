@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from vllm_server.fake import FakeServer
 
 import gkd.evaluation.subject
@@ -152,6 +154,30 @@ def test_perplexity_is_the_float64_one(measured):
     _, measures, _ = measured
     nll = [-log_probs(STUDENT, ids)[t, ids[t + 1]].item() for ids in HELD_OUT for t in range(len(ids) - 1)]
     assert measures["before"].values["perplexity"].value == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+
+
+def test_bits_per_byte_are_those_of_the_tokens_that_are_text(measured):
+    """A token is a byte here."""
+    _, measures, completions = measured
+    for name, model in (("before", STUDENT), ("teacher", TEACHER)):
+        held_out, written = [], []
+        for prompt, ids in [([ids[0]], ids[1:]) for ids in HELD_OUT]:
+            held_out += [-row[i].item() for row, i in zip(log_probs(model, prompt + ids), ids, strict=False)]
+        for prompt, ids in zip(PROMPTS, completions["teacher"], strict=True):
+            rows = log_probs(model, prompt + ids)[len(prompt) - 1 : -1]
+            written += [-row[i].item() for row, i in zip(rows, ids, strict=True) if i < 256]
+        for key, nats in (("bits_per_byte", held_out), ("bits_per_byte_teacher_text", written)):
+            assert measures[name].values[key].value == pytest.approx(np.mean(nats) / math.log(2), rel=1e-4)
+
+
+def test_tokens_of_unknown_bytes_have_no_bits_per_byte_and_that_is_told():
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    unknown = PreTrainedTokenizerFast(tokenizer_object=backend)
+    harness = Evaluator(LocalSubject(TEACHER), unknown, PROMPTS, HELD_OUT, SAMPLING, JSD)
+    measures = harness.measure(LocalSubject(STUDENT), "student")
+    assert "perplexity" in measures.values
+    assert not {"bits_per_byte", "bits_per_byte_teacher_text"} & measures.values.keys()
+    assert "does not say which bytes" in measures.settings["bits per byte"]
 
 
 def test_perplexity_after_a_context_counts_only_what_follows():

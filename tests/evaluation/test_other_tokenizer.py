@@ -182,7 +182,10 @@ def test_the_divergence_is_that_of_the_training_and_of_its_definition(run, evalu
     all_of_them = SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=0)
     of_all = evaluator_of(run, {"eval": Dataset.from_list(ROWS)}, all_of_them)
     measured = of_all._target_means(LocalSubject(run.model), answers)
-    assert measured["divergence"].value == pytest.approx(run.evaluate()["eval_loss"], rel=1e-5)
+    along = run.evaluate()
+    assert measured["divergence"].value == pytest.approx(along["eval_loss"], rel=1e-5)
+    bits_around = evaluated[1][0].values["bits_per_byte"].value
+    assert along["eval_bits_per_byte"] == pytest.approx(bits_around, rel=1e-5)
 
 
 def test_what_the_teacher_writes_is_counted_in_the_students_tokens(run, evaluated):
