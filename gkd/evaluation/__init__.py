@@ -11,6 +11,8 @@ several: several teachers under measurement as one: each prompt is answered, and
     row's own
 subject: a model under measurement, in this process or on a server: it writes, it is compared with the
     teacher at the targets of (context, text) pairs, and it says -log p of their tokens
+target_values: what is measured at a single target: how far a model is from its teacher there, and whether
+    both would say the same
 task_score: A recipe's own scores: of each completion by itself, and of all completions at once (corpus
     BLEU)
 view: what models are measured on, as student and teacher read it: one completion, behind the prompt of each

@@ -19,7 +19,6 @@ from gkd.data.targets import IGNORE
 from gkd.data.token_bytes import token_bytes
 from gkd.evaluation.measures import Estimate, ratio_estimate
 
-
 Nats = Sequence[Sequence[float]]  # of the targets of each sequence
 
 

@@ -29,7 +29,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -47,21 +46,17 @@ from gkd.evaluation.measures import (
     ratio_estimate,
 )
 from gkd.evaluation.public_tasks import PublicTasks
-from gkd.evaluation.subject import Conditions, Signal, Subject
+from gkd.evaluation.subject import Conditions, Subject
+from gkd.evaluation.target_values import COUNTED, TARGET_VALUES, loss_against, target_values
 from gkd.evaluation.task_score import TaskScore
 from gkd.evaluation.view import TeacherReads, answered, held_out
-from gkd.loss.divergences import forward_kl
-from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
-from gkd.loss.signals import IN_FULL, AlignedSignal, DenseSignal
 from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hygiene import repeated_ngram_share
 
 logger = logging.getLogger(__name__)
 
-TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # the KL at temperature 1
 _OTHER_TOKENS = "has other tokens: its text is counted in the student's, and bits per byte compare the two"
-_COUNTED = len(TARGET_VALUES)  # the column that says of how many targets the agreement is told
 
 
 @dataclass
@@ -132,7 +127,7 @@ class Evaluator:
         self.held_out_starts = starts
         self._trained_as = self.loss
         if self.teacher is not None and self._of_one_teacher:
-            self.loss = self._loss_against(self.loss, self.teacher)
+            self.loss = loss_against(self.loss, self.teacher)
         self._sizes = self._teacher_sizes = Sizes.of(self.tokenizer)
         if self.teacher is not None and self.teacher.tokenizer is not None:
             self._teacher_sizes = Sizes.of(self.teacher.tokenizer)
@@ -145,11 +140,6 @@ class Evaluator:
     def tokens_differ(self) -> bool:
         """Whether the teacher has tokens of its own, and is asked about text."""
         return self.teacher is not None and self.teacher.tokenizer is not None
-
-    def _loss_against(self, loss: LossSettings, teacher: Subject) -> LossSettings:
-        """As trained, but against all that the teacher says."""
-        plain = loss.loss_temperature == loss.teacher_temperature == 1
-        return replace(loss, teacher_top_k=teacher.top_k, top_k_tail="bucket", report_kls=plain)
 
     def measure(self, model: Subject, name: str) -> Measures:
         """Everything there is to measure of one model (`model` may be the teacher itself).
@@ -311,8 +301,8 @@ class Evaluator:
         means: dict[str, Estimate] = {}
         for share in self.teacher.shares([sequence.teacher for sequence in sequences]):
             asked = share.subject if model == self.teacher else model
-            loss = self.loss if self._of_one_teacher else self._loss_against(share.loss or self.loss, share.subject)
-            compare = partial(self._target_values, loss=loss, exchanged=None if reads is None else reads.end_map)
+            loss = self.loss if self._of_one_teacher else loss_against(share.loss or self.loss, share.subject)
+            compare = partial(target_values, loss=loss, exchanged=None if reads is None else reads.end_map)
             mine = [sequences[row] for row in share.rows]
             found = asked.compared(share.subject, mine, compare, self.conditions, self._tick)
             if found is None:  # compared with itself
@@ -327,39 +317,8 @@ class Evaluator:
                 return {value: Estimate(same[value], None, len(counts)) for value in TARGET_VALUES}
         told = {value: ratio_estimate(sums[:, i].tolist(), counts) for i, value in enumerate(TARGET_VALUES)}
         if self.tokens_differ:
-            told["agreement"] = ratio_estimate(sums[:, 2].tolist(), sums[:, _COUNTED].tolist())
+            told["agreement"] = ratio_estimate(sums[:, 2].tolist(), sums[:, COUNTED].tolist())
         return means | told
-
-    def _target_values(
-        self,
-        own: DenseSignal,
-        signal: Signal,
-        targets: Tensor,
-        *,
-        loss: LossSettings,
-        exchanged: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """TARGET_VALUES of each target, and whether its agreement counts, [N, 4] on the CPU."""
-        if exchanged is not None:
-            signal = signal.exchanging(exchanged)
-        no_loss = torch.zeros(len(targets), device=own.hidden.device)
-        output = fused_divergence(own.hidden, own.head, signal, targets, no_loss, loss)
-        # What an aligned signal says of single places is not all that is compared.
-        kl = None if isinstance(signal, AlignedSignal) else output.forward_kl
-        if kl is None:
-            # The forward KL that runs are compared by is of the two models as they are, whatever the training softens:
-            # at temperature 1 it comes with the divergence, else from a second look at the heads.
-            plain = replace(
-                loss,
-                divergence=forward_kl(),
-                loss_temperature=1.0,
-                teacher_loss_temperature=None,
-                scale_by_temperature_squared=False,
-            )
-            kl = fused_divergence(own.hidden, own.head, signal, targets, no_loss, plain).divergence
-        counts = torch.ones_like(kl) if output.kinds is None else (output.kinds == IN_FULL).to(kl.dtype)
-        values = (output.divergence, kl, output.agreement * counts, counts)
-        return torch.stack([value.cpu().double() for value in values], dim=1)
 
     def _perplexity(self, model: Subject) -> dict[str, Estimate]:
         """exp of the mean negative log-likelihood per token of the held-out texts, over the whole vocabulary; and
@@ -423,5 +382,3 @@ class Evaluator:
         for way, completions in written.items():
             found |= self.score.estimates([self._text(ids, plain=True) for ids in completions], way)
         return found
-
-
