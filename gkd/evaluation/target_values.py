@@ -14,7 +14,7 @@ from gkd.evaluation.subject import Signal, Subject
 from gkd.loss.divergences import forward_kl
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
-from gkd.loss.signals import IN_FULL, AlignedSignal, DenseSignal
+from gkd.loss.signals import AlignedSignal, DenseSignal
 
 TARGET_VALUES = ("divergence", "forward_kl", "agreement")  # the KL at temperature 1
 COUNTED = len(TARGET_VALUES)  # the column that says of how many targets the agreement is told
@@ -52,6 +52,6 @@ def target_values(
             scale_by_temperature_squared=False,
         )
         kl = fused_divergence(own.hidden, own.head, signal, targets, no_loss, plain).divergence
-    counts = torch.ones_like(kl) if output.kinds is None else (output.kinds == IN_FULL).to(kl.dtype)
+    counts = torch.ones_like(kl) if output.at_border is None else output.at_border.to(kl.dtype)
     values = (output.divergence, kl, output.agreement * counts, counts)
     return torch.stack([value.cpu().double() for value in values], dim=1)

@@ -11,7 +11,6 @@ from other_tokens import other_model, other_tokenizer
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 from training import Remember, change, config, logged, losses
 
-from gkd.assembly.evaluator import _teacher
 from gkd.data import aligned_view
 from gkd.data.aligned_view import as_the_teacher_reads_it, collate_aligned
 from gkd.data.sequences import TokenSequence
@@ -212,11 +211,6 @@ def test_a_resumed_run_is_the_run(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     after = torch.cat([p.detach().flatten() for p in resumed.model.parameters()])
     torch.testing.assert_close(after - before, whole)
-
-
-def test_a_measurement_leaves_the_teacher_out(tmp_path):
-    """It would read ids that are not its own."""
-    assert _teacher(trainer_of(tmp_path), ()) is None
 
 
 # ------------------------------------------------------------------------------------------------- rows and batches
