@@ -26,7 +26,12 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VLLM_VENV := $(CURDIR)/.venv-vllm
 VLLM_PY   := $(VLLM_VENV)/bin/python
 
-.PHONY: help install demo fetch test test-fast test-distributed test-architectures test-vllm lint types format bench gpu-check clean
+# The peers of the conformance table that need other versions (benchmarks/conformance).
+PEERS_VENV := $(GKD_CACHE)/peers-venv
+PEERS_PY   := $(PEERS_VENV)/bin/python
+
+.PHONY: help install demo fetch test test-fast test-distributed test-architectures test-vllm conformance lint types format \
+  bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +102,20 @@ gpu-check: $(STAMP)  ## what only a GPU can show: correctness, speed, memory (ei
 
 bench: $(STAMP)  ## the measurements quoted in the documentation
 	for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=2 $(PY) "$$script"; done
+
+conformance: $(STAMP) $(PEERS_VENV)/.installed  ## this package and its peers, asked the same, into docs/evidence.md
+	$(TEST_ENV) $(PY) benchmarks/conformance/run.py --adapters gkd trl_gkd trl_distillation trl_gold trl_gold_bayesian
+	PYTHONPATH=$(CURDIR) $(TEST_ENV) $(PEERS_PY) benchmarks/conformance/run.py --adapters ms_swift liger
+	$(PY) benchmarks/conformance/table.py
+
+# Their losses are asked on CPU: of what their packages pull in for everything else, this is what these need.
+$(PEERS_VENV)/.installed: benchmarks/conformance/requirements.txt
+	[ -x $(PEERS_PY) ] || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_PY) -m pip install --quiet "torch==2.13.0"
+	$(PEERS_PY) -m pip install --quiet --no-deps "ms-swift==4.6.0" "liger-kernel==0.8.5"
+	$(PEERS_PY) -m pip install --quiet -r benchmarks/conformance/requirements.txt \
+	  "torch==$$($(PEERS_PY) -c 'from importlib.metadata import version; print(version("torch"))')"
+	@touch $@
 
 clean:  ## remove caches and outputs; .venv and .cache stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info outputs

@@ -1,0 +1,277 @@
+"""Time to quality: CPU seconds of training until the held-out divergence on the student's own completions is down to
+three fixed levels. This package, TRL's DistillationTrainer and TRL's GKDTrainer, each at its best of three learning
+rates.
+
+    python benchmarks/time_to_quality.py             # the glass pair, some ten minutes of one core
+    python benchmarks/time_to_quality.py --seeds 1   # sooner, with no error of the mean
+
+All train the student of recipes/gkd_glass.py with its LoRA, its prompts and its sizes, in one thread of one process,
+in turns. What is counted is the process's CPU time from the first step on; evaluations are off the clock. The measure:
+the generalized JSD (beta 0.5) to the teacher, in nats per token, over what the student writes at temperature 1 behind
+held-out prompts. The levels are shares of where the student starts. The learning rate is chosen on a seed of its own,
+by the time to the lowest level that was reached, and the figures are means over other seeds.
+
+| contender | what it trains on |
+| --- | --- |
+| gkd | half its own completions, half the teacher's, as the recipe says |
+| gkd, own only | its own completions |
+| TRL DistillationTrainer | its own completions; it knows nothing else |
+| TRL GKDTrainer | as gkd: `lmbda=0.5, seq_kd=True` |
+
+Unsloth's patched GKDTrainer is left out: unsloth 2026.10.9 does not import without an accelerator
+(unsloth/device_type.py:124).
+
+Results are written to benchmarks/results/time_to_quality_cpu_glass.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import runpy
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from conformance.definition import jsd
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig as TRLGKDConfig
+from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
+
+from gkd.config.fields import GKDConfig
+from gkd.training.trainer import GKDTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+LEVELS = (0.8, 0.65, 0.5)  # of the divergence before training
+RATES = (2.5e-3, 5e-3, 1e-2)
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+class Task:
+    """The recipe's models and rows, and the measure."""
+
+    def __init__(self, prompts: int) -> None:
+        recipe = runpy.run_path(str(ROOT / "recipes" / "gkd_glass.py"))
+        self.defaults = recipe["DEFAULTS"]
+        data = recipe["load_data"](None)
+        self.rows, held_out = list(data["train"]), list(data["eval"])[:prompts]
+        self.student, self.teacher = (str(self.defaults[f"{name}model_name_or_path"]()) for name in ("", "teacher_"))
+        self.tokenizer = AutoTokenizer.from_pretrained(self.student)
+        self.tokenizer.chat_template = TEMPLATE
+        self.held_out = [self.tokenizer(row["prompt"])["input_ids"] for row in held_out]
+        self.judge = self.load(self.teacher).eval()
+
+    def load(self, name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+    @torch.no_grad()
+    def divergence(self, student: Any) -> float:
+        """Nats per token on what the student writes behind the held-out prompts."""
+        was_training, total, number = student.training, 0.0, 0
+        student.eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            for length in sorted({len(prompt) for prompt in self.held_out}):
+                batch = torch.tensor([prompt for prompt in self.held_out if len(prompt) == length])
+                value, count = self._of_one_length(student, batch, length)
+                total, number = total + value, number + count
+        student.train(was_training)
+        return total / number
+
+    def _of_one_length(self, student: Any, batch: Any, length: int) -> tuple[float, int]:
+        end = self.tokenizer.eos_token_id
+        ids = batch
+        cache, last = None, batch
+        for _ in range(self.defaults["max_new_tokens"]):
+            output = student(input_ids=last, past_key_values=cache, use_cache=True)
+            cache, last = output.past_key_values, output.logits[:, -1].softmax(-1).multinomial(1)
+            ids = torch.cat([ids, last], dim=1)
+        written = ids[:, length:]
+        keep = (written == end).cumsum(1) - (written == end).long() == 0  # up to and with the first end
+        logits = [model(input_ids=ids).logits[:, length - 1 : -1][keep] for model in (student, self.judge)]
+        return float(jsd(logits[0].log_softmax(-1), logits[1].log_softmax(-1), 0.5).sum()), int(keep.sum())
+
+    def settings(self, folder: str, steps: int, rate: float, seed: int) -> dict[str, Any]:
+        """What all three trainers take by the same names."""
+        names = ("beta", "temperature", "warmup_steps", "per_device_train_batch_size", "gradient_checkpointing")
+        return {name: self.defaults[name] for name in names} | {
+            "output_dir": folder,
+            "max_steps": steps,
+            "learning_rate": rate,
+            "seed": seed,
+            "lr_scheduler_type": "constant_with_warmup",
+            "logging_steps": 1000,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+        }
+
+    def lora(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.defaults["lora_r"],
+            lora_alpha=self.defaults["lora_alpha"],
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+
+
+class Clock(TrainerCallback):
+    """CPU seconds of training and the divergence, every few steps; stops at the lowest level."""
+
+    def __init__(self, task: Task, every: int, lowest: float) -> None:
+        self.task, self.every, self.lowest = task, every, lowest
+        self.off = 0.0
+        self.curve: list[tuple[int, float, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.start = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every:
+            return
+        now = time.process_time()
+        value = self.task.divergence(model)
+        self.curve.append((state.global_step, now - self.start - self.off, value))
+        self.off += time.process_time() - now
+        control.should_training_stop = control.should_training_stop or value <= self.lowest
+
+
+Make = Callable[[Task, dict[str, Any]], tuple[Any, Any, list[dict[str, Any]]]]
+
+
+def _gkd(share: float) -> Make:
+    def make(task: Task, values: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]]]:
+        own = {name: task.defaults[name] for name in ("max_new_tokens", "max_length")}
+        return GKDTrainer, GKDConfig(lmbda=share, seq_kd=share < 1, **own, **values), task.rows
+
+    return make
+
+
+def _trl_gkd(task: Task, values: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]]]:
+    own = {name: task.defaults[name] for name in ("max_new_tokens", "max_length")}
+    rows = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
+        for r in task.rows
+    ]
+    return TRLGKDTrainer, TRLGKDConfig(lmbda=0.5, seq_kd=True, **own, **values), rows
+
+
+def _trl_distillation(task: Task, values: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]]]:
+    config = DistillationConfig(max_completion_length=task.defaults["max_new_tokens"], **values)
+    return DistillationTrainer, config, [{"prompt": row["prompt"]} for row in task.rows]
+
+
+CONTENDERS: dict[str, Make] = {
+    "gkd": _gkd(0.5),
+    "gkd, own only": _gkd(1.0),
+    "TRL DistillationTrainer": _trl_distillation,
+    "TRL GKDTrainer": _trl_gkd,
+}
+
+
+def train(task: Task, name: str, rate: float, seed: int, args: argparse.Namespace, lowest: float) -> list[Any]:
+    """The curve of one run: (step, CPU seconds, divergence)."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer_class, config, rows = CONTENDERS[name](task, task.settings(folder, args.steps, rate, seed))
+        torch.manual_seed(seed)
+        clock = Clock(task, args.every, lowest)
+        trainer_class(
+            task.load(task.student),
+            task.load(task.teacher),
+            config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=task.tokenizer,
+            peft_config=task.lora(),
+            callbacks=[clock],
+        ).train()
+    step, seconds, value = clock.curve[-1]
+    print(f"{name:26s} rate {rate:<7g} seed {seed}: {value:.4f} after {step} steps, {seconds:.1f} s", flush=True)
+    return clock.curve
+
+
+def reached(curve: list[Any], level: float) -> float:
+    """CPU seconds until the divergence was down to a level for the first time; infinite if never."""
+    return next((seconds for _, seconds, value in curve if value <= level), math.inf)
+
+
+def best_rate(curves: dict[float, list[Any]], levels: list[float]) -> float:
+    """The rate that is first at the lowest level that any of them reached, or else ends lowest."""
+    for level in reversed(levels):
+        times = {rate: reached(curve, level) for rate, curve in curves.items()}
+        if min(times.values()) < math.inf:
+            return min(times, key=lambda rate: times[rate])
+    return min(curves, key=lambda rate: curves[rate][-1][2])
+
+
+def table(results: dict[str, Any]) -> str:
+    """CPU seconds to each level, mean ± s.e. over the seeds, and how many of them got there."""
+    lines = [f"{'contender':26s}{'rate':>9s}" + "".join(f"{f'{share:.0%} of start':>22s}" for share in LEVELS)]
+    for name, entry in results["contenders"].items():
+        cells = []
+        for level in results["levels"]:
+            times = [t for t in (reached(curve, level) for curve in entry["runs"]) if t < math.inf]
+            if len(times) < len(entry["runs"]):
+                cells.append(f"{len(times)} of {len(entry['runs'])} got there")
+            else:
+                error = statistics.stdev(times) / len(times) ** 0.5 if len(times) > 1 else 0.0
+                cells.append(f"{statistics.mean(times):.1f} ± {error:.1f} s")
+        lines.append(f"{name:26s}{entry['rate']:9.2g}" + "".join(f"{cell:>22s}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--steps", type=int, default=60, help="most steps of a run")
+    parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
+    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of the figures, beside the one for the rate")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task = Task(args.prompts)
+    start = task.divergence(task.load(task.student))
+    levels = [share * start for share in LEVELS]
+    print(f"before training {start:.4f} nats per token; levels {', '.join(f'{level:.4f}' for level in levels)}")
+    tuned = {name: {rate: train(task, name, rate, 0, args, levels[-1]) for rate in RATES} for name in args.contenders}
+    rates = {name: best_rate(curves, levels) for name, curves in tuned.items()}
+    runs: dict[str, list[Any]] = {name: [] for name in args.contenders}
+    for seed in range(1, args.seeds + 1):
+        for name in args.contenders:
+            runs[name].append(train(task, name, rates[name], seed, args, levels[-1]))
+    results = {
+        "start": start,
+        "levels": levels,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "settings": {k: v for k, v in vars(args).items() if k != "contenders"},
+        "contenders": {
+            name: {"rate": rates[name], "runs": runs[name], "tuning": {f"{r:g}": c for r, c in tuned[name].items()}}
+            for name in args.contenders
+        },
+    }
+    (ROOT / "benchmarks" / "results" / "time_to_quality_cpu_glass.json").write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
