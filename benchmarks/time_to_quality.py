@@ -21,7 +21,8 @@ by the time to the lowest level that was reached, and the figures are means over
 Unsloth's patched GKDTrainer is left out: unsloth 2026.10.9 does not import without an accelerator
 (unsloth/device_type.py:124).
 
-Results are written to benchmarks/results/time_to_quality_cpu_glass.json.
+Each run's curve is written to benchmarks/results/time_to_quality_cpu_glass.json when it is there; started again, the
+script goes on.
 """
 
 from __future__ import annotations
@@ -221,29 +222,51 @@ def best_rate(curves: dict[float, list[Any]], levels: list[float]) -> float:
     return min(curves, key=lambda rate: curves[rate][-1][2])
 
 
-def table(results: dict[str, Any]) -> str:
-    """CPU seconds to each level, mean ± s.e. over the seeds, and how many of them got there."""
+class Results:
+    """What has been run so far, on disk after every run: a start with the same settings goes on."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self.about = path, about
+        found = json.loads(path.read_text()) if path.exists() else {}
+        same = all(found.get(name) == value for name, value in about.items())
+        self.runs: list[dict[str, Any]] = found["runs"] if same and found else []
+
+    def curve(self, name: str, rate: float, seed: int, make: Callable[[], list[Any]]) -> list[Any]:
+        """The curve of a run, which is made if it is not there."""
+        key = {"contender": name, "rate": rate, "seed": seed}
+        for run in self.runs:
+            if all(run[part] == value for part, value in key.items()):
+                return run["curve"]
+        self.runs.append({**key, "curve": make()})
+        self.path.write_text(json.dumps({**self.about, "runs": self.runs}, indent=1) + "\n")
+        return self.runs[-1]["curve"]
+
+
+def table(levels: list[float], found: dict[str, tuple[float, list[Any]]]) -> str:
+    """CPU seconds to each level, mean ± s.e. over the seeds, or how many of them got there."""
     lines = [f"{'contender':26s}{'rate':>9s}" + "".join(f"{f'{share:.0%} of start':>22s}" for share in LEVELS)]
-    for name, entry in results["contenders"].items():
+    for name, (rate, curves) in found.items():
         cells = []
-        for level in results["levels"]:
-            times = [t for t in (reached(curve, level) for curve in entry["runs"]) if t < math.inf]
-            if len(times) < len(entry["runs"]):
-                cells.append(f"{len(times)} of {len(entry['runs'])} got there")
+        for level in levels:
+            times = [t for t in (reached(curve, level) for curve in curves) if t < math.inf]
+            if len(times) < len(curves):
+                cells.append(f"{len(times)} of {len(curves)} got there")
             else:
-                error = statistics.stdev(times) / len(times) ** 0.5 if len(times) > 1 else 0.0
+                error = statistics.stdev(times) / len(times) ** 0.5 if len(times) > 1 else math.nan
                 cells.append(f"{statistics.mean(times):.1f} ± {error:.1f} s")
-        lines.append(f"{name:26s}{entry['rate']:9.2g}" + "".join(f"{cell:>22s}" for cell in cells))
+        lines.append(f"{name:26s}{rate:9.2g}" + "".join(f"{cell:>22s}" for cell in cells))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
     parser.add_argument("--steps", type=int, default=60, help="most steps of a run")
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of the figures, beside the one for the rate")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/time_to_quality_cpu_glass.json")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -251,26 +274,23 @@ def main() -> None:
     start = task.divergence(task.load(task.student))
     levels = [share * start for share in LEVELS]
     print(f"before training {start:.4f} nats per token; levels {', '.join(f'{level:.4f}' for level in levels)}")
-    tuned = {name: {rate: train(task, name, rate, 0, args, levels[-1]) for rate in RATES} for name in args.contenders}
+    about = {"start": start, "levels": levels, "steps": args.steps, "every": args.every, "prompts": args.prompts}
+    machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    results = Results(args.output, {**about, **machine})
+
+    def curve(name: str, rate: float, seed: int) -> list[Any]:
+        return results.curve(name, rate, seed, lambda: train(task, name, rate, seed, args, levels[-1]))
+
+    tuned: dict[str, dict[float, list[Any]]] = {name: {} for name in args.contenders}
+    for rate in args.rates:  # in turns
+        for name in args.contenders:
+            tuned[name][rate] = curve(name, rate, 0)
     rates = {name: best_rate(curves, levels) for name, curves in tuned.items()}
-    runs: dict[str, list[Any]] = {name: [] for name in args.contenders}
+    found: dict[str, tuple[float, list[Any]]] = {name: (rates[name], []) for name in args.contenders}
     for seed in range(1, args.seeds + 1):
         for name in args.contenders:
-            runs[name].append(train(task, name, rates[name], seed, args, levels[-1]))
-    results = {
-        "start": start,
-        "levels": levels,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "settings": {k: v for k, v in vars(args).items() if k != "contenders"},
-        "contenders": {
-            name: {"rate": rates[name], "runs": runs[name], "tuning": {f"{r:g}": c for r, c in tuned[name].items()}}
-            for name in args.contenders
-        },
-    }
-    (ROOT / "benchmarks" / "results" / "time_to_quality_cpu_glass.json").write_text(json.dumps(results, indent=1))
-    print(table(results))
+            found[name][1].append(curve(name, rates[name], seed))
+    print(table(levels, found))
 
 
 if __name__ == "__main__":
