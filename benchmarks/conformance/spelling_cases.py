@@ -6,11 +6,14 @@ the same length (one may begin with a BOS): the logits of a position predict the
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -208,6 +211,60 @@ def numbers(adapter: Any) -> Result:
     return _best(adapter, ask)
 
 
+# The letters that byte-level tokenizers write bytes with (GPT-2): printable ones as they are, the others from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = [*_PRINTABLE, *(byte for byte in range(256) if byte not in _PRINTABLE)]
+_LETTERS = [*map(chr, _PRINTABLE), *(chr(256 + i) for i in range(256 - len(_PRINTABLE)))]
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[bytes]:
+    """The bytes of tokens: of byte-level ones by its letters for bytes, of SentencePiece's by its blanks and codes."""
+    letters = dict(zip(_LETTERS, _BYTES, strict=True))
+    found = []
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder):
+            found.append(bytes(letters[letter] for letter in token))
+        elif code := re.fullmatch("<0x(..)>", token):
+            found.append(bytes.fromhex(code[1]))
+        else:
+            found.append(token.replace("▁", " ").encode())
+    return found
+
+
+def _random_texts(adapter: Any, kinds: tuple[str, str], number: int) -> Result:
+    adapter.ways()  # who has none says so here
+    import spellings
+
+    student, teacher = (spellings.tokenizer(kind) for kind in kinds)
+    draw, longest = random.Random(11), 0
+    for _ in range(number):
+        text = spellings.random_text(draw)
+        sides = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
+        groups = adapter.groups(student, teacher, text, *sides)
+        pieces = [_pieces(tokenizer, ids) for tokenizer, ids in zip((student, teacher), sides, strict=True)]
+        for side in (0, 1):
+            if [i for group in groups for i in group[side]] != list(range(len(sides[side]))):
+                return Result("fail", f"{text!r}: a token is in no group or in two"[:120])
+        for count, group in enumerate(groups):
+            ours, theirs = (b"".join(pieces[side][i] for i in group[side]) for side in (0, 1))
+            if ours != theirs and (count or ours.lstrip(b" ") != theirs.lstrip(b" ")):
+                return Result("fail", f"{text!r}: a group is {ours!r} and {theirs!r}"[:120])
+            alone = len(regex.findall(r"\X", ours.decode(errors="replace"))) == 1
+            longest = max(longest, max(map(len, group)) * (not alone))
+    return judged(longest <= 16, f"{number} texts, no group longer than {longest} tokens but for single graphemes")
+
+
+def random_texts(adapter: Any) -> Result:
+    """Emoji, scripts, accents, digits and blanks in two byte-level tokenizers, trained here: each group is the same
+    bytes on both sides, and every token is in one."""
+    return _random_texts(adapter, ("numbers", "digits"), 500)
+
+
+def random_texts_in_pieces(adapter: Any) -> Result:
+    """The same where the teacher's is SentencePiece's kind."""
+    return _random_texts(adapter, ("digits", "pieces"), 500)
+
+
 def _position_case(name: str) -> Callable[[Any], Result]:
     return lambda adapter: _positions(adapter, name)
 
@@ -216,6 +273,8 @@ GROUP = "A teacher with another tokenizer"
 CASES = [
     *(Case(f"gradient where the text is predicted, {name}", GROUP, _position_case(name)) for name in MERGES),
     Case("one Markov model in two codes: loss 0, gradient 0", GROUP, one_model),
+    Case("random texts, byte-level tokenizers: groups of the same bytes", GROUP, random_texts, cheap=False),
+    Case("random texts, a SentencePiece teacher", GROUP, random_texts_in_pieces, cheap=False),
     Case("numbers, from a teacher that splits digits", GROUP, numbers),
     Case("the same tokenizer: the ordinary loss", GROUP, same_tokenizer),
 ]

@@ -3,7 +3,8 @@
 An adapter has `name` (the column), `package` (the distribution, for its version), `sources` (where a failing case
 comes from, by the case's name) and of the following what it can: `loss(call)`, the mean over the targets;
 `trainer(run)`, a trainer ready for `train()`; `ways()`, the losses that it offers against a teacher with another
-tokenizer, by name: functions of a `spelling_cases.Text`. What it has not raises `NotApplicable`.
+tokenizer, by name: functions of a `spelling_cases.Text`; `groups(student, teacher, text, ids, ids)`,
+which tokens of two tokenizers it takes together. What it has not raises `NotApplicable`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Adapter:
 
     def trainer(self, run: Any) -> Any:
         raise NotApplicable("a loss, no trainer")
+
+    def groups(self, student: Any, teacher: Any, text: str, student_ids: Any, teacher_ids: Any) -> Any:
+        raise NotApplicable("no teachers with another tokenizer")
 
     def ways(self) -> dict[str, Callable[[Any], Any]]:
         raise NotApplicable("no teachers with another tokenizer")

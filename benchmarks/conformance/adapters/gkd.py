@@ -17,6 +17,7 @@ from gkd.config.fields import GKDConfig
 from gkd.data.alignment import align
 from gkd.data.common_tokens import CommonTokens
 from gkd.data.joined_tokens import joined_tokens
+from gkd.data.respelling import Respelling
 from gkd.loss import AlignedSignal, DenseSignal, Head, LossSettings, fused_divergence, make_divergence
 from gkd.training.trainer import GKDTrainer
 
@@ -49,6 +50,12 @@ class Ours(Adapter):
 
     def ways(self) -> dict[str, Callable[[Text], Any]]:
         return {"": _aligned}
+
+    def groups(self, student: Any, teacher: Any, text: str, student_ids: list[int], teacher_ids: list[int]) -> Any:
+        found = Respelling(student, teacher).groups(student_ids, teacher_ids)
+        return [
+            (range(g.student_first, g.student_last + 1), range(g.teacher_first, g.teacher_last + 1)) for g in found
+        ]
 
     def trainer(self, run: Run) -> Any:
         values = run.arguments() | {

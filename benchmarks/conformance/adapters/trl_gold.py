@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.gold.gold_trainer import ULDLoss
+from trl.experimental.utils import encode_with_byte_offsets
 
 from conformance.adapters import Adapter
 from conformance.loss_cases import LossCall
@@ -101,6 +102,17 @@ class TRLGOLD(Adapter):
 
     def ways(self) -> dict[str, Callable[[Text], Any]]:
         return {name: uld(self.merge, hybrid) for name, hybrid in (("ULD", False), ("hybrid", True))}
+
+    def groups(self, student: Any, teacher: Any, text: str, student_ids: list[int], teacher_ids: list[int]) -> Any:
+        """By the byte offsets that its data set and its trainer make."""
+        offsets = []
+        for tokenizer in (student, teacher):
+            try:
+                [(_, spans)] = encode_with_byte_offsets(tokenizer.backend_tokenizer, [text])
+            except NotImplementedError as error:
+                raise NotApplicable("refuses tokenizers that are not byte-level") from error
+            offsets.append(spans)
+        return list(zip(*ULDLoss._align_by_byte_offsets(*offsets), strict=True))
 
     def trainer(self, run: Run) -> Any:
         values = run.arguments() | {
