@@ -45,8 +45,10 @@ def test_a_failure_has_its_line_and_a_reason():
 @pytest.mark.parametrize("name", ["trl_gkd", "trl_distillation", "trl_gold", "trl_gold_bayesian"])
 def test_the_lines_are_those_of_the_installed_version(name):
     """The sources of TRL, which is here: a line that moved has its new number, one that is gone is an error."""
-    peer, found = adapters.adapter(name), json.loads(RESULTS.read_text())[name]["cells"]
-    known = {case.name for case in CASES}
+    peer, column = adapters.adapter(name), json.loads(RESULTS.read_text())[name]
+    if peer.version() != column["version"]:
+        pytest.skip(f"the table is about {column['version']}: run make conformance")
+    found, known = column["cells"], {case.name for case in CASES}
     for case, source in peer.sources.items():
         assert case in known, case
         where = source.where(peer.package)
