@@ -2,6 +2,7 @@
 
 by_source: fields that hold for the sequences of one source: another divergence, another beta, another
     top-k
+collapse: fields about the guard against collapse
 completions: fields about sample completions in the log
 field_types: values of the wrong kind: from Python a field takes anything, and from YAML what is written
     there

@@ -22,7 +22,7 @@ from gkd.common.redact import redact_value
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 
 
-_MAY_BE_OFF = ("teacher_cache_dir",)  # YAML reads a bare `off` as False
+_MAY_BE_OFF = ("teacher_cache_dir", "collapse_guard")  # YAML reads a bare `off` as False
 
 
 class _UnfitError(Exception):

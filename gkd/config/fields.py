@@ -16,9 +16,10 @@ from trl import SFTConfig
 
 from gkd.common.redact import redact_settings, redact_value, without_secrets
 from gkd.config.by_source import check_by_source, common_divergence, overrides
+from gkd.config.collapse import check_collapse
 from gkd.config.completions import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config.field_types import check_types
-from gkd.config.schedules import check_schedules, read_schedules, schedule_of
+from gkd.config.schedules import AUTO, check_schedules, read_schedules, schedule_of
 from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config.settings import check_settings, loss_settings
 from gkd.config.several import check_entries, check_several, config_of, entry_of, stands_on_base, weight_of
@@ -59,7 +60,9 @@ class GKDConfig(SFTConfig):
         "Sampling temperature of rollouts; 0 is greedy. Does not touch the loss. Or a schedule (docs/steering.md).",
     )
     lmbda: float | str = _field(
-        0.5, "Share of the sequences whose completion the student writes, 0 to 1; or a schedule (docs/steering.md)."
+        0.5,
+        "Share of the sequences whose completion the student writes, 0 to 1; or a schedule, or auto "
+        "(docs/steering.md).",
     )
     beta: float | str = _field(
         0.5,
@@ -209,6 +212,15 @@ class GKDConfig(SFTConfig):
     max_nonfinite_steps: int = _field(
         3, "So many steps in a row without a finite loss and gradient (they are skipped) end training; 0 = never."
     )
+    collapse_guard: str = _field(
+        "off",
+        "What happens when the student's rollouts collapse (docs/steering.md): off, warn, lower_lmbda (halve it), "
+        "rollback (to the last sound checkpoint, lmbda and learning rate halved, at most twice), stop.",
+    )
+    collapse_window: int = _field(5, "Steps whose rollouts collapse_guard (and lmbda=auto) judges together.")
+    collapse_threshold: float = _field(
+        0.5, "A share of bad rollouts fires collapse_guard at this part of the way from where it should be to 1."
+    )
     loss_chunk_size: int | None = _field(None, "Targets per chunk of the fused loss. None = from a byte budget.")
     loss_compile: bool | None = _field(
         None, "Run the loss's elementwise work through torch.compile. None = on CUDA where Triton is installed."
@@ -309,6 +321,7 @@ class GKDConfig(SFTConfig):
         check_values(self)
         check_options(self)
         check_schedules(self)
+        check_collapse(self)
         for beta in schedule_of("beta", self.beta).values:
             for changed in ({}, *(overrides(self, beta) or ())):
                 loss_settings(self, changed=changed)
@@ -431,9 +444,15 @@ class GKDConfig(SFTConfig):
         return max(self.shares) > 0
 
     @property
+    def decides_share(self) -> bool:
+        """Whether the run itself decides what the student's share is."""
+        return self.lmbda == AUTO
+
+    @property
     def shares(self) -> tuple[float, ...]:
-        """Of `lmbda`: no step's is outside of them."""
-        return schedule_of("lmbda", self.lmbda).values
+        """Of `lmbda`: no step's is outside of them, whatever a guard makes of it."""
+        said = (0.0, 1.0) if self.decides_share else schedule_of("lmbda", self.lmbda).values
+        return (*said, 0.0) if self.collapse_guard in ("lower_lmbda", "rollback") else said
 
     @property
     def most_new_tokens(self) -> int:

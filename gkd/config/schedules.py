@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gkd.config.fields import GKDConfig
     from gkd.loss.integrand import Divergence
 
+AUTO = "auto"  # of lmbda: the run decides
 SCHEDULED = {"lmbda": float, "max_new_tokens": int, "temperature": float, "beta": float}
 _SHAPES = ("linear", "cosine")
 _EXAMPLE = 'values at steps ("0@0 0.5@100 1@300") or at shares of the training ("0@0% 1@50%"), "cosine" behind them'
@@ -120,7 +121,7 @@ def read_schedules(config: GKDConfig) -> None:
     """
     for name, kind in SCHEDULED.items():
         value = getattr(config, name)
-        if isinstance(value, str):
+        if isinstance(value, str) and (name, value) != ("lmbda", AUTO):
             try:
                 number: float | None = kind(value)
             except ValueError:

@@ -57,6 +57,8 @@ RULES = (
     Rule("save_strategy", ("load_best_model_at_end",), "off"),
     # who writes, and where
     Rule("lmbda", ("rollout_backend", *_SERVER), "off"),
+    Rule("lmbda", ("collapse_guard", "collapse_window", "collapse_threshold"), "off"),
+    Rule("collapse_guard", ("collapse_window", "collapse_threshold"), "off"),
     Rule("lmbda", ("rollout_server_timeout", "server_proxy"), "off", unless=_SERVED),
     Rule("lmbda", ("teacher_scores_dir",), "1", unless=("eval_strategy",)),
     Rule("rollout_backend", _SERVER),

@@ -276,8 +276,16 @@ def _panels(history: History, *panels: tuple[Sequence[Line], str, str, bool]) ->
     figure, axes = _figure(len(filled))
     for place, (lines, title, unit, share) in zip(axes, filled, strict=True):
         _draw(place, history, lines)
+        _mark_events(place, history)
         _finish(place, title, unit, share)
     return figure
+
+
+def _mark_events(axes: Axes, history: History) -> None:
+    """A line where the guard against collapse acted, once for each step."""
+    found = next((entry["collapse_events"] for entry in reversed(history) if "collapse_events" in entry), ())
+    for number, step in enumerate(dict.fromkeys(event["step"] for event in found)):
+        axes.axvline(step, color="#E69F00", linestyle=":", linewidth=1.4, label=None if number else "the guard acted")
 
 
 def _draw(axes: Axes, history: History, lines: Sequence[Line]) -> bool:

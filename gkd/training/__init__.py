@@ -17,6 +17,8 @@ faults: `FaultGuard`: a step that must not be made is left out: no target anywhe
     finite
 going_on: going on from a checkpoint: which one, whether it is sound, and whether it belongs to what is
     trained now
+health: whether the student's rollouts are still sound: what they are like in a window of steps, beside
+    what they should be
 hub: pushing to the Hugging Face Hub: a push that fails loses nothing and says how to do it again
 late_rows: rows that come to a trainer after its constructor: prepared where they are evaluated on,
     refused for training
@@ -37,6 +39,8 @@ reward: the reward term of GKD (arXiv 2306.13649, Eq. 5): loss = (1 - alpha) D -
     by the student
 safe_pickles: DeepSpeed unpickles what a checkpoint's folder holds, and a pickle runs any program
 scheduled: `Scheduled`: the fields that follow a schedule, as each step has them
+steering: `Steering`: what a run does about its own rollouts: the guard against collapse, and
+    `lmbda="auto"`
 stop_request: `StopRequest`: a signal asks for a stop, and the training ends where nothing is lost
 stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that
     is wanted

@@ -14,6 +14,7 @@ from gkd.report.card import CardInfo
 from gkd.report.repo import Repo
 from gkd.teachers.base import Teacher
 from gkd.training.card_settings import settings_for_card
+from gkd.training.steering import Steering, in_words
 
 
 def card_info(
@@ -43,7 +44,12 @@ def card_info(
         "steps": trainer.state.global_step,
         "num_processes": trainer.accelerator.num_processes,
         "hub_model_id": getattr(trainer, "hub_model_id", None) or args.hub_model_id,  # the first with its owner
-        "notes": [*_about_teacher(args), *_about_several(trainer.teacher, args), *extras.pop("notes", ())],
+        "notes": [
+            *_about_teacher(args),
+            *_about_several(trainer.teacher, args),
+            *_about_collapse(trainer.steering),
+            *extras.pop("notes", ()),
+        ],
     }
     if trainer.checkpoints.is_saving:
         values |= _at_a_checkpoint(args.output_dir, trainer.state, values["notes"])
@@ -105,6 +111,16 @@ def _about_several(teacher: Teacher, args: Any) -> list[str]:
         parts += [f"weight {weight:g}"] if weight != 1 else []
         listed.append(f"{name} ({', '.join(parts)})")
     return [f"Several teachers; every row has its own: {', '.join(listed)}."]
+
+
+def _about_collapse(steering: Steering) -> list[str]:
+    """What the guard against collapse found and did; that it found nothing, too."""
+    if not steering.guards:
+        return []
+    told = [f"- {in_words(event)}" for event in steering.state.events]
+    if not told:
+        return ["The guard against collapse (`collapse_guard`) found nothing."]
+    return ["The guard against collapse (`collapse_guard`) acted:\n\n" + "\n".join(told)]
 
 
 def _teacher(teacher: Teacher, args: Any) -> Repo:

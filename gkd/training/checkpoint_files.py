@@ -32,6 +32,7 @@ from gkd.training.checkpoint_faults import (
 __all__ = [
     "STATE_FILE",
     "TRAINER_STATE",
+    "amend",
     "begin",
     "checkpoints",
     "discard",
@@ -95,6 +96,14 @@ def finish(folder: str | Path, state: dict[str, Any], run: str | None = None, ab
     _write(folder / STATE_FILE, {**manifest, "seal": seal(manifest)})
     _to_disk(folder.parent)
     return number
+
+
+def amend(folder: str | Path, state: dict[str, Any]) -> None:
+    """Change what is kept in a complete checkpoint, in one piece; it is then the one that was saved last."""
+    number = 1 + max(number_of(other) for other in checkpoints(Path(folder).parent))
+    manifest = {name: value for name, value in (read_state(folder) or {}).items() if name != "seal"}
+    manifest = json.loads(json.dumps({**manifest, **state, "number": number}))
+    _write(Path(folder) / STATE_FILE, {**manifest, "seal": seal(manifest)})
 
 
 def number_of(folder: str | Path) -> int:

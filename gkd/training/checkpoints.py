@@ -101,6 +101,39 @@ class Checkpoints:
         """Whether a training is going on."""
         return self._started is not None
 
+    def _beside(self, name: str | None) -> str | None:
+        """A checkpoint of the output folder by its name."""
+        return None if name is None else os.path.join(self._args.output_dir, name)
+
+    def that_can_be_gone_on_from(self, name: str | None) -> str | None:
+        """The folder of a checkpoint of this run, where it is whole; all ranks ask."""
+        folder = self._beside(name)
+
+        def whole() -> bool:
+            return folder is not None and files.fault_in_going_on(folder, contents=True) is None
+
+        return folder if first_rank(self._accelerator, whole) else None
+
+    def back_to(self, checkpoint: str) -> None:
+        """Training goes on from an earlier checkpoint of this run: what was saved behind it is of a stretch that is
+        given up, and goes; that a guard has decided so is written into it, so that a killed run goes on alike."""
+        record, steering = self._trainer.record, self._trainer.record.steering
+
+        def give_up() -> None:
+            files.amend(checkpoint, {"steering": steering.as_dict()})  # from now on it is the one that was saved last
+            for other in files.checkpoints(self._args.output_dir):
+                if files.run_of(other) == self.going_on.run_id and files.step_of(other) > files.step_of(checkpoint):
+                    files.discard(other)
+
+        first_rank(self._accelerator, give_up)
+        all_ranks(self._accelerator, lambda: teacher_state.read(checkpoint, self._trainer.teacher))
+        state = files.read_state(checkpoint)
+        assert state is not None
+        record.load(state)
+        self._saved = checkpoint
+        self._trainer.guard.start()
+        self._accelerator.gradient_state.dataloader_references = [None]
+
     def begin_window(self) -> None:
         """A step begins: what a checkpoint says if this step is never finished."""
         self._at_window = self._trainer.record.as_dict()
@@ -147,6 +180,7 @@ class Checkpoints:
                 if writes:
                     teacher_state.write(folder, self._trainer.teacher)
                 self._accelerator.wait_for_everyone()  # every rank has written its files
+                self._trainer.steering.saving(os.path.basename(folder))
                 if writes:
                     about = {"belongs": going_on.facts, "seconds": self.seconds, "commands": going_on.commands}
                     kept = {**self._trainer.record.as_dict(), **about}
@@ -157,7 +191,8 @@ class Checkpoints:
             raise
         self._saved = folder
         if writes:
-            keep, limit = [folder, state.best_model_checkpoint], self._args.save_total_limit
+            healthy = self._beside(self._trainer.steering.state.healthy)  # the candidate is this one
+            keep, limit = [folder, state.best_model_checkpoint, healthy], self._args.save_total_limit
             files.rotate(self._trainer._get_output_dir(trial), limit, keep=keep, run=going_on.run_id)
 
     @contextmanager

@@ -33,9 +33,23 @@ class OptimizerSettings:
     def remember(self, optimizer: Any) -> None:
         """What a new one was made with, before a checkpoint is loaded."""
         self._asked_for = [
-            {"initial_lr": group["lr"], **{name: value for name, value in group.items() if name not in _NOT_KEPT}}
+            {
+                "initial_lr": group["lr"] * self._factor,
+                **{name: value for name, value in group.items() if name not in _NOT_KEPT},
+            }
             for group in getattr(optimizer, "param_groups", ())
         ]
+
+    @property
+    def _factor(self) -> float:
+        """What the guard against collapse has left of the learning rate."""
+        return float(self._trainer.record.steering.learning_rate_factor)
+
+    def scale(self) -> None:
+        """The learning rate is halved from now on."""
+        for settings in self._asked_for:
+            settings["initial_lr"] /= 2
+        self.restore()
 
     def restore(self) -> None:
         """After a checkpoint was loaded: the same as were saved, unless they were changed."""

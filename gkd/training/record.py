@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gkd.data.sources import SOURCES
 from gkd.training.position_profile import PositionProfile
+from gkd.training.steering import SteeringState
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Record:
         tokens: of all sequences of all windows, prompts included.
         nonfinite_steps: skipped, for a loss or gradient that was not finite.
         empty_steps: left out, for want of a target.
+        steering: what the guard against collapse and lmbda=auto know.
         reward_mean: running mean of the reward; None before the first.
     """
 
@@ -51,6 +53,7 @@ class Record:
     nonfinite_steps: int = 0
     empty_steps: int = 0
     reward_mean: float | None = None
+    steering: SteeringState = field(default_factory=SteeringState)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -61,6 +64,7 @@ class Record:
             "nonfinite_steps": self.nonfinite_steps,
             "empty_steps": self.empty_steps,
             "reward_mean": self.reward_mean,
+            "steering": self.steering.as_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -72,3 +76,4 @@ class Record:
         self.nonfinite_steps = state.get("nonfinite_steps", 0)
         self.empty_steps = state.get("empty_steps", 0)
         self.reward_mean = state.get("reward_mean")
+        self.steering = SteeringState.of(state.get("steering"))

@@ -25,18 +25,23 @@ class Scheduled:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._args = trainer, trainer.args
+        self._last_share = 0.0  # of the step that was begun last
 
     def now(self, name: str) -> float:
         """The value of a field in the present step."""
-        return self._at(name, self._trainer.state.global_step)
+        step = self._trainer.state.global_step
+        return self.lmbda(step) if name == "lmbda" else self._at(name, step)
 
     def lmbda(self, step: int) -> float:
-        """The share of the student's rows in a step."""
-        return self._at("lmbda", step)
+        """The share of the student's rows in a step: what the field says, and what the guard leaves of it."""
+        steering = self._trainer.steering
+        said = steering.state.auto if self._args.decides_share else self._at("lmbda", step)
+        return float(steering.lmbda(said))
 
     def begin(self) -> None:
         """A step begins: its sampling and its divergence."""
         step = self._trainer.state.global_step
+        self._last_share = self.lmbda(step)
         if self._samples():
             self._trainer._follow(self._sampling(step))
         if self._follows("beta"):
@@ -45,7 +50,10 @@ class Scheduled:
     def logged(self) -> dict[str, float]:
         """The values of the step that was made last."""
         step = max(self._trainer.state.global_step - 1, 0)
-        return {name: float(self._at(name, step)) for name in SCHEDULED if self._follows(name)}
+        found = {name: float(self._at(name, step)) for name in SCHEDULED if name != "lmbda" and self._follows(name)}
+        if self._follows("lmbda") or self._trainer.steering.state.lmbda_factor != 1:
+            found["lmbda"] = self._last_share
+        return found
 
     @contextmanager
     def around(self) -> Iterator[None]:

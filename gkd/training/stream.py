@@ -36,8 +36,13 @@ class WindowStream:
             yield
         finally:
             self._is_training = False
-            for rollout in self._trainer.rollouts.values():
-                rollout.forget()
+            self.forget()
+
+    def forget(self) -> None:
+        """Give up what was looked at, and asked for, ahead."""
+        self._looked_at = None
+        for rollout in self._trainer.rollouts.values():
+            rollout.forget()
 
     @contextmanager
     def rows_as_sequences(self) -> Iterator[None]:

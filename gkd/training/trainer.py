@@ -50,9 +50,11 @@ from gkd.training.log import TrainingLog
 from gkd.training.micro_batches import MicroBatches
 from gkd.training.optimizer_settings import OptimizerSettings
 from gkd.training.position_profile import PositionProfile
+from gkd.training.progress import close_bars
 from gkd.training.record import Ledger, Record
 from gkd.training.reward import Reward, RewardTerm, check_reward
 from gkd.training.scheduled import Scheduled
+from gkd.training.steering import RollBackError, Steering, check_steering
 from gkd.training.stream import WindowStream
 from gkd.training.token_weights import Own
 from gkd.training.trl_attributes import TRLAttributes
@@ -192,9 +194,12 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
     def _set_up_helpers(self, formatting_func: Callable[..., Any] | None) -> None:
         """What the trainer holds and calls on its way through a training."""
         args, accelerator = self.args, self.accelerator
+        self._makes_optimizer = getattr(self, "optimizer", None) is None
         self.record = Record(PositionProfile(accelerator.device))
         self.guard = FaultGuard(accelerator, self.record, args.max_nonfinite_steps)
         self.scheduled = Scheduled(self)
+        self.steering = Steering(self)
+        check_steering(self)
         self.late_rows = LateRows(self, formatting_func)
         self.stream = WindowStream(self)
         shown = completion_log(
@@ -208,7 +213,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         if args.report_to:
             redact_process_arguments()
         # The teacher's stand behind the guard, which may ask for a checkpoint.
-        for callback in (self.guard, *self.teacher.callbacks, *self.training_log.callbacks):
+        for callback in (self.guard, self.steering, *self.teacher.callbacks, *self.training_log.callbacks):
             self.add_callback(callback)
 
     @property
@@ -244,8 +249,24 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             self.stream.around(),
             self.scheduled.around(),
         ):
-            output = super().train(checkpoint, trial, *args, **kw)
+            while True:
+                try:
+                    output = super().train(checkpoint, trial, *args, **kw)
+                    break
+                except RollBackError as back:
+                    self._go_back(back.checkpoint)
+                    checkpoint = back.checkpoint
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _go_back(self, checkpoint: str) -> None:
+        """The guard against collapse wants an earlier checkpoint: what was done since then is given up."""
+        close_bars(self.callback_handler.callbacks)
+        self.stream.forget()
+        self.training_log.flush("train")
+        self._metrics["train"].clear()
+        self.checkpoints.back_to(checkpoint)
+        if self._makes_optimizer:
+            self.optimizer = None
 
     def asked_checkpoint(self) -> str | bool | None:
         """What the field `resume_from_checkpoint` asks `train` for: a folder, or True for the one in output_dir that
@@ -287,6 +308,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """One window: choose sources, write completions, sort, cut into micro-batches, count what is trained on."""
+        if self.steering.has_ended:
+            return [], None
         opened = self.stream.next_window(epoch_iterator, num_batches)
         if opened is None or self.state.global_step >= self.state.max_steps:  # resumed at the very end
             return [], None
@@ -302,17 +325,19 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             if self.reward is not None:
                 self.reward.weigh(sequences)
         self.micro_batches.respell(sequences)
-        measure(sequences, self.hygiene, self.training_log.meters["train"])
-        number = self._count(sequences)
+        verdicts = measure(sequences, self.hygiene, self.training_log.meters["train"])
+        number = self._count(sequences, self.steering.counts(window.sequences, sequences, verdicts))
         micro_batches = cut(sequences + window.fillers, window.sizes)
         if self.training_log.completions is not None:
             self.training_log.completions.open(micro_batches)
         return self.micro_batches.collated(micro_batches, device), number.to(device)
 
-    def _count(self, sequences: list[TokenSequence]) -> Tensor:
-        """What a step's loss is divided by: its targets, or sequences, over all ranks."""
+    def _count(self, sequences: list[TokenSequence], beside: Tensor) -> Tensor:
+        """What a step's loss is divided by: its targets, or sequences, over all ranks. `beside` is added up with them,
+        and judged."""
         tokens = torch.tensor([sum(len(sequence.input_ids) for sequence in sequences)])
-        totals = sum_over_ranks(self.accelerator, torch.cat([count(sequences).flatten(), tokens]))
+        totals = sum_over_ranks(self.accelerator, torch.cat([count(sequences).flatten(), tokens, beside]))
+        self.steering.judge(totals[7:])
         self.guard.open_window(totals[:6].view(2, len(SOURCES)).cpu())
         self.record.tokens += int(totals[6])
         self._metrics["train"]["num_tokens"] = [self.record.tokens]
@@ -353,6 +378,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             self.eval_loss.add(found.output, inputs["labels"], found.targets)
         else:
             self.stream.compare_rollouts()
+            self.steering.observe(found.output, found.sources)
             if signal is not None:
                 self.training_log.observe(found.output, found.sources, found.targets.places, self.state)
         if mode == "train" and of_window:
@@ -372,7 +398,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `transformers.Trainer`, with our metrics."""
         if "loss" in logs and self.model.training:
-            logs.update(self.scheduled.logged())
+            logs.update(self.scheduled.logged() | self.steering.logged())
         self.training_log.add_to(logs, self.model.training)
         if self.checkpoints.is_training and "train_runtime" not in logs:
             evaluated = any(name.startswith("eval_") for name in logs)  # a name of its own: both may be of one step
@@ -380,6 +406,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         super().log(logs, start_time)
         if "train_runtime" in logs:  # the training is over: for the plots and metrics.jsonl, not for loggers
             self.state.log_history[-1]["divergence_by_position"] = self.record.profile.as_dict()
+            if self.steering.guards:
+                self.state.log_history[-1]["collapse_events"] = self.record.steering.as_dict()["events"]
 
     # ------------------------------------------------------------------------------------------------- evaluation
 

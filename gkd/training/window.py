@@ -16,7 +16,7 @@ from gkd.data.sequences import TokenSequence, join
 from gkd.data.sources import SOURCES
 from gkd.data.targets import IGNORE
 from gkd.rollouts.base import Rollout
-from gkd.rollouts.hygiene import Hygiene
+from gkd.rollouts.hygiene import Hygiene, Verdict
 from gkd.training.metrics import Meter
 
 
@@ -128,11 +128,12 @@ def write_completions(
     return written
 
 
-def measure(sequences: list[TokenSequence], hygiene: Hygiene, meter: Meter) -> None:
-    """Count lengths and unsound completions by source, whether they are trained on or not."""
-    for sequence in sequences:
-        verdict = hygiene.judge(sequence.input_ids[sequence.prompt_length :], sequence.source)
+def measure(sequences: list[TokenSequence], hygiene: Hygiene, meter: Meter) -> list[Verdict]:
+    """Count lengths and unsound completions by source, whether they are trained on or not; what each is like."""
+    verdicts = [hygiene.judge(one.input_ids[one.prompt_length :], one.source) for one in sequences]
+    for sequence, verdict in zip(sequences, verdicts, strict=True):
         meter.add_sequence(sequence, verdict.ended, verdict.repetitive, verdict.empty)
+    return verdicts
 
 
 def count(sequences: list[TokenSequence]) -> Tensor:

@@ -48,6 +48,30 @@ CASES = [
         engine="ddp",
         resume=2,
     ),
+    Case(
+        "guarded",
+        {
+            "per_device_train_batch_size": 8,
+            "lmbda": 1.0,
+            "collapse_guard": "lower_lmbda",
+            "collapse_window": 1,
+            "collapse_threshold": 0.01,
+        },
+        engine="ddp",
+    ),
+    Case(
+        "rolled_back",
+        {
+            "per_device_train_batch_size": 8,
+            "lmbda": 1.0,
+            "collapse_guard": "rollback",
+            "collapse_window": 1,
+            "collapse_threshold": 0.01,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        },
+        engine="ddp",
+    ),
     Case("views", VIEWS, engine="ddp", lora=False, views=True),
     Case(
         "rewarded",
@@ -79,6 +103,11 @@ def folder(models, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_processes_equal_one(case, folder, alone):
     assert_as_one_process(case, folder, alone)
+
+
+@pytest.mark.parametrize("name", ["guarded", "rolled_back"])
+def test_the_guard_acts_on_two_processes(name, folder):
+    assert read(folder / name).steps[-1]["guard/events"] >= 1
 
 
 def test_a_teacher_with_prompts_of_its_own_is_that_of_two_dense_passes(folder, models):

@@ -24,9 +24,10 @@ from gkd.commands.plan.memory import GIB, Estimate, estimate, smallest_change
 from gkd.commands.plan.plan import setup_of
 from gkd.common.text import rough_duration
 from gkd.config.fields import GKDConfig
-from gkd.config.schedules import in_words, schedule_of
+from gkd.config.schedules import AUTO, in_words, schedule_of
 from gkd.recipe.capture import Recipe
 from gkd.training.metrics import PHASES
+from gkd.training.steering import AUTO_START
 from gkd.training.trainer import GKDTrainer
 
 _PARTS_NAMED = 3  # the largest parts of the memory that a line names
@@ -106,20 +107,30 @@ def timed_steps(args: GKDConfig, rows: int) -> tuple[GKDConfig, Schedule]:
 
 def _hold_still(args: GKDConfig, steps: int) -> None:
     """In place of a schedule one number: of lmbda the run's mean, of max_new_tokens the most, else the last."""
-    mean = sum(schedule_of("lmbda", args.lmbda).at(step, steps) for step in range(steps)) / steps
-    args.lmbda = mean if isinstance(args.lmbda, str) else args.lmbda
+    args.lmbda = _mean("lmbda", args.lmbda, steps)
     args.max_new_tokens = args.most_new_tokens
     args.temperature = schedule_of("temperature", args.temperature).values[-1]
     args.beta = schedule_of("beta", args.beta).values[-1]
+
+
+def _mean(name: str, value: float | str, steps: int) -> float:
+    """Over the run; of what the run decides for itself, the middle."""
+    if value == AUTO:
+        return 0.5
+    schedule = schedule_of(name, value)
+    return value if isinstance(value, float) else sum(schedule.at(step, steps) for step in range(steps)) / steps
 
 
 def examine_schedules(out: Diagnosis, args: GKDConfig, steps: int) -> None:
     """What the fields that follow a schedule are at first, halfway and at last."""
     shown = []
     for name, text in in_words(args).items():
+        if text == AUTO:
+            shown.append(f"{name} as the run decides, from {AUTO_START} at first")
+            continue
         schedule = schedule_of(name, text)
         first, half, last = (schedule.at(step, steps) for step in (0, steps // 2, steps - 1))
-        mean = sum(schedule.at(step, steps) for step in range(steps)) / steps
+        mean = _mean(name, text, steps)
         shown.append(f"{name} {first:.3g} at first, {half:.3g} halfway, {last:.3g} at last, {mean:.3g} on average")
     if shown:
         out.add("Schedules", "ok", f"{'; '.join(shown)}; over {steps:,} steps")
