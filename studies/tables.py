@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from gkd.commands.sweep.statistics import Stat, mean_of, paired
 from gkd.report.markdown import markdown_table
@@ -28,8 +29,11 @@ DIGITS = 5
 LABELS = {
     "score_greedy": "right, greedy",
     "score_sampled": "right, T = 1",
-    "exposure_gap": "exposure gap",
+    "kl_gap": "exposure gap",
+    "learning_rate": "learning rate",
     "divergence_own": "own divergence, own text",
+    "divergence_teacher_text": "own divergence, teacher's text",
+    "exposure_gap": "gap in own divergence",
     "forward_kl_own": "KL, own text",
     "forward_kl_teacher_text": "KL, teacher's text",
     "agreement_own": "agreement, own text",
@@ -45,31 +49,25 @@ LABELS = {
     "one_of_16": "one of 16 right",
     "cpu_seconds": "CPU s a run",
 }
-_WALK, _ONE, _SHARE = "grid_walk/results/", "one_answer/results/steps.json", "share_and_divergence/results/steps.json"
+_WALK, _AFTER = "grid_walk/results/steps.json", "grid_walk/results/afterwards.json"
+_LONGER, _LONGER_AFTER = "grid_walk/results/longer.json", "grid_walk/results/longer_afterwards.json"
+_ONE, _SHARE = "one_answer/results/steps.json", "share_and_divergence/results/steps.json"
 _KD, _OWN = "supervised KD, fresh", "on-policy, beta 0"
-SUMMARY = (
-    ("many right answers: arrive, greedy, %", _WALK + "steps.json", "score_greedy %", _KD, _OWN),
-    ("the same, sampled at T = 1, %", _WALK + "steps.json", "score_sampled %", _KD, _OWN),
-    ("after 4 forced random moves, greedy, %", _WALK + "afterwards.json", "arrives_4_greedy %", _KD, _OWN),
-    ("the same, sampled at T = 1, %", _WALK + "afterwards.json", "arrives_4_sampled %", _KD, _OWN),
-    ("exposure gap, nats a token", _WALK + "steps.json", "exposure_gap", _KD, _OWN),
-    ("one right answer: right, greedy, %", _ONE, "score_greedy %", "supervised KD", _OWN),
-    ("the same, sampled at T = 1, %", _ONE, "score_sampled %", "supervised KD", _OWN),
-    (
-        "text, 0.85M teacher: KL on own text, nats a token",
-        _SHARE,
-        "forward_kl_own",
-        "lmbda=0, divergence=forward_kl",
-        "lmbda=1, divergence=forward_kl",
-    ),
-    (
-        "the same on the teacher's text",
-        _SHARE,
-        "forward_kl_teacher_text",
-        "lmbda=0, divergence=forward_kl",
-        "lmbda=1, divergence=forward_kl",
-    ),
-    ("cost, many right answers: CPU seconds a run", _WALK + "steps.json", "cpu_seconds", _KD, _OWN),
+_TEXT_KD, _TEXT_OWN = "lmbda=0, divergence=forward_kl", "lmbda=1, divergence=forward_kl"
+SUMMARY = (  # what is compared; file and cell without the student's text, file and cell with it; the measure
+    ("Many right answers: arrives, greedy, %", _WALK, _KD, _WALK, _OWN, "score_greedy %"),
+    ("– sampled at T = 1, %", _WALK, _KD, _WALK, _OWN, "score_sampled %"),
+    ("– after 4 forced random moves, greedy, %", _AFTER, _KD, _AFTER, _OWN, "arrives_4_greedy %"),
+    ("– exposure gap, nats a token", _WALK, _KD, _WALK, _OWN, "kl_gap"),
+    ("– CPU seconds a run", _WALK, _KD, _WALK, _OWN, "cpu_seconds"),
+    ("Against three times the steps: CPU seconds a run", _LONGER, _KD, _WALK, _OWN, "cpu_seconds"),
+    ("– arrives, greedy, %", _LONGER, _KD, _WALK, _OWN, "score_greedy %"),
+    ("– sampled at T = 1, %", _LONGER, _KD, _WALK, _OWN, "score_sampled %"),
+    ("– after 4 forced random moves, greedy, %", _LONGER_AFTER, _KD, _AFTER, _OWN, "arrives_4_greedy %"),
+    ("One right answer: right, greedy, %", _ONE, "supervised KD", _ONE, _OWN, "score_greedy %"),
+    ("– sampled at T = 1, %", _ONE, "supervised KD", _ONE, _OWN, "score_sampled %"),
+    ("Short text: KL on own text, nats a token", _SHARE, _TEXT_KD, _SHARE, _TEXT_OWN, "forward_kl_own"),
+    ("– KL on the teacher's text, nats a token", _SHARE, _TEXT_KD, _SHARE, _TEXT_OWN, "forward_kl_teacher_text"),
 )
 _SUMMARY_MARK = re.compile(r"(<!-- summary -->\n)((?:\|.*\n)*)")
 _MARK = re.compile(r"(<!-- table: (.+?) -->\n)((?:\|.*\n)*)")
@@ -93,7 +91,8 @@ def keep(sweep: Path, path: Path) -> None:
     text = json.dumps(about, indent=1, ensure_ascii=False)[:-2] + f',\n "runs": [\n{lines}\n]\n}}\n'
     path.write_text(text, encoding="utf-8")
     if (sweep / "plot.png").is_file():
-        shutil.copy(sweep / "plot.png", path.with_suffix(".png"))
+        with Image.open(sweep / "plot.png") as plot:
+            plot.convert("P", palette=Image.Palette.ADAPTIVE, colors=16).save(path.with_suffix(".png"), optimize=True)
 
 
 def _kept_run(run: dict[str, Any]) -> dict[str, Any]:
@@ -114,17 +113,29 @@ def by_seed(found: dict[str, Any], cell: str, measure: str) -> dict[int, float]:
     values = {}
     for run in found["runs"]:
         if run["cell"] == cell and not run.get("tuning"):
-            value = run["measures"][key].get(place or "after") if key in run["measures"] else run.get(key)
+            value = _value(run, key, place or "after")
             if value is not None:
                 values[run["seed"]] = value
     return values
+
+
+def _value(run: dict[str, Any], key: str, place: str) -> float | None:
+    measures = run["measures"]
+    if key == "kl_gap":  # the exposure gap, of cells that were trained with different divergences
+        return float(measures["forward_kl_own"][place] - measures["forward_kl_teacher_text"][place])
+    if key == "learning_rate":
+        return float(run["tuned"][key])
+    value = measures[key].get(place) if key in measures else run.get(key)
+    return None if value is None else float(value)
 
 
 def shown(stat: Stat | None, percent: bool, signed: bool = False) -> str:
     """Mean ± standard error."""
     if stat is None:
         return "–"
-    scale, digits = (100, 1) if percent else (1, 2 if abs(stat.mean) >= 10 else 3)
+    if stat.mean < 0.02 and not stat.error and not signed:  # a learning rate
+        return f"{stat.mean:g}"
+    scale, digits = (100, 1) if percent else (1, 1 if abs(stat.mean) >= 10 else 3)
     text = f"{stat.mean * scale:{'+' if signed else ''}.{digits}f}"
     return text if stat.error is None else f"{text} ± {stat.error * scale:.{digits}f}"
 
@@ -162,14 +173,16 @@ def _by_tail(rows: Sequence[dict[str, Any]], column: str) -> str:
 def summary() -> str:
     """What a newcomer reads first: two cells that differ in who writes, and nothing else."""
     rows = []
-    for label, file, measure, without, with_ in SUMMARY:
-        path = ROOT / "studies" / file
-        found = json.loads(path.read_text(encoding="utf-8"))
+    for label, first, without, second, with_, measure in SUMMARY:
         name, percent = measure.rstrip(" %"), measure.endswith("%")
-        a, b = by_seed(found, without, name), by_seed(found, with_, name)
-        texts = [shown(mean_of(list(one.values())), percent) for one in (a, b)]
-        rows.append([label, *texts, shown(paired(b, a), percent, signed=True)])
-    return markdown_table(["", "others' text", "the student's own", "difference"], rows, "lrrr")
+        a, b = (
+            by_seed(json.loads((ROOT / "studies" / file).read_text(encoding="utf-8")), cell, name)
+            for file, cell in ((first, without), (second, with_))
+        )
+        seeds = sorted(a.keys() & b.keys())
+        texts = [shown(mean_of([one[seed] for seed in seeds]), percent) for one in (a, b)]
+        rows.append([label, *texts, shown(paired(b, a), percent, signed=True), str(len(seeds))])
+    return markdown_table(["", "others' text", "the student's own", "difference", "seeds"], rows, "lrrrr")
 
 
 def heading(measure: str, percent: bool) -> str:
