@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from other_tokens import other_model, other_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_rows, tiny_tokenizer, tiny_vision_model
@@ -70,6 +71,14 @@ VIEWS: dict[str, Any] = {
     "seq_kd": True,
     "teacher_cache_dir": "off",
 }
+# Half of it the student's random bytes, most of which are no text: a rank may have nothing to compare.
+ALIGNED: dict[str, Any] = {
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 1,
+    "max_steps": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+}
 SEVERAL = ("math", "chat", "itself", "itself", "math")  # the rows' teachers in turn
 OF_ITSELF = ("live", "ema")
 KINDS = ("split", "math", "itself", "split", "math")  # the same, of teachers of several kinds
@@ -96,6 +105,7 @@ class Case:
             reads other prompts then: "live", or its average, "ema".
         resume: stop after this many steps, build everything anew and go on from the checkpoint.
         views: the teacher reads prompts of its own (tests/support/views.py).
+        aligned: the teacher has another tokenizer, and is compared by bytes.
         rewarded: completions have a reward: the share of small letters.
         refused: the words of the ValueError that must come instead of a training.
     """
@@ -112,6 +122,7 @@ class Case:
     shares: str = ""
     resume: int | None = None
     views: bool = False
+    aligned: bool = False
     rewarded: bool = False
     refused: str | None = None
 
@@ -121,8 +132,8 @@ class Case:
         args = {**self.args, "per_device_train_batch_size": RANKS * batch}
         for name in ("deepspeed", "teacher_placement"):
             args.pop(name, None)
-        same = {name: getattr(self, name) for name in ("student", "lora", "one_row", "shares", "views", "rewarded")}
-        return Case(self.name, args, **same)
+        kept = ("student", "lora", "one_row", "shares", "views", "aligned", "rewarded")
+        return Case(self.name, args, **{name: getattr(self, name) for name in kept})
 
 
 def save_models(folder: Path) -> None:
@@ -139,6 +150,8 @@ def save_models(folder: Path) -> None:
     for name in MODELS:
         _model(name).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
+    other_model().save_pretrained(folder / "other")
+    other_tokenizer().save_pretrained(folder / "other")
 
 
 def _model(name: str) -> Any:
@@ -193,6 +206,8 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
     rows = tiny_rows(1) * ROWS if case.one_row else tiny_rows(ROWS)
     rows = viewed_rows(20) if case.views else rows
     shared: dict[str, Any] = {}
+    if case.aligned:
+        teacher, shared = str(models / "other"), {"teacher_tokenizer_alignment": "bytes"}
     if case.shares in OF_ITSELF:
         teacher, shared = None, {"self_teacher": case.shares}
         rows = [{**row, "teacher_system": "Be brief." if i % 3 else None} for i, row in enumerate(rows)]

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from accelerate import Accelerator
-from cases import VIEWS, Case, run
+from cases import ALIGNED, VIEWS, Case, run
 from launch import launch
 from results import assert_all_saved_whole, assert_as_dense, assert_as_one_process, read
 
@@ -73,6 +73,7 @@ CASES = [
         engine="ddp",
     ),
     Case("views", VIEWS, engine="ddp", lora=False, views=True),
+    Case("aligned", ALIGNED, engine="ddp", aligned=True),
     Case(
         "rewarded",
         {"reward_weight": 0.3, "divergence_student": "reverse_kl", "skip_first_tokens": 1, "lmbda": 0.75},
