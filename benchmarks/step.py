@@ -7,7 +7,10 @@
 Every contender sees the same prompts and generates exactly the same number of tokens in every row (no stop tokens), so
 that lengths do not decide. Contenders take turns within a round, so a busy machine slows all of them; the table shows
 the best step of all rounds, in seconds and as a multiple of ours. "by hand" is the limit: one bare `generate` for the
-whole step, one bare teacher forward and one bare student forward and backward per micro-batch.
+whole step, one bare teacher forward and one bare student forward and backward per micro-batch. "other tokenizer" is
+this package with a teacher whose tokenizer lacks a third of the student's merges and numbers its tokens otherwise,
+compared by bytes (`teacher_tokenizer_alignment`): same models, same texts, 4 % more tokens for the teacher. `--clock
+cpu` counts what this process has computed, for a machine that others use, too: not on a GPU.
 
 Results are merged into benchmarks/results/step_<device>_<model>.json, case by case; contenders that are left
 out (`--contenders`) keep their figures there.
@@ -19,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import tempfile
 import time
 import warnings
@@ -32,7 +36,14 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
@@ -51,8 +62,12 @@ CASES = {  # name: (lmbda, gradient checkpointing)
     "data only, checkpointing": (0.0, True),
     "data only": (0.0, False),
 }
-SIZES = ("batch", "accumulation", "tokens")
+SIZES = ("batch", "accumulation", "tokens", "clock")
 PAIRS = {"smollm2": (smollm2_student, smollm2_teacher), "glass": (glass_student, glass_teacher)}
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = CLOCKS["wall"]
 
 
 class StepTimes(TrainerCallback):
@@ -62,12 +77,12 @@ class StepTimes(TrainerCallback):
         self.marks: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(_clock())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.marks.append(time.perf_counter())
+        self.marks.append(_clock())
 
     @property
     def seconds(self) -> list[float]:
@@ -120,7 +135,9 @@ class Pair:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_trainer(trainer_class: Any, config: Any, pair: Pair, rows: list[Any], force: Any) -> tuple[Any, list[float]]:
+def run_trainer(
+    trainer_class: Any, config: Any, pair: Pair, rows: list[Any], force: Any, **beside: Any
+) -> tuple[Any, list[float]]:
     """Train with one of the three trainers; `force(trainer)` makes it write the full number of tokens."""
     timer = StepTimes()
     trainer = trainer_class(
@@ -131,13 +148,16 @@ def run_trainer(trainer_class: Any, config: Any, pair: Pair, rows: list[Any], fo
         processing_class=pair.tokenizer,
         peft_config=pair.lora(),
         callbacks=[timer],
+        **beside,
     )
     force(trainer)
     trainer.train()
     return trainer, timer.seconds
 
 
-def ours(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
+def ours(
+    pair: Pair, lmbda: float, checkpointing: bool, steps: int, aligned: bool = False
+) -> tuple[list[float], dict[str, float]]:
     """Seconds per step, and where they went (`time/...` of the last step)."""
 
     def nothing_stops(trainer: Any) -> None:
@@ -145,10 +165,37 @@ def ours(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[lis
             object.__setattr__(rollout.settings, "stop_ids", ())
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **pair.common(folder, steps, checkpointing))
-        trainer, seconds = run_trainer(GKDTrainer, config, pair, pair.rows, nothing_stops)
+        values = pair.common(folder, steps, checkpointing)
+        values |= {"teacher_tokenizer_alignment": "bytes"} if aligned else {}
+        config = GKDConfig(lmbda=lmbda, max_new_tokens=pair.tokens, **values)
+        beside = {"teacher_processing_class": without_some_merges(pair.tokenizer)} if aligned else {}
+        trainer, seconds = run_trainer(GKDTrainer, config, pair, pair.rows, nothing_stops, **beside)
         parts = next(entry for entry in reversed(trainer.state.log_history) if "time/rollout" in entry)
-    return seconds, {name: parts[f"time/{name}"] for name in ("rollout", "teacher", "student")}
+    names = ("rollout", "teacher", "student", *(("alignment",) if aligned else ()))
+    return seconds, {name: parts[f"time/{name}"] for name in names}
+
+
+def other_tokenizer(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
+    return ours(pair, lmbda, checkpointing, steps, aligned=True)
+
+
+def without_some_merges(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer without the last third of its merges and what they make, its ids dealt anew."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = state["model"]["merges"]
+    kept, lost = merges[: 2 * len(merges) // 3], merges[2 * len(merges) // 3 :]
+    gone = {"".join(pair) for pair in lost} - {"".join(pair) for pair in kept}
+    tokens = [token for token in state["model"]["vocab"] if token not in gone]
+    random.Random(0).shuffle(tokens)
+    ids = {token: i for i, token in enumerate(tokens)}
+    state["model"] |= {"merges": kept, "vocab": ids}
+    for token in state["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    backend = Tokenizer.from_str(json.dumps(state))
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    other.chat_template = tokenizer.chat_template
+    return other
 
 
 def trl_gkd(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[list[float], dict[str, float]]:
@@ -197,7 +244,7 @@ def by_hand(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[
     )
     seconds = []
     for _ in range(steps):
-        start = time.perf_counter()
+        start = _clock()
         texts = full[written:]
         if written:
             student.eval()
@@ -211,13 +258,14 @@ def by_hand(pair: Pair, lmbda: float, checkpointing: bool, steps: int) -> tuple[
                 teacher(**batch, use_cache=False)
             student(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         student.zero_grad()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_clock() - start)
     return seconds, {}
 
 
 Contender = Callable[[Pair, float, bool, int], tuple[list[float], dict[str, float]]]
 CONTENDERS: dict[str, Contender] = {
     "gkd": ours,
+    "other tokenizer": other_tokenizer,
     "TRL GKDTrainer": trl_gkd,
     "TRL DistillationTrainer": trl_distillation,
     "by hand": by_hand,
@@ -228,7 +276,7 @@ def measure(pair: Pair, case: str, args: argparse.Namespace) -> dict[str, Any]:
     """Best seconds per step of each contender; the first step of every run warms up and is left out."""
     lmbda, checkpointing = CASES[case]
     seconds: dict[str, list[float]] = {}
-    parts: dict[str, float] = {}
+    parts: dict[str, dict[str, float]] = {}
     for _ in range(args.rounds):
         for name in args.contenders:
             if name == "TRL DistillationTrainer" and lmbda < 1:
@@ -236,8 +284,10 @@ def measure(pair: Pair, case: str, args: argparse.Namespace) -> dict[str, Any]:
             torch.manual_seed(0)
             found, where = CONTENDERS[name](pair, lmbda, checkpointing, args.steps + 1)
             seconds.setdefault(name, []).extend(found[1:])
-            parts = where or parts
-    return {"seconds": {name: min(values) for name, values in seconds.items()}, "parts": parts}
+            parts |= {name: where} if where else {}
+    best = {name: min(values) for name, values in seconds.items()}
+    found: dict[str, Any] = {"seconds": best, "parts": parts.get("gkd", {})}
+    return found | ({"parts_aligned": parts["other tokenizer"]} if "other tokenizer" in parts else {})
 
 
 def table(results: dict[str, Any]) -> str:
@@ -266,7 +316,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each contender in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, where others work, too")
     args = parser.parse_args()
+    global _clock
+    _clock = CLOCKS[args.clock]
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     pair = Pair(args)
@@ -276,8 +329,9 @@ def main() -> None:
     for case in args.cases:
         name = ", ".join([case, *changed])
         found = measure(pair, case, args)
-        found["seconds"] = {**results.get(name, {}).get("seconds", {}), **found["seconds"]}
-        results[name] = {**found, "load": round(os.getloadavg()[0], 1)}
+        before = results.get(name, {})
+        found["seconds"] = {**before.get("seconds", {}), **found["seconds"]}
+        results[name] = {**before, **found, "load": round(os.getloadavg()[0], 1)}
         print(table({name: results[name]}), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     record = {"device": device, "torch": torch.__version__, "arguments": vars(args), "results": results}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from cases import SPLIT_ALL, VIEWS, Case
+from cases import ALIGNED, SPLIT_ALL, VIEWS, Case
 from launch import launch
 from results import assert_all_saved_whole, assert_as_dense, assert_as_one_process, read
 
@@ -71,6 +71,8 @@ CASES = [
     zero("zero3_full_resumed", "zero3", args={"max_steps": 6, "learning_rate": 1e-3}, lora=False, resume=3),
     zero("zero3_offload", "zero3_offload"),
     zero("zero3_views", "zero3", args=VIEWS, lora=False, views=True),
+    zero("zero2_aligned", "zero2", args=ALIGNED, aligned=True),
+    zero("zero3_aligned", "zero3", args=ALIGNED, aligned=True),
     Case("zero2_argument", {"deepspeed": f"{PLACE}/zero2.json"}, engine="zero-2"),
     Case("zero3_argument", {"deepspeed": f"{PLACE}/zero3.json"}, engine="zero-3"),
 ]
