@@ -224,8 +224,8 @@ sys.path.insert(0, {tests!r})
 from noise import Noise
 import gkd.run
 build = gkd.run.build_trainer
-def noisy(*args):
-    trainer = build(*args)
+def noisy(*args, **options):
+    trainer = build(*args, **options)
     trainer.add_callback(Noise())
     return trainer
 gkd.run.build_trainer = noisy
