@@ -152,8 +152,7 @@ def test_recipe_runs_two_steps(name, models, tmp_path, monkeypatch):
     assert "2306.13649" in card
     assert (out / "plots").is_dir()
     measured = {row["key"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
-    assert "ended" in measured
-    assert ("divergence_own" in measured) == (name != "gkd_other_tokenizer")
+    assert {"divergence_own", "ended"} <= measured.keys()
     assert ("score_greedy" in measured) == (name in SCORED)
     assert ("corpus_score_sampled" in measured) == (name == "gkd_wmt14")
     if name in ("kd_qwen3", "kd_minimind", "gkd_glass"):

@@ -191,6 +191,20 @@ def test_what_the_teacher_wrote_it_reads_as_it_wrote_it(tmp_path, monkeypatch):
     assert check(moved, models, window)[1] == 1.0 == logged(trainer, "aligned/in_full/teacher")[0]
 
 
+def test_a_teacher_of_8_bits(tmp_path):
+    """Another model by a little: its loss is near the whole one's."""
+    pytest.importorskip("bitsandbytes")
+    other_model().save_pretrained(tmp_path / "teacher")
+    other_tokenizer().save_pretrained(tmp_path / "teacher")
+    found = []
+    for name, kwargs in (("whole", None), ("small", {"load_in_8bit": True})):
+        trainer = trainer_of(tmp_path / name, teacher=str(tmp_path / "teacher"), teacher_model_init_kwargs=kwargs)
+        trainer.train()
+        found.append(losses(trainer)[0])
+    assert found[1] != found[0]
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
 def test_an_evaluation_is_the_same_mean(tmp_path):
     evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
     trainer = trainer_of(tmp_path, eval_dataset=ROWS, **evaluates)
