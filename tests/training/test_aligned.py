@@ -191,6 +191,21 @@ def test_what_the_teacher_wrote_it_reads_as_it_wrote_it(tmp_path, monkeypatch):
     assert check(moved, models, window)[1] == 1.0 == logged(trainer, "aligned/in_full/teacher")[0]
 
 
+def test_each_source_may_have_a_divergence_of_its_own(tmp_path, monkeypatch):
+    remembered = Remember(monkeypatch)
+    student, teacher = tiny_model(seed=1), other_model()
+    models = [copy.deepcopy(student).double(), copy.deepcopy(teacher).double()]
+    values = {"lmbda": 0.5, "divergence_data": "forward_kl", "generation_kwargs": ASCII}
+    moved = change(trainer_of(tmp_path, student=student, teacher=teacher, **values))
+    loss, number = torch.zeros((), dtype=torch.float64), 0
+    for source, name in (("data", "forward_kl"), ("student", "jsd")):
+        own = [sequence for sequence in remembered.windows[0] if sequence.source == source]
+        targets = sum(sequence.num_targets for sequence in own)
+        loss, number = loss + targets * expected(models, own, name=name)[0], number + targets
+    wanted = -torch.cat([g.flatten() for g in torch.autograd.grad(loss / number, list(models[0].parameters()))])
+    assert float((moved.double() - wanted).norm() / wanted.norm()) < 1e-4
+
+
 def test_a_teacher_of_8_bits(tmp_path):
     """Another model by a little: its loss is near the whole one's."""
     pytest.importorskip("bitsandbytes")
