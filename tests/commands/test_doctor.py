@@ -392,6 +392,9 @@ def test_schedules_are_told_and_stand_still_while_steps_are_timed(tmp_path):
     still = Diagnosis()
     examine_schedules(still, config(tmp_path), 5)
     assert not still.checks
+    decided = Diagnosis()
+    examine_schedules(decided, config(tmp_path, lmbda="auto"), 5)
+    assert "lmbda as the run decides, from 0.25 at first" in the(decided, "Schedules").message
 
 
 def test_the_time_is_that_of_the_second_step(folder, monkeypatch):
