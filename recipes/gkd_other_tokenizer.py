@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "lmbda": 0.5,
     "seq_kd": True,
     "divergence": "forward_kl",
+    "ce_weight": 0.5,  # of the teacher's text: better than comparing alone (studies/other_tokenizer)
     "temperature": 1.0,
     "max_new_tokens": 32,
     "max_length": 96,

@@ -139,8 +139,7 @@ class GKDConfig(SFTConfig):
     )
     teacher_end_of_turn: str | None = _field(
         None,
-        "With teacher_template=own, the tokens that end a turn, as STUDENT_TOKEN=TEACHER_TOKEN. None = read off both "
-        "templates.",
+        "With teacher_template=own, the tokens that end a turn, as STUDENT=TEACHER. None = read off both templates.",
     )
 
     teacher_tokenizer_alignment: str | None = _field(

@@ -16,7 +16,7 @@ from gkd.data.vocabulary import end_of_turn
 logger = logging.getLogger(__name__)
 
 FIELD = "teacher_end_of_turn"
-_REMEDY = f"say which by {FIELD}='STUDENT_TOKEN=TEACHER_TOKEN' (the same token twice where both end alike)"
+_REMEDY = f"say which by {FIELD}='STUDENT=TEACHER', two tokens (the same token twice where both end alike)"
 
 
 def find_end_map(
@@ -32,7 +32,7 @@ def find_end_map(
         student, teacher: the tokenizers, whose token maps are the same.
         student_stops, teacher_stops: at which each model stops beside what its tokenizer says
             (`gkd.data.vocabulary.configured_stop_ids`).
-        said: the user's word for it, STUDENT_TOKEN=TEACHER_TOKEN.
+        said: the user's word for it, STUDENT=TEACHER.
 
     Raises:
         ValueError: it would be a guess; or what the user says are no two tokens, or ends no turn.
