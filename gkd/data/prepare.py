@@ -162,8 +162,8 @@ def _without_answers(rows: list[int], dataset: Dataset, name: str, generates: bo
             f"seq_kd are: give these rows one ({answer}), set unanswered_rows=drop, or leave the eval data set out"
         )
     return (
-        f"{found} ({row_numbers(rows)}). Set lmbda=1 (and no collapse_guard that lowers it) or seq_kd=True, so that "
-        f"every completion is generated, give these rows an answer ({answer}), or set unanswered_rows=drop; "
+        f"{found} ({row_numbers(rows)}). Set lmbda=1 or seq_kd=True (and no collapse_guard that lowers lmbda), so "
+        f"that every completion is generated, give these rows an answer ({answer}), or set unanswered_rows=drop; "
         "evaluation always needs answers"
     )
 

@@ -125,7 +125,7 @@ def ends(argv, folder, monkeypatch, capsys):
         ("run score.py", ["score.py, line 7", "KeyError: 'none'"]),
         ("run good.py --lmda 0.3", ["'--lmda'", "did you mean --lmbda?"]),
         ("doctor good.py words", ["'words'"]),
-        ("run good.py --lmbda high", ["--lmbda", "'high'"]),
+        ("run good.py --lmbda high", ["lmbda='high'", "a number"]),
         ("run good.py --dtype float17", ["--dtype", "float17", "bfloat16"]),
         ("run good.py --per_device_train_batch_size 0", ["per_device_train_batch_size=0", "1 or more"]),
         ("run good.py --gradient_accumulation_steps 0", ["gradient_accumulation_steps=0"]),

@@ -143,5 +143,5 @@ def test_the_share_that_the_run_decides_follows_its_rollouts(tmp_path):
 
 def test_prompts_without_answers_leave_nothing_to_lower_to(tmp_path):
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 8)
-    with pytest.raises(ValueError, match="no collapse_guard that lowers it"):
+    with pytest.raises(ValueError, match="no collapse_guard that lowers lmbda"):
         trainer_of(tmp_path, rows, lmbda=1.0, collapse_guard="lower_lmbda")
