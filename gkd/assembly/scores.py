@@ -19,6 +19,7 @@ from gkd.common.environment import installed_versions
 from gkd.common.errors import DiskFullError
 from gkd.common.ranks import sum_over_ranks
 from gkd.config.fields import GKDConfig
+from gkd.data.aligned_view import Alignment, as_the_teacher_reads_it
 from gkd.data.sequences import TokenSequence, columns_read, join, sequence_of
 from gkd.models.facts import model_name, revision_of
 from gkd.models.fingerprint import fingerprint
@@ -101,6 +102,7 @@ def load_unless_covered(
     datasets: list[Any],
     rollout: Any,
     hygiene: Hygiene,
+    alignment: Alignment | None = None,
 ) -> None:
     """Load a teacher that is not loaded yet, unless the store has all that the training will ask it; of several, each
     for its own rows. All ranks call this, and load it or not together.
@@ -110,13 +112,13 @@ def load_unless_covered(
         args: the fields.
         datasets: the training's rows, then those of the evaluation; foreign ones load the teacher.
         rollout: of the teacher's sequences.
-        hygiene: which of these are trained on.
+        hygiene: which of these are trained on. alignment: how a teacher with other tokens reads them.
     """
     teachers = teacher.each()
     for number, (one, writer) in enumerate(zip(teachers, rollout.each(), strict=True)):
         own = datasets if len(teachers) == 1 else [rows_of_teacher(rows, number) for rows in datasets]
         if not one.loaded:
-            _load_one_unless_covered(one, args, own, writer, hygiene)
+            _load_one_unless_covered(one, args, own, writer, hygiene, alignment)
 
 
 def rows_of_teacher(rows: Any, number: int) -> Any:
@@ -125,13 +127,18 @@ def rows_of_teacher(rows: Any, number: int) -> Any:
 
 
 def _load_one_unless_covered(
-    teacher: Any, args: GKDConfig, datasets: list[Any], rollout: Rollout, hygiene: Hygiene
+    teacher: Any,
+    args: GKDConfig,
+    datasets: list[Any],
+    rollout: Rollout,
+    hygiene: Hygiene,
+    alignment: Alignment | None,
 ) -> None:
     missing = int(args.student_writes)  # what the student will write nobody knows
     for number, rows in enumerate(datasets if not missing else ()):
         writes = args.teacher_writes and number == 0
-        keys = written_keys(rows, rollout, hygiene) if writes else keys_of(rows, hygiene)
-        missing += sum(key is not None and key not in teacher.store for key in keys)
+        known = written_keys(rows, rollout, hygiene, alignment) if writes else keys_of(rows, hygiene, alignment)
+        missing += sum(key is not None and key not in teacher.store for key in known)
     missing = int(sum_over_ranks(teacher.accelerator, torch.tensor(missing)))
     if missing == 0:
         logger.info("the teacher is not loaded: %s holds all that it has to say", teacher.store.path)
@@ -146,18 +153,29 @@ def evaluation_sets(rows: Any) -> list[Any]:
     return [] if rows is None else list(rows.values()) if isinstance(rows, dict) else [rows]
 
 
-def keys_of(rows: Any, hygiene: Hygiene) -> Iterator[bytes | None]:
+def as_scored(sequence: TokenSequence, alignment: Alignment | None) -> TokenSequence:
+    """The row that the teacher is asked about: a teacher with other tokens has one of its own."""
+    return sequence if alignment is None else as_the_teacher_reads_it(sequence, alignment)[0]
+
+
+def _key(sequence: TokenSequence, alignment: Alignment | None) -> bytes | None:
+    read = as_scored(sequence, alignment)
+    return row_key(*read.teacher_row()) if read.num_targets else None
+
+
+def keys_of(rows: Any, hygiene: Hygiene, alignment: Alignment | None = None) -> Iterator[bytes | None]:
     """The key of each prepared row, as the teacher reads it; b"" for one that is not known beforehand, None for one
     without a target."""
     if not isinstance(rows, Dataset) or not {"input_ids", "labels", "prompt_length"} <= set(rows.column_names):
         yield b""
         return
     for row in columns_read(rows):
-        sequence = sequence_of(row, hygiene.end_map)
-        yield row_key(*sequence.teacher_row()) if sequence.num_targets else None
+        yield _key(sequence_of(row, hygiene.end_map), alignment)
 
 
-def written_keys(rows: Any, rollout: Rollout, hygiene: Hygiene) -> Iterator[bytes | None]:
+def written_keys(
+    rows: Any, rollout: Rollout, hygiene: Hygiene, alignment: Alignment | None = None
+) -> Iterator[bytes | None]:
     """The same of the sequences that the teacher has written for the rows' prompts."""
     if rollout.store is None or not isinstance(rows, Dataset):
         yield b""
@@ -168,12 +186,12 @@ def written_keys(rows: Any, rollout: Rollout, hygiene: Hygiene) -> Iterator[byte
             yield b""
             continue
         found = written(sequence, rollout.store.get(sequence.teacher_prompt), hygiene)
-        yield None if found is None else row_key(*found.teacher_row())
+        yield None if found is None else _key(found, alignment)
 
 
 def written(row: TokenSequence, completion: list[int], hygiene: Hygiene) -> TokenSequence | None:
     """A row with the completion that the teacher has written for it; None when it is not trained on."""
-    completion, verdict = hygiene.received(completion, "teacher")
+    own, (completion, verdict) = completion, hygiene.received(completion, "teacher")
     if not hygiene.trains(verdict):
         return None
     sequence = join(
@@ -186,4 +204,5 @@ def written(row: TokenSequence, completion: list[int], hygiene: Hygiene) -> Toke
         teacher_prompt=row.teacher_prompt,
         end_map=hygiene.end_map,
     )
+    sequence.teacher_ids = own if hygiene.aligned else []
     return sequence if sequence.num_targets else None

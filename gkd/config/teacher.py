@@ -20,7 +20,6 @@ _NOT_ALIGNED = (
     "teacher_top_k_data",
     "teacher_top_k_student",
     "teacher_top_k_teacher",
-    "teacher_scores_dir",
     "loss_compile",
     "token_weights",
     "log_top_k_overlap",

@@ -183,7 +183,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self.loss_settings, self.stop_ids, self.hygiene = parts.loss_settings, parts.stop_ids, parts.hygiene
         self.rollout_check = rollout_check(args, self.rollouts["student"], accelerator)
         asked = [ready.train, *evaluation_sets(ready.evaluation)]
-        load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene)
+        load_unless_covered(self.teacher, args, asked, self.rollouts["teacher"], self.hygiene, self.alignment)
         if args.teacher_template == "student" and not ready.reading.foreign:
             for name, side in parts.sides.items():
                 warn_of_differences(side.ids.stop, ready.tokenizer, side.tokenizer, name)

@@ -493,6 +493,21 @@ def test_a_teacher_with_prompts_of_its_own_answers_and_scores_what_the_training_
         assert sequence.input_ids[:start] == own_prompt(rows[sequence.row])
 
 
+def test_a_teacher_with_other_tokens_answers_and_scores_what_the_training_asks(folder, tmp_path, asked, caplog):
+    other_model().save_pretrained(tmp_path / "teacher")
+    other_tokenizer().save_pretrained(tmp_path / "teacher")
+    fields = {"seq_kd": "true", "lmbda": 0.0, "max_new_tokens": 6, "teacher_tokenizer_alignment": "bytes"}
+    fields |= {"teacher_model_name_or_path": tmp_path / "teacher", "teacher_scores_dir": tmp_path / "scores"}
+    argv = flags(folder, tmp_path / "out", **fields)
+    assert main(["precompute", str(folder / "recipe.py"), "--scores", *argv]) == 0
+    assert sum(map(len, asked)) == 10
+    asked.clear()
+    with caplog.at_level("INFO", "gkd"):
+        run(argv=argv)
+    assert not asked
+    assert "the teacher is not loaded" in caplog.text
+
+
 def test_a_teacher_on_a_server_answers_beforehand_too(folder, tmp_path, capsys):
     """And the training finds what it has answered: the server only scores then."""
     teacher = tiny_model(seed=2, hidden=48, layers=3)

@@ -21,7 +21,6 @@ NLL = {"lmbda": 0.0, "seq_kd": True, "seq_kd_loss": "nll"}
         ({"teacher_top_k_student": 8}, r"^teacher_top_k_student=8 does not go with .*leave it out$"),
         ({"token_weights": "iw_opd"}, r"^token_weights='iw_opd' does not go with .*leave it out$"),
         ({"log_top_k_overlap": 4}, r"^log_top_k_overlap=4 does not go with .*leave it out$"),
-        ({"teacher_scores_dir": "kept"}, r"^teacher_scores_dir='kept' does not go with .*leave it out$"),
         ({"loss_compile": True}, r"^loss_compile=True does not go with .*leave it out$"),
     ],
 )

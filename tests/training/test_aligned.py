@@ -242,6 +242,28 @@ def test_a_resumed_run_is_the_run(tmp_path):
     torch.testing.assert_close(after - before, whole)
 
 
+@pytest.mark.parametrize("seq_kd", [False, True], ids=["data", "the teacher's text"])
+def test_what_the_teacher_says_is_kept_and_it_is_not_loaded_again(tmp_path, caplog, seq_kd):
+    """Its rows are its own ids, which are the keys; the second run finds all of them before it begins."""
+    other_model().save_pretrained(tmp_path / "teacher")
+    other_tokenizer().save_pretrained(tmp_path / "teacher")
+    values = {"seq_kd": seq_kd, "max_steps": 2, "teacher_scores_dir": str(tmp_path / "kept")}
+    values |= {"teacher_cache_dir": str(tmp_path / "written")} if seq_kd else {}
+    values |= {"lmbda": 0.0, "teacher_tokenizer_alignment": "bytes", "per_device_train_batch_size": 8}
+
+    def trainer(folder, **fields):
+        args = config(tmp_path / folder, teacher_model_name_or_path=str(tmp_path / "teacher"), **fields)
+        return GKDTrainer(tiny_model(seed=1), args=args, train_dataset=ROWS, processing_class=tiny_tokenizer())
+
+    without = change(trainer("a", **{name: value for name, value in values.items() if "scores" not in name}))
+    torch.testing.assert_close(change(trainer("b", **values)), without)
+    with caplog.at_level(logging.INFO, "gkd"):
+        third = trainer("c", **values)
+    assert "the teacher is not loaded" in caplog.text
+    torch.testing.assert_close(change(third), without)
+    assert not third.teacher.loaded
+
+
 # ------------------------------------------------------------------------------------------------- rows and batches
 
 

@@ -32,6 +32,7 @@ from gkd.assembly.student import align_pad_token
 from gkd.common.environment import installed_versions
 from gkd.common.redact import redact_command
 from gkd.config.fields import GKDConfig
+from gkd.data.aligned_view import Alignment
 from gkd.data.sequences import columns_read, join, sequence_of
 from gkd.data.targets import IGNORE
 from gkd.models.loading import base_name
@@ -68,7 +69,7 @@ class Precomputation:
 
     `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server;
     `held_out` is what `load_data` gave beside the train rows. `name` is the teacher's, of several, whose rows alone
-    these are.
+    these are. `alignment` is how a teacher with other tokens reads them.
     """
 
     rows: Dataset
@@ -81,6 +82,7 @@ class Precomputation:
     batch_size: int
     held_out: dict[str, Any] = field(default_factory=dict)
     name: str | None = None
+    alignment: Alignment | None = None
 
     @property
     def of_whom(self) -> str:
@@ -175,6 +177,7 @@ def prepare(recipe: Recipe) -> list[Precomputation]:
         teacher=parts.teacher,
         answers=None,
         hygiene=parts.hygiene,
+        alignment=parts.alignment,
         accelerator=accelerator,
         batch_size=args.rollout_batch_size or 4 * args.per_device_train_batch_size,
         held_out={name: part for name, part in data.items() if name != "train"},

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from gkd.assembly.scores import written
+from gkd.assembly.scores import as_scored, written
 from gkd.commands.precompute.answers import Precomputation, fill, prepare
 from gkd.data.sequences import TokenSequence, collate, columns_read, sequence_of
 from gkd.data.teacher_view import teacher_view
@@ -64,12 +64,14 @@ class SequencesToScore:
         raise IndexError(number)
 
     def _sequence(self, row: Any, writes: bool) -> TokenSequence | None:
-        """What is trained on in this row; None without a target."""
-        sequence = sequence_of(row, self._work.hygiene.end_map)
+        """What the teacher is asked about in this row; None without a target."""
+        sequence: TokenSequence | None = sequence_of(row, self._work.hygiene.end_map)
+        assert sequence is not None
         if writes:
             completion = self._work.rollout.store.get(sequence.teacher_prompt)
-            return written(sequence, completion, self._work.hygiene)
-        return sequence if sequence.num_targets else None
+            sequence = written(sequence, completion, self._work.hygiene)
+        read = None if sequence is None else as_scored(sequence, self._work.alignment)
+        return read if read is not None and read.num_targets else None
 
 
 def precompute_scores(recipe: Recipe) -> None:
