@@ -26,9 +26,6 @@ Action = Callable[[argparse.Namespace, list[str]], int]
 EXAMPLE = """example:
   gkd run gkd_glass
   gkd new mine --data rows.jsonl --student my/student --teacher my/teacher
-  gkd doctor recipes/mine.py
-  gkd run recipes/mine.py --learning_rate 2e-4 --output_dir out
-  accelerate launch --num_processes 8 recipes/mine.py --config my.yaml
 """
 
 
@@ -76,7 +73,7 @@ def _command(
     )
     command.set_defaults(action=action)
     if action not in _WITHOUT_RECIPE:
-        command.add_argument("recipe", type=Path, help="the recipe's file, or the name of a built-in one")
+        command.add_argument("recipe", type=Path, help="its file, or the name of a built-in one")
     if json_too:
         command.add_argument("--json", action="store_true", help="print JSON instead")
     return command
@@ -200,14 +197,14 @@ def _add_sweep(commands: Any) -> None:
         _sweep,
         summary="a grid of runs over several seeds, as a table with errors",
         description=(
-            "Run every cell of a grid with every seed, each in a process of its own, and compare with the first "
-            "cell, paired by seed. Started again it goes on. Other flags go to the recipe."
+            "Run each cell of a grid with each seed, compared with the first cell by seed. Goes on where it was "
+            "stopped. Other flags go to the recipe."
         ),
         example='gkd sweep recipes/gkd_glass.py --grid "lmbda=0,0.5,1" --seeds 5',
     )
     sweep.add_argument("--grid", metavar="FIELD=A,B", action="append", default=[], help="a field; may come again")
-    arm = "fields that go together, under a name; may come again"
-    sweep.add_argument("--arm", metavar="NAME: FIELD=A FIELD=B", action="append", default=[], help=arm)
+    arm = "NAME: FIELD=A FIELD=B, fields that go together"
+    sweep.add_argument("--arm", metavar="ARM", action="append", default=[], help=arm)
     sweep.add_argument("--seeds", metavar="N", type=int, default=3, help="seeds of each cell (default 3)")
     sweep.add_argument("--at", metavar="WHAT", default="steps", help="compare at equal steps, seconds, or both")
     sweep.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (default 1)")

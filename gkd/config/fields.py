@@ -26,6 +26,7 @@ from gkd.config.several import check_entries, check_several, config_of, entry_of
 from gkd.config.teacher import SELF_TEACHER_DECAY, check_teacher
 from gkd.config.values import check_counts, check_dicts, check_options, check_values
 from gkd.config.weights import check_weights
+from gkd.data.sources import SOURCES
 from gkd.loss import DIVERGENCES, Divergence
 from gkd.loss.token_weights import TOKEN_WEIGHTS
 
@@ -322,8 +323,9 @@ class GKDConfig(SFTConfig):
         check_schedules(self)
         check_collapse(self)
         for beta in schedule_of("beta", self.beta).values:
-            for changed in ({}, *(overrides(self, beta) or ())):
-                loss_settings(self, changed=changed)
+            loss_settings(self)
+            for source, changed in zip(SOURCES, overrides(self, beta) or (), strict=False):
+                loss_settings(self, changed=changed, source=source)
         check_servers(self)
         check_logging(self)
         check_teacher(self)

@@ -83,9 +83,12 @@ def hygiene(
 
 
 def loss_settings(
-    args: GKDConfig, shared_vocab: int | None = None, changed: Mapping[str, Any] | None = None
+    args: GKDConfig,
+    shared_vocab: int | None = None,
+    changed: Mapping[str, Any] | None = None,
+    source: str | None = None,
 ) -> LossSettings:
-    """What the fused divergence computes; `changed`: attributes that are otherwise, of one source."""
+    """What the fused divergence computes; `changed`: attributes that are otherwise, of one `source`."""
     plain = LossSettings(
         divergence=args.make_divergence(),
         loss_temperature=args.loss_temperature,
@@ -98,4 +101,5 @@ def loss_settings(
         compiled=args.loss_compile,
         names=_NAMES,
     )
-    return replace(plain, **changed, names=_NAMES) if changed else plain
+    own = {name: f"{name}_{source}" for name in ("teacher_top_k",) if name in (changed or ())}
+    return replace(plain, **changed, names=_NAMES | own) if changed else plain

@@ -555,7 +555,9 @@ def test_gkds_own_help_fits_a_screen(capsys, monkeypatch):
     assert "example:" in lines[-5:]
 
 
-@pytest.mark.parametrize("command", ["run", "new", "doctor", "evaluate", "precompute", "plan", "sweep"])
+@pytest.mark.parametrize(
+    "command", ["run", "new", "doctor", "evaluate", "precompute", "plan", "sweep", "recipes", "export"]
+)
 def test_help_fits_a_screen_and_ends_with_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):

@@ -399,7 +399,7 @@ def test_versions_and_hardware_are_those_of_this_process():
     versions = installed_versions()
     assert versions["python"] == sys.version.split()[0]
     assert versions["transformers"] == __import__("transformers").__version__
-    assert installed_versions(["no-such-package"]).keys() == {"python"}
+    assert installed_versions(["no-such-package"]).keys() == {"python", "gkd"}
     assert "CPU cores" in describe_hardware()
 
 

@@ -493,8 +493,8 @@ def test_exit_codes_of_a_recipe(tmp_path, monkeypatch, capsys):
 
         build = run_module.build_trainer
 
-        def build_trainer(*given):
-            trainer = build(*given)
+        def build_trainer(*given, **functions):
+            trainer = build(*given, **functions)
             trainer.add_callback(Act())
             return trainer
 
