@@ -24,15 +24,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from step import PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from gkd.config.fields import GKDConfig
-from gkd.demo.models import glass_student, glass_teacher, smollm2_student, smollm2_teacher
 from gkd.demo.texts import healthsearchqa_prompts, openwebtext_excerpts
 from gkd.training.trainer import GKDTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAIRS = {"smollm2": (smollm2_student, smollm2_teacher), "glass": (glass_student, glass_teacher)}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "divergence_student": {"divergence_student": "reverse_kl"},

@@ -295,7 +295,7 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.commands.sweep.grid import parse_arms, parse_axes
     from gkd.commands.sweep.plan import Order
     from gkd.commands.sweep.sweep import sweep
-    from gkd.recipe.library import recipe_file
+    from gkd.recipe.shipped import recipe_file
 
     recipe = recipe_file(arguments.recipe)
     order = Order(

@@ -66,8 +66,7 @@ def shared_ids(
         "student": stop_token_ids(tokenizer, generation_config_of(student, loading_options(ready.args))),
         "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
     }
-    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
-    check_ids_in_use({**evaluated, "train": ready.train}, stop["student"], tokenizer, heads, shared)
+    check_ids_in_use(_all_rows(ready), stop["student"], tokenizer, heads, shared)
     unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
     if server is None:
         unread["teacher"] = unreadable_ids(heads["teacher"], shared, tokenizer, teacher_tokenizer)
@@ -104,10 +103,15 @@ def ids_apart(
         stops |= {*stop_token_ids(teacher_tokenizer, getattr(teacher, "generation_config", None))}
         teacher_pad = readable_pad_id(teacher_tokenizer, heads["teacher"])
         unread = range(0) if server else unreadable_ids(heads["teacher"], None, teacher_tokenizer, None)
-    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
-    check_ids_in_use({**evaluated, "train": ready.train}, student_stops, tokenizer, heads, heads["student"])
+    check_ids_in_use(_all_rows(ready), student_stops, tokenizer, heads, heads["student"])
     stop = {"student": student_stops, "teacher": tuple(sorted(stops))}
     return SharedIds(None, pad, stop, {"student": range(0), "teacher": unread}, teacher_pad)
+
+
+def _all_rows(ready: Materials) -> dict[str, Any]:
+    """The rows of the training and of each evaluation, by name."""
+    evaluated = ready.evaluation if isinstance(ready.evaluation, dict) else {"eval": ready.evaluation}
+    return {**evaluated, "train": ready.train}
 
 
 def _own_stops(ready: Materials) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gkd.recipe.library import LAUNCH_FILES, built_in, launch_files, recipe_file, what_it_is
+from gkd.recipe.shipped import LAUNCH_FILES, built_in, launch_files, recipe_file, what_it_is
 
 
 def show_recipes(console: Console) -> None:

@@ -322,8 +322,8 @@ class GKDConfig(SFTConfig):
         check_options(self)
         check_schedules(self)
         check_collapse(self)
+        loss_settings(self)
         for beta in schedule_of("beta", self.beta).values:
-            loss_settings(self)
             for source, changed in zip(SOURCES, overrides(self, beta) or (), strict=False):
                 loss_settings(self, changed=changed, source=source)
         check_servers(self)

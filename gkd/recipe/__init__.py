@@ -4,7 +4,6 @@ build: settings and data made into a trainer: to train with, or only to measure 
 capture: recipe files: executing one, or taking from it what it would run
 command_line: the parser of a run's flags and of its `--config` YAML: TRL's; an error names field, value
     and remedy
-library: the recipes that come with the package: found by name, so that they run without a clone
 mistakes: a user's mistake ends in one line, anybody else's with its traceback
 report: what a run shows of itself: student before and after, in the log, the table, the files and the card
 mixture: a mixture of data sets (`datasets` in YAML): entries with a weight and a teacher each, made one data
@@ -14,4 +13,5 @@ run_end: the end of a run: what was trained is kept even where the output folder
     cannot be written is reported when everything else has been
 set_aside: A recipe's values that only go with another one of its values go when that one is changed
 settings: the settings of a run: the command line over YAML over a recipe's defaults
+shipped: the recipes that come with the package: found by name, so that they run without a clone
 """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gkd.common.redact import harmless
-from gkd.recipe.library import recipe_file
+from gkd.recipe.shipped import recipe_file
 
 if TYPE_CHECKING:
     from gkd.data.teacher_rows import View

@@ -12,7 +12,7 @@ import pytest
 from gkd.cli import main
 from gkd.common.distribution import NAME, check_alone
 from gkd.recipe.capture import capture
-from gkd.recipe.library import built_in, recipe_file
+from gkd.recipe.shipped import built_in, recipe_file
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -29,8 +29,8 @@ from gkd.data.teacher_rows import COLUMNS
 from gkd.evaluation.measures import METRICS
 from gkd.loss import DIVERGENCES
 from gkd.recipe.capture import execute_recipe
-from gkd.recipe.library import built_in
 from gkd.recipe.settings import RunArguments, parse
+from gkd.recipe.shipped import built_in
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import Dataset
 
-from conformance.adapters import Adapter
+from conformance.adapters.drop_in import GKDLike
 from conformance.loss_cases import LossCall
-from conformance.material import Run
 from conformance.spelling_cases import Text
 from gkd._version import __version__
 from gkd.config.fields import GKDConfig
@@ -22,7 +20,8 @@ from gkd.loss import AlignedSignal, DenseSignal, Head, LossSettings, fused_diver
 from gkd.training.trainer import GKDTrainer
 
 
-class Ours(Adapter):
+class Ours(GKDLike):
+    trainer_class, config_class = GKDTrainer, GKDConfig
     name, package, sources = "gkd", "gkd-distill", {}
 
     def version(self) -> str:
@@ -56,22 +55,6 @@ class Ours(Adapter):
         return [
             (range(g.student_first, g.student_last + 1), range(g.teacher_first, g.teacher_last + 1)) for g in found
         ]
-
-    def trainer(self, run: Run) -> Any:
-        values = run.arguments() | {
-            "lmbda": run.share,
-            "max_new_tokens": run.new_tokens,
-            "max_length": run.max_length,
-        }
-        evaluated = run.eval_conversations
-        return GKDTrainer(
-            model=run.student,
-            teacher_model=run.teacher,
-            args=GKDConfig(**values),
-            train_dataset=Dataset.from_list([{"messages": row} for row in run.conversations]),
-            eval_dataset=Dataset.from_list([{"messages": row} for row in evaluated]) if evaluated else None,
-            processing_class=run.tokenizer,
-        )
 
 
 def _aligned(text: Text) -> Any:

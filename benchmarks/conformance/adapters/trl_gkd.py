@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from conformance.adapters import Adapter
+from conformance.adapters.drop_in import GKDLike
 from conformance.loss_cases import LossCall
-from conformance.material import Run
 from conformance.result import NotApplicable, Source
 
 _COUNT = Source(
@@ -57,7 +55,8 @@ _SOURCES = {
 }
 
 
-class TRLGKD(Adapter):
+class TRLGKD(GKDLike):
+    trainer_class, config_class = GKDTrainer, GKDConfig
     name, package, sources = "TRL GKD", "trl", _SOURCES
 
     def loss(self, call: LossCall) -> Any:
@@ -66,22 +65,6 @@ class TRLGKD(Adapter):
         if ours.shape != theirs.shape:
             raise NotApplicable("refuses heads of different sizes")
         return GKDTrainer.generalized_jsd_loss(ours, theirs, call.labels, call.beta, call.temperature)
-
-    def trainer(self, run: Run) -> Any:
-        values = run.arguments() | {
-            "lmbda": run.share,
-            "max_new_tokens": run.new_tokens,
-            "max_length": run.max_length,
-        }
-        evaluated = run.eval_conversations
-        return GKDTrainer(
-            model=run.student,
-            teacher_model=run.teacher,
-            args=GKDConfig(**values),
-            train_dataset=Dataset.from_list([{"messages": row} for row in run.conversations]),
-            eval_dataset=Dataset.from_list([{"messages": row} for row in evaluated]) if evaluated else None,
-            processing_class=run.tokenizer,
-        )
 
 
 ADAPTER = TRLGKD()
