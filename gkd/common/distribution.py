@@ -19,6 +19,10 @@ def find(name: str) -> Distribution | None:
         return None
 
 
+def _is_clone() -> bool:
+    return (_CLONE / "pyproject.toml").is_file()
+
+
 def check_alone() -> None:
     """Refuse to work beside the other package of this import name, whose files would stand among ours.
 
@@ -28,6 +32,8 @@ def check_alone() -> None:
     other = find(_OTHER)
     if other is None or not any(file.parts[0] == _OTHER for file in other.files or ()):
         return
+    if _is_clone() and Path(str(other.locate_file(""))).resolve() == _CLONE:
+        return  # what an installation of this clone has left there when it had that name
     raise ValueError(
         f"the package {_OTHER!r} {other.version} is installed, another program under the same import name: pip "
         f"uninstall {_OTHER}, and install this one ({NAME}) anew, some of whose files it may have replaced"
@@ -37,7 +43,7 @@ def check_alone() -> None:
 def shipped_folder(name: str) -> Path | None:
     """A folder that comes with the package, "recipes" or "deepspeed_configs": in a clone its own, else where pip has
     put it; None where it did not come."""
-    if (_CLONE / "pyproject.toml").is_file() and (_CLONE / name).is_dir():
+    if _is_clone() and (_CLONE / name).is_dir():
         return _CLONE / name
     installed, below = find(NAME), Path("share", "gkd", name)
     recorded = [file for file in (installed.files if installed else None) or () if file.parts[-3:-1] == ("gkd", name)]

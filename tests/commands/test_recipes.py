@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gkd.cli import main
+from gkd.common import distribution
 from gkd.common.distribution import NAME, check_alone
 from gkd.recipe.capture import capture
 from gkd.recipe.shipped import built_in, recipe_file
@@ -89,6 +90,16 @@ def test_the_other_package_of_this_name_is_told(tmp_path, monkeypatch, capsys):
 def test_a_link_to_a_clone_under_the_old_name_is_no_conflict(tmp_path, monkeypatch):
     other_package(tmp_path, "__editable__.gkd-0.1.0.pth,,\ngkd-0.1.dist-info/METADATA,,\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    check_alone()
+
+
+def test_what_the_old_name_has_left_in_a_clone_is_no_conflict(tmp_path, monkeypatch):
+    other_package(tmp_path, "gkd/__init__.py,,\ngkd-0.1.dist-info/METADATA,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(distribution, "_CLONE", tmp_path.resolve())
+    with pytest.raises(ValueError, match="another program"):
+        check_alone()
+    (tmp_path / "pyproject.toml").write_text("")
     check_alone()
 
 
