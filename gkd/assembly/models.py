@@ -80,7 +80,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
     """The teacher as a model; loads it by name, unless its scores are known to be on disk (`AbsentTeacher`). None when
-    it is on a server or shares the student's base.
+    it is on a server or shares the student's base, or when there is none and training asks for nothing.
 
     Raises:
         ValueError: there is no teacher, it is the student itself, or its loading arguments would have no effect.
@@ -105,6 +105,8 @@ def resolve_teacher(student: Any, teacher: Any, args: GKDConfig) -> Any:
         )
     if teacher is None:
         teacher = args.teacher_model_name_or_path
+    if teacher is None and not args.needs_teacher:
+        return None
     if teacher is None:
         raise ValueError(
             "there is no teacher: pass teacher_model (a model or a name) or set args.teacher_model_name_or_path "

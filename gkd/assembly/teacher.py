@@ -23,6 +23,7 @@ from gkd.teachers.average import AverageTeacher
 from gkd.teachers.base import Teacher
 from gkd.teachers.live import LiveTeacher
 from gkd.teachers.local import LocalTeacher
+from gkd.teachers.none import NoTeacher
 from gkd.teachers.routed import RoutedTeacher
 from gkd.teachers.server import ServerTeacher
 from gkd.teachers.shared import SharedTeacher
@@ -113,8 +114,11 @@ def make_teacher(order: TeacherOrder) -> Teacher:
     """The teacher: on its server, or the model in this process; which kind is said by the `teacher_*` fields."""
     if order.lent:
         return _shared(order)
-    make = next((make for field, make in TEACHERS.items() if getattr(order.args, field)), _local)
-    return make(order)
+    make = next((make for field, make in TEACHERS.items() if getattr(order.args, field)), None)
+    if make is None and order.model is None:
+        assert not order.args.needs_teacher
+        return NoTeacher()
+    return (make or _local)(order)
 
 
 def shared_base(args: GKDConfig, teacher_model: Any, student: nn.Module) -> Any:

@@ -66,6 +66,8 @@ def shared_ids(
         "student": stop_token_ids(tokenizer, generation_config_of(student, loading_options(ready.args))),
         "teacher": stop_token_ids(teacher_tokenizer or tokenizer, getattr(teacher, "generation_config", None)),
     }
+    if teacher is None and not ready.args.needs_teacher:  # there is none
+        stop["teacher"] = stop["student"]
     check_ids_in_use(_all_rows(ready), stop["student"], tokenizer, heads, shared)
     unread = {source: range(0) if shared is None else range(shared, rows) for source, rows in heads.items()}
     if server is None:

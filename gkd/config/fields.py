@@ -472,8 +472,19 @@ class GKDConfig(SFTConfig):
 
     @property
     def trains_on_nll_alone(self) -> bool:
-        """Whether no token has a divergence, so that training needs the teacher's text but not its scores."""
-        return self.teacher_writes and not self.student_writes and self.seq_kd_loss == "nll"
+        """Whether no token has a divergence, so that training needs the teacher's text at most, but not its scores."""
+        of_text = self.teacher_writes and self.seq_kd_loss == "nll"
+        return not self.student_writes and (of_text or self.ce_weight == 1)
+
+    @property
+    def nll_because(self) -> str:
+        """The fields that make it so, for messages."""
+        return "ce_weight=1 and lmbda=0" if self.ce_weight == 1 else "seq_kd_loss='nll' and lmbda=0"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether training asks a teacher for anything. Where it does not, one that is named serves evaluations."""
+        return self.teacher_writes or not self.trains_on_nll_alone
 
     @property
     def teacher_cache_folder(self) -> str | None:

@@ -224,6 +224,6 @@ def _check_beside(config: GKDConfig) -> None:
         for name in config.teachers:
             if weight_of(config, name) != 1:
                 raise ValueError(
-                    f"teachers[{name!r}]: weight={weight_of(config, name)} has no effect with seq_kd_loss='nll' and "
-                    "lmbda=0, where nothing is compared with a teacher: leave it out"
+                    f"teachers[{name!r}]: weight={weight_of(config, name)} has no effect with "
+                    f"{config.nll_because}, where nothing is compared with a teacher: leave it out"
                 )

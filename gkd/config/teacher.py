@@ -24,6 +24,7 @@ _NOT_ALIGNED = (
     "token_weights",
     "log_top_k_overlap",
 )
+_REMEDY_OF_NLL = ("set seq_kd_loss='divergence'", "lower ce_weight")
 
 
 def check_teacher(config: Any) -> None:
@@ -143,8 +144,8 @@ def _of_alignment(config: Any) -> list[tuple[bool, str]]:
         (bool(beside), f"{', '.join(beside)} does not go with {given}: leave it out"),
         (
             config.trains_on_nll_alone and not config.evaluates_along,
-            f"{given} has no effect with seq_kd_loss='nll' and lmbda=0, where nothing is compared with the teacher: "
-            "set seq_kd_loss='divergence', or leave it out",
+            f"{given} has no effect with {config.nll_because}, where nothing is compared with the teacher: "
+            f"{_REMEDY_OF_NLL[config.ce_weight == 1]}, or leave it out",
         ),
     ]
 
@@ -175,7 +176,7 @@ def _of_chat(config: Any) -> list[tuple[bool, str]]:
     return [
         (not (model or "").strip(), "teacher_chat_url needs teacher_chat_model, the model's name there"),
         (
-            not config.trains_on_nll_alone,
+            not (config.trains_on_nll_alone and config.teacher_writes),
             "teacher_chat_url gives text and no probabilities: train on that text alone (lmbda=0, seq_kd=True, "
             "seq_kd_loss='nll'), or take a teacher in this process or on a vLLM server (teacher_server_url)",
         ),
@@ -215,8 +216,8 @@ def _of_scores(config: Any) -> list[tuple[bool, str]]:
         ),
         (
             config.trains_on_nll_alone and not config.evaluates_along,
-            f"{given} has no effect with seq_kd_loss='nll' and lmbda=0, where the teacher's scores are not used: set "
-            "seq_kd_loss='divergence', or leave it out",
+            f"{given} has no effect with {config.nll_because}, where the teacher's scores are not used: "
+            f"{_REMEDY_OF_NLL[config.ce_weight == 1]}, or leave it out",
         ),
     ]
 

@@ -45,8 +45,7 @@ def _of_tokens(config: Any) -> list[tuple[bool, str]]:
         ),
         (
             k is not None and config.trains_on_nll_alone,
-            f"log_top_k_overlap={k} has no effect where the teacher is not asked (seq_kd_loss='nll', lmbda=0): leave "
-            "it out",
+            f"log_top_k_overlap={k} has no effect where the teacher is not asked ({config.nll_because}): leave it out",
         ),
         (
             k is not None and bool(config.teacher_names),

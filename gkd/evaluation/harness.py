@@ -197,7 +197,7 @@ class Evaluator:
 
     def _divergence_name(self) -> str:
         if self.teacher is None:
-            return "not measured: there is no single teacher here"
+            return "not measured: there is no teacher to compare with"
         loss, trained = self.loss, self._trained_as
         if not self._of_one_teacher:
             names = ", ".join(str(share.name) for share in self.teacher.shares(self.teachers))

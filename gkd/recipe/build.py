@@ -16,6 +16,7 @@ from trl import get_peft_config, get_quantization_config
 from gkd.config.fields import GKDConfig
 from gkd.data.teacher_rows import View
 from gkd.models.loading import load_tokenizer
+from gkd.recipe.objective import leave_teacher_out
 from gkd.recipe.settings import Settings
 from gkd.training.progress import ProgressBar
 from gkd.training.reward import Reward
@@ -104,6 +105,7 @@ def build_trainer(
     """Tokenizer, models and trainer from the settings; the functions are the recipe's, and the reward is asked for
     where it has a weight."""
     args, model = loading_arguments(settings), settings.model
+    leave_teacher_out(args, settings.run.evaluate_before_and_after)
     trainer = GKDTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -111,7 +113,7 @@ def build_trainer(
         eval_dataset=data.get("eval") if args.evaluates_along else None,
         processing_class=student_tokenizer(settings),
         peft_config=get_peft_config(model),
-        teacher_view=teacher_view,
+        teacher_view=teacher_view if args.needs_teacher or args.teacher_model_name_or_path else None,
         reward=reward if args.reward_weight else None,
         token_weights=token_weights,
     )

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gkd.data.sources import SOURCES
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,6 +36,34 @@ class Rule:
 
 _OTHER_TEACHERS = ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement")
 _SERVED = ("teacher_server_url", "teacher_chat_url", "teachers")
+_OF_TEACHERS = (
+    "teachers",
+    "teacher_adapters",
+    "teacher_adapter_name_or_path",
+    "teacher_server_url",
+    "teacher_chat_url",
+    "teacher_chat_model",
+    "share_base_model",
+    "self_teacher",
+    "self_teacher_decay",
+    "teacher_template",
+    "teacher_end_of_turn",
+    "teacher_tokenizer_alignment",
+    "teacher_scores_dir",
+    "teacher_cache_dir",
+    "teacher_temperature",
+    "teacher_top_k",
+    "top_k_tail",
+)
+_OF_DISTILLATION = (
+    "seq_kd_loss",
+    "ce_on_student_tokens",
+    "reward_weight",
+    "reward_baseline",
+    "token_weights",
+    "log_top_k_overlap",
+    *(f"{kind}_{source}" for kind in ("divergence", "beta", "teacher_top_k") for source in SOURCES),
+)
 _SERVER = ("rollout_server_url", "rollout_adapter_dir", "rollout_staleness", "rollout_logprob_tolerance")
 
 RULES = (
@@ -55,6 +85,8 @@ RULES = (
     Rule("num_train_epochs", ("max_steps",), "given"),
     Rule("eval_strategy", ("load_best_model_at_end",), "off"),
     Rule("save_strategy", ("load_best_model_at_end",), "off"),
+    # nothing but the data
+    Rule("objective", (*_OTHER_TEACHERS, *_OF_TEACHERS, *_OF_DISTILLATION), "sft"),
     # who writes, and where
     Rule("lmbda", ("rollout_backend", *_SERVER), "off"),
     Rule("lmbda", ("collapse_guard", "collapse_window", "collapse_threshold"), "off"),
@@ -105,7 +137,7 @@ def set_aside(
         if rule.leader not in given or not _concerns(rule, given[rule.leader], defaults, own):
             continue
         values = {**own, **kept, **given}
-        if any(_plain(values.get(name)) not in (0, None) for name in rule.unless):
+        if any(plain(values.get(name)) not in (0, None) for name in rule.unless):
             continue
         remarks += _drop(kept, given, rule.leader, rule.followers)
     changed = [name for name in _WHO_WRITES if name in given]
@@ -128,21 +160,21 @@ def _drop(kept: dict[str, Any], given: Mapping[str, Any], leader: str, followers
 
 def _writes_here(values: Mapping[str, Any]) -> bool:
     """Whether anything is generated in this process (`gkd.config.servers` has the same of a finished config)."""
-    lmbda, seq_kd = (_plain(values.get(name)) for name in ("lmbda", "seq_kd"))
-    server = _plain(values.get("teacher_server_url")) or _plain(values.get("teacher_chat_url"))
-    student = lmbda != 0 and _plain(values.get("rollout_backend")) != "vllm"
+    lmbda, seq_kd = (plain(values.get(name)) for name in ("lmbda", "seq_kd"))
+    server = plain(values.get("teacher_server_url")) or plain(values.get("teacher_chat_url"))
+    student = lmbda != 0 and plain(values.get("rollout_backend")) != "vllm"
     return student or (seq_kd == 1 and lmbda != 1 and server is None)
 
 
 def _concerns(rule: Rule, given: Any, defaults: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Whether the leader is changed to what the rule is about."""
-    value, before = _plain(given), _plain(defaults.get(rule.leader, own.get(rule.leader)))
+    value, before = plain(given), plain(defaults.get(rule.leader, own.get(rule.leader)))
     if rule.to == "given":
         return True
     if value == before:
         return False
     off = value in (0, None)
-    return {"any": True, "on": not off, "off": off}.get(rule.to, value == _plain(rule.to))
+    return {"any": True, "on": not off, "off": off}.get(rule.to, value == plain(rule.to))
 
 
 def flag_values(argv: list[str]) -> dict[str, str]:
@@ -162,7 +194,7 @@ def flag_values(argv: list[str]) -> dict[str, str]:
     return values
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as flags, YAML and Python write it: switches and numbers as numbers, nothing as None, else a text."""
     text = str(getattr(value, "value", value)).lower()
     if text in ("none", "null", ""):

@@ -14,11 +14,13 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
+from gkd.common.ranges import one_of
 from gkd.config.field_types import check_types
 from gkd.config.fields import GKDConfig
 from gkd.evaluation.public_tasks import check_installed
 from gkd.recipe.command_line import Parser, arguments, read_config, refuse_unknown
 from gkd.recipe.mixture import entries_of
+from gkd.recipe.objective import OBJECTIVES, fields_of
 from gkd.recipe.set_aside import flag_values, set_aside
 from gkd.report.dataset_folder import is_precomputed_folder, precomputed_data
 
@@ -60,6 +62,12 @@ class RunArguments:
     evaluate_before_and_after: bool = field(
         default=True, metadata={"help": "Measure student before, student after and teacher in one harness."}
     )
+    objective: str = field(
+        default="distill",
+        metadata={
+            "help": "sft: train on the data's answers without a teacher (lmbda=0, ce_weight=1), before a distill."
+        },
+    )
     num_eval_prompts: int = field(default=32, metadata={"help": "Held-out prompts for that evaluation."})
     lm_eval_tasks: str | None = field(
         default=None,
@@ -71,6 +79,7 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         check_types(self)
+        one_of("objective", self.objective, OBJECTIVES)
         if self.num_eval_prompts < 1:
             raise ValueError(
                 f"num_eval_prompts={self.num_eval_prompts} should be 1 or more; to leave the evaluation out set "
@@ -125,7 +134,10 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
     given = read_config(argv)
     refuse_unknown(given, [*known, "env"], "the --config file")
     own = {action.dest: action.default for action in parser._actions}
-    kept, remarks = set_aside(defaults, own, {**given, **flag_values(argv)})
+    said = {**given, **flag_values(argv)}
+    meant = fields_of(said.get("objective", defaults.get("objective")), said)
+    kept, remarks = set_aside(defaults, own, {**said, **meant})
+    kept |= {name: value for name, value in meant.items() if name not in said}
     parser.set_defaults_with_config(**parser.fitting(kept, "the recipe's defaults"))
     parser.fitting(given, "the --config file")
     parser.call_defaults(argv, given)

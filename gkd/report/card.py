@@ -125,11 +125,14 @@ def _link(repo: Repo, kind: str = "") -> str:
 def _introduction(info: CardInfo) -> str:
     what = "A LoRA adapter for" if info.lora is not None else "A version of"
     data = ", ".join(_link(repo, "datasets/") for repo in info.datasets)
+    start = f"# {escape_cell(info.model_name)}\n\n{what} {_link(info.student)} that was"
+    on_data = f" on {data}" if data else ""
+    if info.teacher is None:
+        return f"{start} trained by supervised fine-tuning{on_data}."
     return (
-        f"# {escape_cell(info.model_name)}\n\n"
-        f"{what} {_link(info.student)} that was trained to match {_link(info.teacher)}"
-        f"{f' on {data}' if data else ''} by generalized knowledge distillation (GKD), which mixes sequences from "
-        f"the data set, from the student itself and from the teacher: [{PAPER_TITLE}]({PAPER_URL})."
+        f"{start} trained to match {_link(info.teacher)}{on_data} by generalized knowledge distillation (GKD), which "
+        f"mixes sequences from the data set, from the student itself and from the teacher: "
+        f"[{PAPER_TITLE}]({PAPER_URL})."
     )
 
 
@@ -280,7 +283,7 @@ class CardInfo:
 
     Attributes:
         model_name: the name of the new model (also in the model index).
-        student, teacher: the models trained from.
+        student, teacher: the models trained from; no teacher where it was asked for nothing.
         datasets: training data.
         settings: the method's settings by field name (lmbda, beta, temperature, ...), shown as a table.
         lora: the adapter's settings; not None means that the model is an adapter.
@@ -305,7 +308,7 @@ class CardInfo:
 
     model_name: str
     student: Repo
-    teacher: Repo
+    teacher: Repo | None
     datasets: Sequence[Repo] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None

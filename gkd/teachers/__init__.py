@@ -6,6 +6,7 @@ base: what every teacher owes, and what it may leave to the defaults
 kept: A teacher that is asked about each sequence once: its last hidden states are kept on disk
 live: the student as it is at present as its own teacher (`self_teacher="live"`)
 local: A teacher in this process: any causal language model, frozen
+none: No teacher: what is trained on is the data's own text, and nothing is compared
 routed: several teachers in the place of one: each row is scored by its own
 server: A teacher on a vLLM server: it scores token ids and answers with its K most likely tokens at every
     position

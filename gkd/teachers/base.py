@@ -36,6 +36,7 @@ class Teacher(ABC):
         writes: it has `rollout` and `log_probs`, in the place of a model that could be asked for them.
         follows: it changes while the student trains, so that nothing it says holds for long.
         writes_only: nothing is compared with it, and `score` refuses.
+        missing: there is none.
     """
 
     model: Any = None
@@ -48,6 +49,7 @@ class Teacher(ABC):
     writes: bool = False
     follows: bool = False
     writes_only: bool = False
+    missing: bool = False
 
     @abstractmethod
     def score(self, batch: dict[str, Tensor]) -> TeacherSignal | SplitSignal:

@@ -32,7 +32,7 @@ def card_info(
     values = {
         "model_name": model_name or args.output_dir.rstrip("/").split("/")[-1],
         "student": Repo(name_of(student) or "in memory", revision_of(student, args.model_init_kwargs)),
-        "teacher": _teacher(trainer.teacher, args),
+        "teacher": _teacher(trainer.teacher, args) if args.needs_teacher else None,
         "settings": settings_for_card(args),
         "lora": _lora(student),
         "ledger": trainer.ledger.as_dict(),
@@ -45,7 +45,7 @@ def card_info(
         "num_processes": trainer.accelerator.num_processes,
         "hub_model_id": getattr(trainer, "hub_model_id", None) or args.hub_model_id,  # the first with its owner
         "notes": [
-            *_about_teacher(args),
+            *_about_teacher(trainer.teacher, args),
             *_about_several(trainer.teacher, args),
             *_about_collapse(trainer.steering),
             *extras.pop("notes", ()),
@@ -72,9 +72,15 @@ def _at_a_checkpoint(output_dir: str, state: Any, notes: list[str]) -> dict[str,
     return {"weights_in": folder, "notes": [note, *notes]}
 
 
-def _about_teacher(args: Any) -> list[str]:
+def _about_teacher(teacher: Teacher, args: Any) -> list[str]:
     """What the teacher's name does not say: whose weights it has, and its adapters."""
     about = []
+    if not args.needs_teacher:
+        name = None if teacher.missing else _teacher(teacher, args).display_name
+        about.append(
+            "Trained on the answers of the data alone (`lmbda=0`, `ce_weight=1`); no teacher was asked"
+            + (f", and `{name}` is there for comparison." if name else ".")
+        )
     if args.self_teacher is not None:
         own = {
             "base": "its base model, without its adapter",

@@ -1,5 +1,5 @@
-"""Evaluation during training: `eval_loss` is the divergence on the data's own completions, `eval_bits_per_byte` what
-these cost the student."""
+"""Evaluation during training: `eval_loss` is the divergence on the data's own completions (without a teacher their
+cross-entropy), `eval_bits_per_byte` what these cost the student."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EvalLoss:
         self, args: Any, accelerator: Accelerator, flush: Callable[[], dict[str, float]], tokenizer: Any
     ) -> None:
         self._args, self._accelerator, self._flush, self._tokenizer = args, accelerator, flush, tokenizer
-        # the divergence, and what it is divided by; bits of the tokens that are text, and their bytes
+        # divergence or cross-entropy, and what it is divided by; bits of the tokens that are text, and their bytes
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     @cached_property
@@ -47,7 +47,9 @@ class EvalLoss:
         """Add a batch's sums, without the rows that accelerate repeats to make the ranks' last batches even."""
         dtype = sum_dtype(labels.device)
         per_row = torch.zeros(labels.shape[0], 2, dtype=dtype, device=labels.device)
-        per_row[:, 0].index_add_(0, targets.rows, output.divergence.to(dtype))
+        found = output.cross_entropy if output.divergence is None else output.divergence
+        assert found is not None
+        per_row[:, 0].index_add_(0, targets.rows, found.to(dtype))
         per_row[:, 1] = target_mask(labels).sum(dim=1)
         if self._args.loss_reduction == "sequence":
             per_row = torch.stack([per_row[:, 0] / per_row[:, 1].clamp(min=1), (per_row[:, 1] > 0).to(dtype)], dim=1)

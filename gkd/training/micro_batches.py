@@ -140,12 +140,13 @@ class MicroBatches:
     # --------------------------------------------------------------------------------------------- the loss
 
     def signal(self, inputs: Batch) -> TeacherSignal | AlignedSignal | SplitSignal | None:
-        """What the teacher says about the targets, in the student's terms; None in a training that does not ask it."""
+        """What the teacher says about the targets, in the student's terms; None where it is not asked, or there is
+        none."""
         trainer = self._trainer
         scored: TeacherSignal | SplitSignal
         if WINDOW in inputs:
             scored = trainer.teacher.signal_of(inputs[WINDOW])
-        elif trainer.model.training and self._args.trains_on_nll_alone:
+        elif trainer.teacher.missing or (trainer.model.training and self._args.trains_on_nll_alone):
             return None
         else:
             kept = {name: value for name, value in inputs.items() if name.startswith(WINDOW)}

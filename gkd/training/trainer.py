@@ -189,7 +189,8 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
                 warn_of_differences(side.ids.stop, ready.tokenizer, side.tokenizer, name)
         logger.info("rollouts: %s", self.rollouts["student"].settings.in_words())
         common = None if self.alignment is None else len(self.alignment.common.student)
-        logger.info("loss: %s", self.loss_settings.in_words(common))
+        nll = None if args.needs_teacher else "negative log-likelihood of the data's tokens; no teacher is asked"
+        logger.info("loss: %s", nll or self.loss_settings.in_words(common))
 
     def _set_up_helpers(self, formatting_func: Callable[..., Any] | None) -> None:
         """What the trainer holds and calls on its way through a training."""

@@ -1,16 +1,18 @@
-"""seq_kd_loss="nll" with lmbda=0: no token has a divergence, and training does not ask the teacher for scores."""
+"""seq_kd_loss="nll" or ce_weight=1, with lmbda=0: no token has a divergence, and the teacher is not asked."""
 
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_model, tiny_rows
-from training import change, losses, trainer_of
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from training import Remember, change, config, losses, trainer_of
 
 from gkd.config.fields import GKDConfig
+from gkd.data.sequences import sequence_of
 from gkd.loss import make_divergence
 from gkd.loss.fused import fused_cross_entropy
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import Head
+from gkd.training.trainer import GKDTrainer
 
 N, V, D = 11, 23, 7
 SETTINGS = {"lmbda": 0.0, "seq_kd": True, "seq_kd_loss": "nll", "per_device_eval_batch_size": 4}
@@ -100,3 +102,64 @@ def test_where_a_token_has_a_divergence_the_teacher_is_asked(tmp_path, values):
     asked = counting(trainer)
     trainer.train()
     assert sum(asked) == 4
+
+
+# ------------------------------------------------------------------------------------- the data's answers alone
+
+SFT = {"lmbda": 0.0, "ce_weight": 1.0}
+
+
+def without_teacher(folder, **values):
+    """A trainer of the answers alone, whose teacher is not named."""
+    own = {name: values.pop(name) for name in ("model", "eval_dataset") if name in values}
+    return GKDTrainer(
+        model=own.get("model", tiny_model(seed=1)),
+        args=config(folder, **(SFT | values)),
+        train_dataset=Dataset.from_list(tiny_rows(16)),
+        eval_dataset=own.get("eval_dataset"),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def answers_nll(model, sequences):
+    """Mean negative log-likelihood of the targets in float64, one sequence at a time."""
+    total, number = torch.zeros((), dtype=torch.float64), 0
+    for sequence in sequences:
+        ids, labels = torch.tensor([sequence.input_ids]), torch.tensor(sequence.labels[1:])
+        at = labels != -100
+        log_p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)[at]
+        total = total - log_p.gather(1, labels[at][:, None]).sum()
+        number += int(at.sum())
+    return total / number
+
+
+def test_supervised_fine_tuning_without_a_teacher_is_its_definition(tmp_path, monkeypatch):
+    rows = Dataset.from_list(tiny_rows(4, seed=7))
+    trainer = without_teacher(tmp_path, eval_dataset=rows, per_device_eval_batch_size=3)
+    model = tiny_model(seed=1)
+    assert trainer.teacher_model is None
+    held_out = [sequence_of(row) for row in trainer.eval_dataset]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(answers_nll(model, held_out).item(), rel=1e-5)
+    seen = Remember(monkeypatch)
+    changed = change(trainer)
+    loss = answers_nll(model, seen.windows[0])
+    expected = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(changed, expected, rtol=1e-3, atol=1e-6)
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_teacher_that_is_named_is_not_asked_and_serves_evaluations(tmp_path):
+    rows = Dataset.from_list(tiny_rows(4, seed=7))
+    trainer = trainer_of(tmp_path / "a", eval_dataset=rows, per_device_eval_batch_size=4, **SFT)
+    asked = counting(trainer)
+    changed = change(trainer)
+    assert asked == []
+    torch.testing.assert_close(changed, change(without_teacher(tmp_path / "b")), rtol=1e-4, atol=1e-7)
+    trainer.evaluate()
+    assert sum(asked) == 4
+
+
+@pytest.mark.parametrize("values", [{"lmbda": 0.5}, {"ce_weight": 0.9}, {"seq_kd": True}])
+def test_any_other_training_needs_a_teacher(tmp_path, values):
+    with pytest.raises(ValueError, match="there is no teacher"):
+        without_teacher(tmp_path, **values)

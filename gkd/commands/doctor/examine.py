@@ -162,6 +162,9 @@ def _tokenizers(out: Diagnosis | _Named, settings: Settings) -> Tokenizers:
     if args.shares_weights:
         out.add("Tokenizers", "ok", f"student {len(student):,} tokens; the teacher is the same base model")
         return student, None
+    if named is None and not args.needs_teacher:
+        out.add("Tokenizers", "ok", f"student {len(student):,} tokens; no teacher: the data's answers are trained on")
+        return student, None
     if named is None:
         out.add("Tokenizers", "warning", "the teacher has no name: its tokens are not compared", "name the teacher")
         return student, None
@@ -181,7 +184,8 @@ def _tokenizers(out: Diagnosis | _Named, settings: Settings) -> Tokenizers:
 
 def _token_maps(out: Diagnosis | _Named, settings: Settings, tokenizers: Tokenizers) -> None:
     args = settings.training
-    if args.teacher_is_elsewhere or args.shares_weights:
+    nobody = args.teacher_model_name_or_path is None and not args.needs_teacher
+    if args.teacher_is_elsewhere or args.shares_weights or nobody:
         return
     if args.teacher_tokenizer_alignment is not None and _other_tokens(tokenizers):
         out.add("Token maps", "ok", "they differ: compared where tokens of both are the same bytes, see Alignment")
@@ -259,6 +263,8 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
     size = f"student {student.num_parameters():,} parameters, {trained:,} of them trained"
     if trainer.args.teacher_names:
         out.add("Models", "ok", f"{size}; {_teachers_in_words(trainer)}")
+    elif trainer.teacher.missing:
+        out.add("Models", "ok", f"{size}; no teacher")
     elif teacher is None:
         where = "is on a server" if trainer.args.teacher_is_elsewhere else "is not one model of its own"
         out.add("Models", "ok", f"{size}; the teacher {where}")

@@ -55,7 +55,7 @@ class Setup:
         generates: which of "student", "teacher" write completions in this process.
         zero_stage: 0 to 3. offload: optimizer states (and ZeRO-3 weights) in CPU memory.
         teacher_follows: the teacher is loaded in the student's dtype when that is not float32.
-        teacher_here: False when it is scored on a server.
+        teacher_here: False when it is scored on a server. no_teacher: there is none.
         shares_base: the teacher's weights are the student's. averages: but for a moving average of the adapter.
         others: the same with each further teacher, of several; only what is said of a teacher counts there.
         placement: `teacher_placement`. teacher_packed: bytes of a quantized weight in its linear layers, or None.
@@ -82,6 +82,7 @@ class Setup:
     offload: bool = False
     teacher_follows: bool = False
     teacher_here: bool = True
+    no_teacher: bool = False
     shares_base: bool = False
     averages: bool = False
     placement: str = "same"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -29,6 +30,7 @@ from gkd.models.facts import key_width
 from gkd.models.loading import adapter_config, load_config
 from gkd.models.quantized import with_quantization
 from gkd.recipe.capture import Recipe
+from gkd.recipe.objective import leave_teacher_out
 from gkd.recipe.settings import Settings
 from gkd.rollouts.batch_size import rollout_rows
 
@@ -98,12 +100,14 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
 
 def _setup_of_one(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> Setup:
     """The same with one teacher, and the rows of a rollout left open."""
-    settings, args = recipe.settings, recipe.settings.training
+    settings, args = recipe.settings, copy.copy(recipe.settings.training)
+    leave_teacher_out(args, settings.run.evaluate_before_and_after)
     if gpus < 1 or zero_stage not in range(4):
         raise ValueError(f"gpus={gpus} and zero_stage={zero_stage}: use at least one GPU and a stage from 0 to 3")
     student = shape_of(_config(settings.model.model_name_or_path, "model_name_or_path", args.trust_remote_code))
     # A teacher on a server counts for its vocabulary only, which is the student's; one may be the student's base.
-    elsewhere = args.teacher_is_elsewhere or args.shares_weights
+    nobody = args.teacher_model_name_or_path is None and not args.needs_teacher
+    elsewhere = args.teacher_is_elsewhere or args.shares_weights or nobody
     nameless = args.teacher_model_name_or_path is None and elsewhere
     teacher_name = settings.model.model_name_or_path if nameless else args.teacher_model_name_or_path
     teacher_config = _config(teacher_name, "teacher_model_name_or_path", args.trust_remote_code)
@@ -133,7 +137,8 @@ def _setup_of_one(recipe: Recipe, gpus: int, zero_stage: int, offload: bool) -> 
         zero_stage=zero_stage,
         offload=offload,
         teacher_follows=not (isinstance(own, dict) and "dtype" in own) and not args.shares_weights,
-        teacher_here=not args.teacher_is_elsewhere,
+        teacher_here=not (args.teacher_is_elsewhere or nobody),
+        no_teacher=nobody,
         shares_base=args.shares_weights,
         averages=args.self_teacher == "ema",
         placement=args.teacher_placement,
@@ -210,7 +215,8 @@ def _show(setup: Setup, found: Estimate, budget: int, remedy: list[str]) -> None
     for name, size in (("peak of the rollout", found.rollout), ("peak of the training", found.training)):
         table.add_row(name, f"{size / GIB:.2f}")
     console.print(table)
-    teachers = ", ".join(f"{one.teacher.parameters / 1e9:.2f}B teacher" for one in (setup, *setup.others))
+    sizes = [f"{one.teacher.parameters / 1e9:.2f}B teacher" for one in (setup, *setup.others) if not one.no_teacher]
+    teachers = ", ".join(sizes or ["no teacher"])
     console.print(
         f"{setup.student.parameters / 1e9:.2f}B student, {setup.trained / 1e6:.1f}M trained; "
         f"{teachers}; {setup.batch} rows of up to {setup.tokens} tokens"
