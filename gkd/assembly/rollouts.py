@@ -67,7 +67,8 @@ def rows_at_a_time(args: GKDConfig, config: Any, device: torch.device) -> int:
     layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
     row_bytes = 2 * layers * key_width(config) * tokens * (2 if args.bf16 or args.fp16 else 4)
     batch = args.per_device_train_batch_size
-    return rollout_rows(batch, batch * args.gradient_accumulation_steps, row_bytes, room)
+    window = batch * args.gradient_accumulation_steps * args.rollout_every
+    return rollout_rows(batch, window, row_bytes, room)
 
 
 @dataclass(frozen=True)

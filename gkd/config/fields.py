@@ -19,6 +19,7 @@ from gkd.config.by_source import check_by_source, common_divergence, overrides
 from gkd.config.collapse import check_collapse
 from gkd.config.completions import COMPLETIONS_TO_PRINT, check_logging
 from gkd.config.field_types import check_types
+from gkd.config.rollouts import check_rollouts
 from gkd.config.schedules import AUTO, check_schedules, read_schedules, schedule_of
 from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config.settings import check_settings, loss_settings
@@ -242,6 +243,11 @@ class GKDConfig(SFTConfig):
         "Most sequences generated at a time: bounds the KV cache. None = per_device_train_batch_size x 4; on a GPU "
         "the whole optimizer step's, while their KV cache takes at most an eighth of it.",
     )
+    rollout_every: int = _field(
+        1,
+        "One rollout for so many optimizer steps, from the weights of the first: a larger batch for who writes, and "
+        "completions that are up to so many steps less one old (rollout/staleness).",
+    )
     fold_adapter: bool = _field(
         True, "Fold a LoRA adapter into a copy of the weights for a rollout in this process: faster, more memory."
     )
@@ -327,6 +333,7 @@ class GKDConfig(SFTConfig):
             for source, changed in zip(SOURCES, overrides(self, beta) or (), strict=False):
                 loss_settings(self, changed=changed, source=source)
         check_servers(self)
+        check_rollouts(self)
         check_logging(self)
         check_teacher(self)
         check_several(self)

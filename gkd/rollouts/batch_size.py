@@ -24,7 +24,7 @@ def rollout_rows(batch: int, window: int, row_bytes: int, room: int | None) -> i
     number of rows (not measured): all of the window, as long as their keys and values fit into a part of the card.
 
     Args:
-        batch: rows of a micro-batch. window: of an optimizer step on this rank.
+        batch: rows of a micro-batch. window: of the optimizer steps that a rollout is for, on this rank.
         row_bytes: keys and values of one row. room: bytes of the GPU; None on a CPU.
     """
     least = 4 * batch

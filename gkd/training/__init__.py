@@ -17,6 +17,7 @@ faults: `FaultGuard`: a step that must not be made is left out: no target anywhe
     finite
 going_on: going on from a checkpoint: which one, whether it is sound, and whether it belongs to what is
     trained now
+group: `Group`: the windows of consecutive optimizer steps that one rollout writes for (`rollout_every`)
 health: whether the student's rollouts are still sound: what they are like in a window of steps, beside
     what they should be
 hub: pushing to the Hugging Face Hub: a push that fails loses nothing and says how to do it again
@@ -42,8 +43,8 @@ scheduled: `Scheduled`: the fields that follow a schedule, as each step has them
 steering: `Steering`: what a run does about its own rollouts: the guard against collapse, and
     `lmbda="auto"`
 stop_request: `StopRequest`: a signal asks for a stop, and the training ends where nothing is lost
-stream: the windows of an epoch: taken from its iterator, opened, and asked for one step ahead where that
-    is wanted
+stream: the windows of an epoch: taken from its iterator, opened, written for in groups, and asked for one
+    step ahead where that is wanted
 teacher_state: what a checkpoint keeps of a teacher that changes with the student
 token_weights: what each target counts in the loss beside its share of the step: a rule or a function of the
     user's own, and the reward of its completion

@@ -2,7 +2,8 @@
 
 Sources and rollouts need no state: they are functions of (seed, step, row). Beside the Trainer's own files the record
 (`gkd.training.record`) is kept, in the file that also says that the checkpoint is complete
-(`gkd.training.checkpoint_files`), and a teacher that changes with the student (`gkd.training.teacher_state`).
+(`gkd.training.checkpoint_files`), a teacher that changes with the student (`gkd.training.teacher_state`), and what has
+been written for steps that are still to come (`gkd.training.group`).
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ class Checkpoints:
                 self._accelerator.wait_for_everyone()
                 with self._until_complete():
                     yield
+                self._trainer.stream.save(folder)
                 if writes:
                     teacher_state.write(folder, self._trainer.teacher)
                 self._accelerator.wait_for_everyone()  # every rank has written its files

@@ -12,6 +12,8 @@ from gkd.config.schedules import SCHEDULED, of_a_schedule, schedule_of
 from gkd.loss.integrand import Divergence
 from gkd.rollouts.base import SamplingSettings
 
+_OF_SAMPLING = ("max_new_tokens", "temperature")
+
 
 class Scheduled:
     """Puts a step's values where they work: into the share of the student, its sampling and the divergence.
@@ -25,7 +27,7 @@ class Scheduled:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._args = trainer, trainer.args
-        self._last_share = 0.0  # of the step that was begun last
+        self._last_share, self._sampled_at = 0.0, 0  # of the step that was begun last
 
     def now(self, name: str) -> float:
         """The value of a field in the present step."""
@@ -38,19 +40,21 @@ class Scheduled:
         said = steering.state.auto if self._args.decides_share else self._at("lmbda", step)
         return float(steering.lmbda(said))
 
-    def begin(self) -> None:
-        """A step begins: its sampling and its divergence."""
+    def begin(self, sampled_at: int) -> None:
+        """A step begins: its sampling, which is that of an earlier step where that one has written for it, and its
+        divergence."""
         step = self._trainer.state.global_step
-        self._last_share = self.lmbda(step)
+        self._last_share, self._sampled_at = self.lmbda(step), sampled_at
         if self._samples():
-            self._trainer._follow(self._sampling(step))
+            self._trainer._follow(self._sampling(sampled_at))
         if self._follows("beta"):
             self.compare_by(self._divergence(step))
 
     def logged(self) -> dict[str, float]:
         """The values of the step that was made last."""
         step = max(self._trainer.state.global_step - 1, 0)
-        found = {name: float(self._at(name, step)) for name in SCHEDULED if name != "lmbda" and self._follows(name)}
+        steps = {name: self._sampled_at if name in _OF_SAMPLING else step for name in SCHEDULED if name != "lmbda"}
+        found = {name: float(self._at(name, at)) for name, at in steps.items() if self._follows(name)}
         if self._follows("lmbda") or self._trainer.steering.state.lmbda_factor != 1:
             found["lmbda"] = self._last_share
         return found
@@ -104,16 +108,14 @@ class Scheduled:
         return isinstance(getattr(self._args, name), str)
 
     def _samples(self) -> bool:
-        return self._follows("max_new_tokens") or self._follows("temperature")
+        return any(self._follows(name) for name in _OF_SAMPLING)
 
     def _at(self, name: str, step: int) -> float:
         return schedule_of(name, getattr(self._args, name)).at(step, self._trainer.state.max_steps)
 
     def _sampling(self, step: int) -> SamplingSettings:
         settings: SamplingSettings = self._trainer.rollouts["student"].settings
-        values: dict[str, Any] = {
-            name: self._at(name, step) for name in ("max_new_tokens", "temperature") if self._follows(name)
-        }
+        values: dict[str, Any] = {name: self._at(name, step) for name in _OF_SAMPLING if self._follows(name)}
         return replace(settings, **values)
 
     def _divergence(self, step: int | None) -> Divergence:

@@ -247,7 +247,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         """
         with (
             self.checkpoints.around(resume_from_checkpoint, trial) as checkpoint,
-            self.stream.around(),
+            self.stream.around(checkpoint),
             self.scheduled.around(),
         ):
             while True:
@@ -266,6 +266,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         self.training_log.flush("train")
         self._metrics["train"].clear()
         self.checkpoints.back_to(checkpoint)
+        self.stream.resume(checkpoint)
         if self._makes_optimizer:
             self.optimizer = None
 
@@ -316,10 +317,10 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             return [], None
         self.checkpoints.begin_window()
         self._take_generation_config()
-        self.scheduled.begin()
-        window, sources = opened
+        self.scheduled.begin(self.stream.sampled_at)
+        window = opened[0]
         with self.training_log.meters["train"].phase("rollout"):
-            sequences = self.stream.write(window, sources)
+            sequences = self.stream.write()
             self.stream.ask_ahead(epoch_iterator)
             if self.args.skip_first_tokens:
                 sequences = [without_first(sequence, self.args.skip_first_tokens) for sequence in sequences]

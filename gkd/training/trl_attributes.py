@@ -242,6 +242,11 @@ class TRLAttributes:
                 f"{name} cannot change with rollout_staleness=1, where the next step's rollouts are under way: set "
                 "rollout_staleness=0"
             )
+        if self.args.rollout_every > 1:
+            raise ValueError(
+                f"{name} cannot change with rollout_every={self.args.rollout_every}, where several steps' rollouts "
+                "are written at once: set rollout_every=1"
+            )
         if name == "generation_config" and self.args.teacher_writes:
             raise ValueError(
                 f"{name} cannot change with seq_kd, where the teacher's sequences are sampled and kept by the fields: "

@@ -23,7 +23,7 @@ from other_tokens import other_model, other_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_rows, tiny_tokenizer, tiny_vision_model
-from transformers import GenerationConfig, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from views import viewed_rows
 
 import gkd.training.trainer
@@ -182,8 +182,9 @@ def run(case: Case, models: Path, folder: Path) -> None:
             return
         before: list[list[Any]] = []
         if case.resume is not None:
-            stop = {**case.args, "save_strategy": "steps", "save_steps": case.resume, "max_steps": case.resume}
+            stop = {**case.args, "save_strategy": "steps", "save_steps": case.resume}
             stopped, before = _build(dataclasses.replace(case, args=stop), models, out)
+            stopped.add_callback(_StopAt(case.resume))
             stopped.train()
         trainer, windows = _build(case, models, out)
         checkpoint = None if case.resume is None else str(out / f"checkpoint-{case.resume}")
@@ -195,6 +196,16 @@ def run(case: Case, models: Path, folder: Path) -> None:
     finally:
         for name in case.environment:
             os.environ.pop(name, None)
+
+
+class _StopAt(TrainerCallback):
+    """Ends a training behind a step, which has been saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
 
 
 def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[Any]]]:

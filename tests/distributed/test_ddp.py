@@ -80,6 +80,8 @@ CASES = [
         engine="ddp",
         rewarded=True,
     ),
+    Case("grouped", {"rollout_every": 3, "seq_kd": True, "per_device_train_batch_size": 5}, engine="ddp", resume=1),
+    Case("grouped_late", {"rollout_every": 3, "gradient_accumulation_steps": 2}, engine="ddp", resume=2),
     Case("resumed", {"max_steps": 6, "gradient_checkpointing": True}, engine="ddp", resume=3),
 ]
 REFUSED = [

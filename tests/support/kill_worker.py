@@ -43,6 +43,7 @@ VALUES: dict[str, Any] = {
     "max_new_tokens": 4,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
+    "rollout_every": 3,
     "save_strategy": "steps",
     "save_steps": 1,
     "save_total_limit": 2,

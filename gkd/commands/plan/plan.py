@@ -93,7 +93,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
     setup = replace(setups[0], others=tuple(setups[1:]))
     if args.rollout_batch_size is not None:
         return setup
-    window = setup.batch * args.gradient_accumulation_steps
+    window = setup.batch * args.gradient_accumulation_steps * args.rollout_every
     rows = rollout_rows(setup.batch, window, kv_cache(setup), (memory or 0) if setup.device == "cuda" else None)
     return replace(setup, rollout_batch=rows)
 
