@@ -2,19 +2,21 @@
 three fixed levels. This package, TRL's DistillationTrainer and TRL's GKDTrainer, each at its best of three learning
 rates.
 
-    python benchmarks/time_to_quality.py             # the glass pair, some ten minutes of one core
+    python benchmarks/time_to_quality.py             # the glass pair, a quarter of an hour of one core
     python benchmarks/time_to_quality.py --seeds 1   # sooner, with no error of the mean
 
 All train the student of recipes/gkd_glass.py with its LoRA, its prompts and its sizes, in one thread of one process,
 in turns. What is counted is the process's CPU time from the first step on; evaluations are off the clock. The measure:
 the generalized JSD (beta 0.5) to the teacher, in nats per token, over what the student writes at temperature 1 behind
-held-out prompts. The levels are shares of where the student starts. The learning rate is chosen on a seed of its own,
-by the time to the lowest level that was reached, and the figures are means over other seeds.
+held-out prompts, up to the end of its sentence, as the model's generation config has it, or 40 tokens. The levels are
+shares of where the student starts. The learning rate is chosen on a seed of its own, by the time to the lowest level
+that was reached, and the figures are means over other seeds.
 
 | contender | what it trains on |
 | --- | --- |
 | gkd | half its own completions, half the teacher's, as the recipe says |
 | gkd, own only | its own completions |
+| gkd, own, short first | its own completions, of at most 8 tokens at first and 40 at last: a schedule |
 | TRL DistillationTrainer | its own completions; it knows nothing else |
 | TRL GKDTrainer | as gkd: `lmbda=0.5, seq_kd=True` |
 
@@ -29,11 +31,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import runpy
-import statistics
 import tempfile
 import time
 import warnings
@@ -48,17 +48,18 @@ import torch
 from conformance.definition import jsd
 from datasets import Dataset
 from peft import LoraConfig
+from time_levels import LEVELS, TUNING, best_rate, found_in, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 
+from gkd.commands.sweep.outcome import commit
 from gkd.config.fields import GKDConfig
 from gkd.training.trainer import GKDTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVELS = (0.8, 0.65, 0.5)  # of the divergence before training
-RATES = (2.5e-3, 5e-3, 1e-2)
+RATES = (5e-3, 1e-2, 2e-2)
 TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -77,6 +78,7 @@ class Task:
         self.tokenizer.chat_template = TEMPLATE
         self.held_out = [self.tokenizer(row["prompt"])["input_ids"] for row in held_out]
         self.judge = self.load(self.teacher).eval()
+        self.stops = torch.tensor(self.judge.generation_config.eos_token_id)  # ends of sentences, too
 
     def load(self, name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -96,7 +98,6 @@ class Task:
         return total / number
 
     def _of_one_length(self, student: Any, batch: Any, length: int) -> tuple[float, int]:
-        end = self.tokenizer.eos_token_id
         ids = batch
         cache, last = None, batch
         for _ in range(self.defaults["max_new_tokens"]):
@@ -104,7 +105,8 @@ class Task:
             cache, last = output.past_key_values, output.logits[:, -1].softmax(-1).multinomial(1)
             ids = torch.cat([ids, last], dim=1)
         written = ids[:, length:]
-        keep = (written == end).cumsum(1) - (written == end).long() == 0  # up to and with the first end
+        ends = torch.isin(written, self.stops)
+        keep = ends.cumsum(1) - ends.long() == 0  # up to and with the first end
         logits = [model(input_ids=ids).logits[:, length - 1 : -1][keep] for model in (student, self.judge)]
         return float(jsd(logits[0].log_softmax(-1), logits[1].log_softmax(-1), 0.5).sum()), int(keep.sum())
 
@@ -158,9 +160,11 @@ class Clock(TrainerCallback):
 Make = Callable[[Task, dict[str, Any]], tuple[Any, Any, list[dict[str, Any]]]]
 
 
-def _gkd(share: float) -> Make:
+def _gkd(share: float, shortest: int | None = None) -> Make:
     def make(task: Task, values: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]]]:
         own = {name: task.defaults[name] for name in ("max_new_tokens", "max_length")}
+        if shortest is not None:
+            own["max_new_tokens"] = f"{shortest}@0% {own['max_new_tokens']}@100%"
         return GKDTrainer, GKDConfig(lmbda=share, seq_kd=share < 1, **own, **values), task.rows
 
     return make
@@ -183,6 +187,7 @@ def _trl_distillation(task: Task, values: dict[str, Any]) -> tuple[Any, Any, lis
 CONTENDERS: dict[str, Make] = {
     "gkd": _gkd(0.5),
     "gkd, own only": _gkd(1.0),
+    "gkd, own, short first": _gkd(1.0, shortest=8),
     "TRL DistillationTrainer": _trl_distillation,
     "TRL GKDTrainer": _trl_gkd,
 }
@@ -208,20 +213,6 @@ def train(task: Task, name: str, rate: float, seed: int, args: argparse.Namespac
     return clock.curve
 
 
-def reached(curve: list[Any], level: float) -> float:
-    """CPU seconds until the divergence was down to a level for the first time; infinite if never."""
-    return next((seconds for _, seconds, value in curve if value <= level), math.inf)
-
-
-def best_rate(curves: dict[float, list[Any]], levels: list[float]) -> float:
-    """The rate that is first at the lowest level that any of them reached, or else ends lowest."""
-    for level in reversed(levels):
-        times = {rate: reached(curve, level) for rate, curve in curves.items()}
-        if min(times.values()) < math.inf:
-            return min(times, key=lambda rate: times[rate])
-    return min(curves, key=lambda rate: curves[rate][-1][2])
-
-
 class Results:
     """What has been run so far, on disk after every run: a start with the same settings goes on."""
 
@@ -237,25 +228,18 @@ class Results:
         for run in self.runs:
             if all(run[part] == value for part, value in key.items()):
                 return run["curve"]
-        self.runs.append({**key, "curve": make()})
-        self.path.write_text(json.dumps({**self.about, "runs": self.runs}, indent=1) + "\n")
+        self.runs.append({**key, "commit": commit(ROOT), "curve": make()})
+        lines = ",\n".join(json.dumps(run) for run in self.runs)
+        self.path.write_text(json.dumps(self.about, indent=1)[:-2] + f',\n "runs": [\n{lines}\n]\n}}\n')
         return self.runs[-1]["curve"]
 
 
-def table(levels: list[float], found: dict[str, tuple[float, list[Any]]]) -> str:
-    """CPU seconds to each level, mean ± s.e. over the seeds, or how many of them got there."""
-    lines = [f"{'contender':26s}{'rate':>9s}" + "".join(f"{f'{share:.0%} of start':>22s}" for share in LEVELS)]
-    for name, (rate, curves) in found.items():
-        cells = []
-        for level in levels:
-            times = [t for t in (reached(curve, level) for curve in curves) if t < math.inf]
-            if len(times) < len(curves):
-                cells.append(f"{len(times)} of {len(curves)} got there")
-            else:
-                error = statistics.stdev(times) / len(times) ** 0.5 if len(times) > 1 else math.nan
-                cells.append(f"{statistics.mean(times):.1f} ± {error:.1f} s")
-        lines.append(f"{name:26s}{rate:9.2g}" + "".join(f"{cell:>22s}" for cell in cells))
-    return "\n".join(lines)
+def table(kept: dict[str, Any]) -> str:
+    """As docs/evidence.md has it, for a terminal."""
+    heads = ["contender", "rate", *(f"{share:.0%} of start" for share in LEVELS)]
+    lines = [heads, *rows(kept["levels"], found_in(kept))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def main() -> None:
@@ -265,7 +249,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="most steps of a run")
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds of the figures, beside the one for the rate")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the figures, beside the one for the rate")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/time_to_quality_cpu_glass.json")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -284,13 +268,12 @@ def main() -> None:
     tuned: dict[str, dict[float, list[Any]]] = {name: {} for name in args.contenders}
     for rate in args.rates:  # in turns
         for name in args.contenders:
-            tuned[name][rate] = curve(name, rate, 0)
+            tuned[name][rate] = curve(name, rate, TUNING)
     rates = {name: best_rate(curves, levels) for name, curves in tuned.items()}
-    found: dict[str, tuple[float, list[Any]]] = {name: (rates[name], []) for name in args.contenders}
-    for seed in range(1, args.seeds + 1):
+    for seed in range(TUNING + 1, args.seeds + 1):
         for name in args.contenders:
-            found[name][1].append(curve(name, rates[name], seed))
-    print(table(levels, found))
+            curve(name, rates[name], seed)
+    print(table({"levels": levels, "runs": results.runs}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from PIL import Image
 
 from gkd.commands.sweep.statistics import Stat, mean_of, paired
 from gkd.report.markdown import markdown_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from time_levels import LEVELS, found_in, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "docs" / "evidence.md", *sorted((ROOT / "studies").glob("*/README.md"))]
@@ -47,6 +51,10 @@ LABELS = {
     "leaves_0_sampled": "leaves the board, T = 1",
     "different_walks": "different right walks of 16",
     "one_of_16": "one of 16 right",
+    "tail_1": "outside the teacher's first",
+    "tail_4": "outside its first 4",
+    "tail_16": "outside its first 16",
+    "overconfidence": "too sure by",
     "cpu_seconds": "CPU s a run",
 }
 _WALK, _AFTER = "grid_walk/results/steps.json", "grid_walk/results/afterwards.json"
@@ -84,8 +92,8 @@ def keep(sweep: Path, path: Path) -> None:
     first = found["runs"][0]
     about = {name: found[name] for name in ("command", "seeds", "cells", "tuned", "failed")}
     about |= {name: first[name] for name in ("commit", "hardware", "versions")}
-    assert all(run[name] == first[name] for run in found["runs"] for name in ("commit", "hardware", "versions"))
-    runs = [_kept_run(run) for run in found["runs"]]
+    assert all(run[name] == first[name] for run in found["runs"] for name in ("hardware", "versions"))
+    runs = [_kept_run(run, first["commit"]) for run in found["runs"]]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in runs)
     text = json.dumps(about, indent=1, ensure_ascii=False)[:-2] + f',\n "runs": [\n{lines}\n]\n}}\n'
@@ -95,13 +103,16 @@ def keep(sweep: Path, path: Path) -> None:
             plot.convert("P", palette=Image.Palette.ADAPTIVE, colors=16).save(path.with_suffix(".png"), optimize=True)
 
 
-def _kept_run(run: dict[str, Any]) -> dict[str, Any]:
+def _kept_run(run: dict[str, Any], commit: str) -> dict[str, Any]:
+    """With its commit, where it is not the first run's: a seed that was added later."""
     measures = {
         key: {place: rounded(one[place]) for place in ("before", "after", "teacher") if one[place] is not None}
         for key, one in run["measures"].items()
     }
     names = ("cell", "seed", "tuning", "tuned", "steps")
-    return {**{name: run[name] for name in names}, "cpu_seconds": run["cpu_seconds"], "measures": measures}
+    later = {"commit": run["commit"]} if run["commit"] != commit else {}
+    own = {name: run[name] for name in names} | later
+    return {**own, "cpu_seconds": run["cpu_seconds"], "measures": measures}
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -145,23 +156,25 @@ def table(path: Path, columns: Sequence[str]) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     if "rows" in found:
         return _by_tail(found["rows"], columns[0])
+    if "levels" in found:
+        return _by_level(found)
     wanted = [(column.rstrip(" %"), column.endswith("%")) for column in columns]
     base = by_seed(found, found["cells"][0], wanted[0][0])
-    rows = []
+    lines = []
     for cell in found["cells"]:
         values = [by_seed(found, cell, name) for name, _ in wanted]
         texts = [shown(mean_of(list(one.values())), percent) for one, (_, percent) in zip(values, wanted, strict=True)]
         difference = shown(paired(values[0], base), wanted[0][1], signed=True) if cell != found["cells"][0] else ""
-        rows.append([cell, texts[0], difference, *texts[1:]])
+        lines.append([cell, texts[0], difference, *texts[1:]])
     heads = [heading(name, percent) for name, percent in wanted]
-    return markdown_table(["", heads[0], "to the first", *heads[1:]], rows, "l" + "r" * (len(heads) + 1))
+    return markdown_table(["", heads[0], "to the first", *heads[1:]], lines, "l" + "r" * (len(heads) + 1))
 
 
-def _by_tail(rows: Sequence[dict[str, Any]], column: str) -> str:
+def _by_tail(places: Sequence[dict[str, Any]], column: str) -> str:
     """One number of the top-k study: a line for each divergence and k, a column for each tail."""
-    tails = list(dict.fromkeys(row["tail"] for row in rows))
+    tails = list(dict.fromkeys(row["tail"] for row in places))
     lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
+    for row in places:
         lines.setdefault((row["divergence"], row["k"]), {"mass": row["teacher's tail"]})[row["tail"]] = row[column]
     texts = [
         [name, str(k), f"{line['mass'] * 100:.0f}", *(f"{line[t]:.2f}" if t in line else "–" for t in tails)]
@@ -170,9 +183,15 @@ def _by_tail(rows: Sequence[dict[str, Any]], column: str) -> str:
     return markdown_table(["divergence", "k", "teacher's tail, %", *tails], texts, "l" + "r" * (len(tails) + 2))
 
 
+def _by_level(found: dict[str, Any]) -> str:
+    """Of the time to quality."""
+    heads = ["", "learning rate", *(f"{share * 100:.0f} % of the start" for share in LEVELS)]
+    return markdown_table(heads, rows(found["levels"], found_in(found)), "l" + "r" * (len(heads) - 1))
+
+
 def summary() -> str:
     """What a newcomer reads first: two cells that differ in who writes, and nothing else."""
-    rows = []
+    lines = []
     for label, first, without, second, with_, measure in SUMMARY:
         name, percent = measure.rstrip(" %"), measure.endswith("%")
         a, b = (
@@ -181,8 +200,8 @@ def summary() -> str:
         )
         seeds = sorted(a.keys() & b.keys())
         texts = [shown(mean_of([one[seed] for seed in seeds]), percent) for one in (a, b)]
-        rows.append([label, *texts, shown(paired(b, a), percent, signed=True), str(len(seeds))])
-    return markdown_table(["", "others' text", "the student's own", "difference", "seeds"], rows, "lrrrr")
+        lines.append([label, *texts, shown(paired(b, a), percent, signed=True), str(len(seeds))])
+    return markdown_table(["", "others' text", "the student's own", "difference", "seeds"], lines, "lrrrr")
 
 
 def heading(measure: str, percent: bool) -> str:
