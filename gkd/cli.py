@@ -23,10 +23,7 @@ from gkd.recipe.mistakes import mistakes_in_one_line
 
 Action = Callable[[argparse.Namespace, list[str]], int]
 
-EXAMPLE = """example:
-  gkd run gkd_glass
-  gkd new mine --data rows.jsonl --student my/student --teacher my/teacher
-"""
+EXAMPLE = "example: gkd run gkd_glass"
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
@@ -54,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_sweep,
         _add_recipes,
         _add_export,
+        _add_chat,
     ):
         add(commands)
     return parser
@@ -253,6 +251,31 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--trust_remote_code", action="store_true", help="let the model's own code run")
 
 
+def _add_chat(commands: Any) -> None:
+    chat = _command(
+        commands,
+        "chat",
+        _chat,
+        summary="ask student before, after and teacher, side by side",
+        description=(
+            "Student before the training, student after it and teacher answer in columns, in the run's chat template. "
+            "Each goes on with its own chat; with --ask, every question is a chat of its own."
+        ),
+        example='gkd chat outputs/mine --ask "Why is the sky blue?"',
+        json_too=True,
+    )
+    chat.usage = "gkd chat [options] RUN"
+    chat.add_argument("run", metavar="RUN", type=Path, help="a run's output_dir, or a checkpoint in it")
+    chat.add_argument("--ask", metavar="TEXT", action="append", default=[], help="ask this and end; may come again")
+    chat.add_argument("--system", metavar="TEXT", help="the system turn")
+    chat.add_argument("--models", metavar="A,B", help="some of before,after,teacher")
+    chat.add_argument("--teacher", metavar="MODEL", help="another one than the run's")
+    chat.add_argument("--max_new_tokens", metavar="N", type=int, default=256, help="of an answer (default 256)")
+    chat.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy")
+    chat.add_argument("--serve", action="store_true", help="print the commands that serve the run, and end")
+    chat.add_argument("--trust_remote_code", action="store_true", help="let the models' own code run")
+
+
 # ------------------------------------------------------------------------------------------------------- actions
 
 
@@ -388,6 +411,32 @@ def _export(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _chat(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from gkd.commands.chat.chat import Order, chat
+    from gkd.commands.chat.serve import serving
+    from gkd.commands.chat.speakers import NAMES, Manner
+
+    order = Order(
+        run=arguments.run,
+        ask=tuple(arguments.ask),
+        system=arguments.system,
+        teacher=arguments.teacher,
+        models=",".join(NAMES) if arguments.models is None else arguments.models,
+        manner=Manner(arguments.max_new_tokens, arguments.temperature),
+        as_json=arguments.json,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if arguments.serve:
+        for line in serving(arguments.run):
+            print(line)
+        return 0
+    with _stdout_for_json(arguments.json):
+        found = chat(order, Console(), Console(stderr=True))
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    return 0
+
+
 def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.commands.new import write_recipe
 
@@ -414,7 +463,7 @@ def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-_WITHOUT_RECIPE = (_new, _recipes, _export)
+_WITHOUT_RECIPE = (_new, _recipes, _export, _chat)
 
 
 def main(argv: list[str] | None = None) -> int:

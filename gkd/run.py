@@ -24,6 +24,7 @@ from gkd.recipe.rows import dataset_by_name, load_rows, recipe_data
 from gkd.recipe.run_end import Results, save_weights, write_history
 from gkd.recipe.settings import LoadData, RunArguments, Settings, parse
 from gkd.training import output_folder
+from gkd.training.origin import write_origin
 from gkd.training.progress import close_bars
 from gkd.training.token_weights import Own
 
@@ -107,6 +108,8 @@ def _train(recipe: Recipe) -> None:
     evaluator = None
     if measure:
         evaluator = evaluator_of(trainer, data, settings.run, score=recipe.score, corpus_score=recipe.corpus_score)
+    if trainer.is_world_process_zero():
+        write_origin(trainer, student_name(settings))
     report = Report(trainer, evaluator)
     if report.evaluator is not None:
         held_out = any(data.get(name) is not None for name in ("eval", "prompts"))
@@ -132,7 +135,8 @@ def _train(recipe: Recipe) -> None:
         report.show(Console())
         results.raise_for_failures()
         print(f"saved to {args.output_dir}")
-        print(f"next: gkd export {shlex.quote(str(args.output_dir))} --to merged (or gguf, ollama)")
+        folder = shlex.quote(str(args.output_dir))
+        print(f"next: gkd chat {folder}, and gkd export {folder} --to merged (or gguf, ollama)")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.script.dataset_name)
 

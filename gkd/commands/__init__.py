@@ -1,5 +1,6 @@
 """What the shell's commands do.
 
+chat: `gkd chat`: student before, after and teacher answer side by side
 doctor: `gkd doctor`: a recipe looked at before it costs anything
 evaluate: `gkd evaluate`: what a run measures before and after training, for a recipe's models as they are
 export: `gkd export`: what a run has trained, as one model that others load

@@ -29,6 +29,7 @@ micro_batches: a step's micro-batches: made tensors once their completions are w
     and given a loss at the student's head
 optimizer_settings: the optimizer's settings: after a checkpoint was loaded, those asked for hold, not those
     it was saved with
+origin: what a run was made from, beside its weights, so that it can be compared with that later
 output_folder: the output folder belongs to one run at a time: it is locked while one works there, and
     what other runs left in it is neither overwritten nor deleted unasked
 position_profile: divergence along the position in the completion: sums by bucket of positions, source and

@@ -54,7 +54,7 @@ def save_merged(run: Path, folder: Path, dtype: str = "auto", *, trust_remote_co
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty: name another folder with --output")
-    adapter = _check_run(run)
+    adapter = check_run(run)
     tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
     model, own = _loaded(run, adapter, dtype, trust_remote_code)
     ids = _probe(tokenizer)
@@ -76,7 +76,7 @@ def save_merged(run: Path, folder: Path, dtype: str = "auto", *, trust_remote_co
     )
 
 
-def _check_run(run: Path) -> dict[str, Any] | None:
+def check_run(run: Path) -> dict[str, Any] | None:
     """What the adapter there says of itself; None for a whole model.
 
     Raises:
