@@ -128,7 +128,9 @@ def check_lengths(args: GKDConfig, models: Mapping[str, Any], rows: Dataset | No
 def check_views(
     args: GKDConfig, train: Dataset | None, evaluation: Iterable[Dataset], teacher: Any, server: Server | None
 ) -> None:
-    """Compare the longest sequence that the teacher reads, where it has prompts of its own, with what it can take.
+    """Compare the longest sequence that the teacher reads, where it has prompts of its own, with what it can take. One
+    with other tokens that is compared writes as much as that; of what it reads, the rest is not compared
+    (`gkd.data.aligned_view`).
 
     Args:
         train, evaluation: the prepared rows.
@@ -137,12 +139,13 @@ def check_views(
     Raises:
         ValueError: it is longer.
     """
-    needed = 0
+    needed, aligned = 0, args.teacher_tokenizer_alignment is not None
     if train is not None and _has_views(train):
         prompt, row = _longest(train, "teacher")
-        written = prompt + args.most_new_tokens if args.student_writes or args.teacher_writes else 0
-        needed = max(written, row if args.reads_answers else 0)
-    needed = max([needed, *(_longest(rows, "teacher")[1] for rows in evaluation if _has_views(rows))])
+        writes = args.teacher_writes or (args.student_writes and not aligned)
+        needed = max(prompt + args.most_new_tokens if writes else 0, row if args.reads_answers and not aligned else 0)
+    if not aligned:
+        needed = max([needed, *(_longest(rows, "teacher")[1] for rows in evaluation if _has_views(rows))])
     if needed == 0:
         return
     text = f"with prompts of its own the teacher reads up to {needed} tokens"

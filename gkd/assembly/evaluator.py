@@ -19,7 +19,7 @@ from gkd.evaluation.aligned import AlignedSubject
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.public_tasks import PublicTasks
 from gkd.evaluation.several import Member, SeveralSubject
-from gkd.evaluation.subject import Conditions, LocalSubject, Subject, subject_of
+from gkd.evaluation.subject import Conditions, Subject, subject_of
 from gkd.evaluation.task_score import CorpusScore, Score, TaskScore
 from gkd.evaluation.view import TeacherReads
 from gkd.loss.settings import LossSettings
@@ -123,7 +123,8 @@ def _teacher(run: Assembled, numbers: tuple[int, ...]) -> Subject | None:
     names = run.args.teacher_names
     if run.alignment is not None:
         assert run.hygiene.rewriting is not None
-        model = LocalSubject(run.teacher.model)
+        model = subject_of(run.teacher)
+        assert model is not None, "a teacher that is compared is here or on a server"
         return AlignedSubject(model, run.alignment, run.hygiene.rewriting, run.rollouts["teacher"].settings)
     if not names:
         return subject_of(run.teacher)

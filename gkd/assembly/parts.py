@@ -186,12 +186,12 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
     if not alone:
         train, *evaluation = (rows_of_teacher(rows, number) for rows in (train, *evaluation))
     check_views(args, train, evaluation, model, server)
-    heads = _heads(ready, order.student, model)
+    heads = _heads(ready, order.student, model, tokenizer if foreign else None)
     of_both = ids_apart if foreign else shared_ids
     ids = of_both(ready, heads, order.known, model, tokenizer, server)
     check_end_map(ready.end_map, ids.shared or min(heads.values()))
     teacher: Teacher | None = None
-    if foreign and elsewhere is not None:
+    if foreign and elsewhere is not None and args.teacher_tokenizer_alignment is None:
         teacher = WriterTeacher(name=elsewhere.name)
     elif order.loaded is not None or server is None:
         lent = not alone and name in ready.args.teachers_on_base and lends_base(ready.args)
@@ -213,7 +213,7 @@ def _side(order: SideOrder, name: str | None, args: GKDConfig) -> Side:
     aligned = None
     if foreign and args.teacher_tokenizer_alignment is not None:
         assert tokenizer is not None
-        aligned = _alignment(order, model, heads, tokenizer, ids)
+        aligned = _alignment(order, heads, tokenizer, ids, _room(model, server))
     return Side(args, model, tokenizer, elsewhere, heads, ids, teacher, rollout, rewriting, aligned)
 
 
@@ -250,12 +250,12 @@ def _loss_settings(
 
 def _alignment(
     order: SideOrder,
-    teacher: Any,
     heads: dict[str, int],
     teacher_tokenizer: PreTrainedTokenizerBase,
     ids: SharedIds,
+    room: int | None,
 ) -> Alignment:
-    """How a teacher with another tokenizer is compared."""
+    """How a teacher with another tokenizer is compared, which can read `room` tokens."""
     ready = order.ready
     own = ready.reading.template(0)
     student_stops = configured_stop_ids(generation_config_of(order.known, loading_options(ready.args)))
@@ -264,7 +264,6 @@ def _alignment(
     both, rows = (ready.tokenizer, teacher_tokenizer), (heads["student"], heads["teacher"])
     common = common_tokens(*both, *rows, pair)
     of_student, of_teacher = joined_tokens(*both, common, *rows)
-    room, binds = position_limit(teacher.config)
     logger.info(
         "the teacher is compared by the bytes that tokens stand for (teacher_tokenizer_alignment='bytes'): both have "
         "%s tokens in common, of %s (student) and %s (teacher); %s and %s count with the one that they begin with",
@@ -278,8 +277,18 @@ def _alignment(
         student_joined=of_student,
         teacher_joined=of_teacher,
         pad_id=ids.teacher_pad,
-        room=room if binds else None,
+        room=room,
+        size=heads["teacher"],
     )
+
+
+def _room(teacher: Any, server: Server | None) -> int | None:
+    """How many tokens a teacher can read; None is any number."""
+    if server is not None:
+        longest = server.served.max_model_len
+        return None if longest is None else longest - 1  # a request has to generate one
+    room, binds = position_limit(teacher.config)
+    return room if binds else None
 
 
 def _count(joined: Tensor | None) -> int:
@@ -298,8 +307,11 @@ def _rewriting(order: SideOrder, ids: SharedIds, teacher_tokenizer: PreTrainedTo
     )
 
 
-def _heads(ready: Materials, student: LoadedStudent | None, teacher_model: Any) -> dict[str, int]:
-    """Rows of both output heads; of a teacher that is elsewhere, the student's."""
+def _heads(
+    ready: Materials, student: LoadedStudent | None, teacher_model: Any, other: PreTrainedTokenizerBase | None
+) -> dict[str, int]:
+    """Rows of both output heads; of a teacher that is elsewhere, the student's, or as many as there are of its `other`
+    tokens."""
     if student is not None:
         own = head_size(student.model)
     else:
@@ -307,4 +319,6 @@ def _heads(ready: Materials, student: LoadedStudent | None, teacher_model: Any) 
         own = vocabulary_rows(
             ready.student, trust_remote_code=chosen["trust_remote_code"], revision=chosen.get("revision")
         )
-    return {"student": own, "teacher": own if teacher_model is None else head_size(teacher_model)}
+    if teacher_model is not None:
+        return {"student": own, "teacher": head_size(teacher_model)}
+    return {"student": own, "teacher": own if other is None else 1 + max(other.get_vocab().values())}

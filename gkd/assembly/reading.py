@@ -133,7 +133,7 @@ def _other_tokenizer(
     if (
         not (args.trains_on_nll_alone or aligns)
         or args.shares_weights
-        or (args.teacher_server_url is not None and not asked)
+        or (args.teacher_server_url is not None and not (asked or aligns))
     ):
         return None
     name = _name(args, student, teacher)
@@ -168,9 +168,12 @@ def _check_apart(args: GKDConfig, tokenizer: PreTrainedTokenizerBase, own: PreTr
     """Raises ValueError where a teacher's tokens cannot be aligned with the student's, or need not be."""
     given = f"teacher_tokenizer_alignment={args.teacher_tokenizer_alignment!r}"
     if own is None:
+        remedy = "name a teacher with one beside its weights"
+        if args.teacher_server_url is not None:
+            remedy = "serve it under a name, or from a folder, that can be read from here, too"
         raise ValueError(
             f"{given} needs the teacher's tokenizer, and the teacher has none by its name: pass it "
-            "(teacher_processing_class), or name a teacher with one beside its weights"
+            f"(teacher_processing_class), or {remedy}"
         )
     if same_token_maps(tokenizer, own):
         raise ValueError(

@@ -33,6 +33,8 @@ def connect(
     longest = None if args.prompt_limit is None else args.prompt_limit + args.most_new_tokens
     lengths = [length for length in (longest, args.max_length) if length is not None]
     needed = {"student": longest, "teacher": max(lengths) + 1 if lengths else None}
+    if args.teacher_tokenizer_alignment is not None:
+        needed["teacher"] = None  # these count the student's tokens; what is too long in the teacher's is not compared
     fields = {"teacher": "teacher_server_url"}
     if args.rollout_backend == "vllm":
         fields["student"] = "rollout_server_url"

@@ -57,7 +57,7 @@ class TeacherOrder:
 def _on_server(order: TeacherOrder) -> Teacher:
     assert order.server is not None
     assert order.args.teacher_top_k is not None
-    vocabulary = head_size(order.student)
+    vocabulary = head_size(order.student) if order.args.teacher_tokenizer_alignment is None else None
     return ServerTeacher(order.server.client, order.server.served, order.args.teacher_top_k, vocabulary)
 
 

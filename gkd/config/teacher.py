@@ -15,15 +15,7 @@ PLACEMENTS = ("same", "cpu_offload", "zero3", "zero3_offload")
 TEMPLATES = ("student", "own")
 ALIGNMENTS = ("bytes",)
 # What means nothing of a teacher that is compared over the tokens that both tokenizers have.
-_NOT_ALIGNED = (
-    "teacher_top_k",
-    "teacher_top_k_data",
-    "teacher_top_k_student",
-    "teacher_top_k_teacher",
-    "loss_compile",
-    "token_weights",
-    "log_top_k_overlap",
-)
+_NOT_ALIGNED = ("loss_compile", "token_weights", "log_top_k_overlap")
 _REMEDY_OF_NLL = ("set seq_kd_loss='divergence'", "lower ce_weight")
 
 
@@ -132,9 +124,9 @@ def _of_alignment(config: Any) -> list[tuple[bool, str]]:
             "out",
         ),
         (
-            config.teacher_server_url is not None or config.teacher_chat_url is not None,
-            f"{given} does not go with a teacher that is elsewhere, which gives no hidden states: load it in this "
-            "process (teacher_model_name_or_path), or let it only write (seq_kd=True, seq_kd_loss='nll', lmbda=0)",
+            config.teacher_chat_url is not None,
+            f"{given} does not go with teacher_chat_url, which gives text and no probabilities: take a teacher in "
+            "this process or on a vLLM server (teacher_server_url), or leave the field out and let it only write",
         ),
         (
             bool(several),

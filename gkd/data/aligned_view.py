@@ -16,6 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Alignment:
         end_of_turn: the id that ends a turn for the student, and for the teacher.
         pad_id: an id that the teacher can read.
         room: most tokens that the teacher can read; None is any number. What stands behind is not compared.
+        size: ids of the teacher's vocabulary.
     """
 
     respelling: Respelling
@@ -51,6 +53,18 @@ class Alignment:
     teacher_joined: Tensor | None = None
     pad_id: int = 0
     room: int | None = None
+    size: int | None = None
+
+    def vocabularies(self, device: torch.device) -> dict[str, Any]:
+        """What an `AlignedSignal` holds of it, by its names there."""
+        found = {
+            "student_ids": self.common.student,
+            "teacher_ids": self.common.teacher,
+            "student_joined": self.student_joined,
+            "teacher_joined": self.teacher_joined,
+        }
+        there = {name: None if ids is None else ids.to(device) for name, ids in found.items()}
+        return {**there, "size": self.size}
 
     def respelled(self, sequence: TokenSequence) -> list[int]:
         """The completion in the teacher's ids."""
@@ -78,8 +92,9 @@ class Alignment:
 @cache
 def _warn_of_room(room: int) -> None:
     logger.warning(
-        "in its own tokens some of what the teacher reads is longer than its %d positions (max_position_embeddings): "
-        "what stands behind is not compared; lower max_length and max_new_tokens, or take a teacher for longer texts",
+        "in its own tokens some of what the teacher reads is longer than its %d positions (max_position_embeddings, "
+        "or its server's --max-model-len): what stands behind is not compared; lower max_length and max_new_tokens, "
+        "or take a teacher for longer texts",
         room,
     )
 

@@ -23,14 +23,14 @@ from gkd.data.sequences import TokenSequence
 from gkd.data.targets import IGNORE
 from gkd.evaluation.measures import Estimate, Metric
 from gkd.evaluation.public_tasks import PublicTasks
-from gkd.evaluation.subject import Ask, Compare, Conditions, LocalSubject, Rows, Subject
-from gkd.loss.signals import AlignedSignal, DenseSignal
+from gkd.evaluation.subject import Ask, Compare, Conditions, Rows, Subject
+from gkd.loss.signals import AlignedSignal, DenseSignal, TopKSignal
 from gkd.rollouts.base import Rollout, SamplingSettings
 
 
 @dataclass(frozen=True, eq=False)
 class AlignedSubject(Subject):
-    """A teacher in this process with tokens of its own.
+    """A teacher with tokens of its own.
 
     Attributes:
         model: the teacher.
@@ -39,10 +39,14 @@ class AlignedSubject(Subject):
         sampling: how it writes in the training; its stop ids and what it may not write count here.
     """
 
-    model: LocalSubject
+    model: Subject
     alignment: Alignment
     rewriting: Rewriting
     sampling: SamplingSettings
+
+    @property
+    def top_k(self) -> int | None:  # type: ignore[override]
+        return self.model.top_k
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
@@ -80,21 +84,18 @@ class AlignedSubject(Subject):
 
     @contextmanager
     def asked(self, how: Conditions) -> Iterator[Ask]:
-        own, common = self.alignment, self.alignment.common
         with self.model.asked(how) as ask:
 
             def signal(batch: dict[str, Tensor]) -> AlignedSignal:
                 said = ask(batch)
-                assert isinstance(said, DenseSignal)
-                both = (common.student, common.teacher)
-                joined = (own.student_joined, own.teacher_joined)
-                device = said.hidden.device
+                assert isinstance(said, DenseSignal | TopKSignal)
                 return AlignedSignal(
-                    said,
-                    batch["teacher_target_ids"],
-                    *(ids.to(device) for ids in both),
-                    *(batch[name] for name in (BORDER, GROUP, TEACHER_GROUP)),
-                    *(None if ids is None else ids.to(device) for ids in joined),
+                    teacher=said,
+                    targets=batch["teacher_target_ids"],
+                    border=batch[BORDER],
+                    group=batch[GROUP],
+                    teacher_group=batch[TEACHER_GROUP],
+                    **self.alignment.vocabularies(said.device),
                 )
 
             yield signal

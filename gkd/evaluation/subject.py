@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd.data.sequences import TokenSequence, collate
-from gkd.data.targets import select_targets, target_mask, targets_of
+from gkd.data.targets import IGNORE, select_targets, target_mask, targets_of
 from gkd.data.teacher_view import teacher_view
 from gkd.evaluation.measures import Estimate, Metric
 from gkd.evaluation.public_tasks import PublicTasks
@@ -277,8 +277,17 @@ class ServedSubject(Subject):
         return None
 
     def nll(self, sequences: Rows, how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
-        starts = [(sequence.input_ids, sequence.prompt_length) for sequence in sequences]
-        return [[-value for value in values] for values in self.teacher.log_probs(starts)]
+        with_targets = [sequence for sequence in sequences if sequence.num_targets]
+        starts = [(sequence.input_ids, _first_target(sequence)) for sequence in with_targets]
+        told = iter(self.teacher.log_probs(starts))
+        return [[-value for value in next(told)] if sequence.num_targets else [] for sequence in sequences]
+
+
+def _first_target(sequence: TokenSequence) -> int:
+    """Where its targets begin, which go on to its end."""
+    first = next(place for place, label in enumerate(sequence.labels) if place and label != IGNORE)
+    assert IGNORE not in sequence.labels[first:], "a target behind which there is none"
+    return first
 
 
 def subject_of(teacher: Teacher) -> Subject | None:

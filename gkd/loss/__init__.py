@@ -1,8 +1,8 @@
 """The divergences, and the fused pass that takes them. Needs torch and nothing else.
 
 aligned: the divergence of two models that cut the same text into different tokens
-borders: tokens at which two models of different tokenizers stand at one place of the text: common
-    tokens and the rest
+borders: tokens at which two models of different tokenizers stand at one place of the text: the pass
+    over them
 by_source: another divergence for each source of sequences: the targets of a micro-batch split up by
     who wrote them
 chunks: one call of the fused divergence at work: projections, chunks, blocks, and the gradients
@@ -19,6 +19,8 @@ eager: the arithmetic of a few tokens' logits: softmax in place, statistics, the
     gradient
 fused: output heads, softmax, divergence and gradient in one pass over chunks of target tokens
 integrand: what a divergence of two next-token distributions is: an integrand and its derivative
+outcomes: the outcomes over which two models of different tokenizers are compared at one place:
+    common tokens and the rest
 overlap: whether student and teacher think of the same tokens: the overlap of their most likely
     ones, on a few targets
 parts: several teachers, or losses, in one micro-batch: the fused pass runs once for each, over its

@@ -20,6 +20,9 @@ compares sorted probabilities instead, X-Token (2605.21699) projects one vocabul
 goes to bytes; the chunk term is the sequence likelihood that GOLD merges, with the places that predict.
 
 The chunk term is at temperature 1: products of softened probabilities are no probabilities of a text.
+
+Of a teacher's K most likely tokens the outcomes are those that the K count with (`gkd.loss.borders`); a text's
+likelihood is exact, since the teacher tells that of its own tokens, too.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ from gkd.loss.chunks import Gradients
 from gkd.loss.cross_entropy import log_probs, run_cross_entropy
 from gkd.loss.integrand import Divergence
 from gkd.loss.projection import Projection
-from gkd.loss.settings import FusedOutput, LossSettings
-from gkd.loss.signals import IN_FULL, IN_TEXT, NOT_COMPARED, AlignedSignal
+from gkd.loss.settings import FusedOutput, LossSettings, check_plain_temperature
+from gkd.loss.signals import IN_FULL, IN_TEXT, NOT_COMPARED, AlignedSignal, DenseSignal, TeacherSignal, TopKSignal
 
 
 def check_aligned(signal: AlignedSignal, hidden: Tensor, targets: Tensor, settings: LossSettings) -> None:
@@ -45,12 +48,11 @@ def check_aligned(signal: AlignedSignal, hidden: Tensor, targets: Tensor, settin
     Raises:
         ValueError: there are some.
     """
-    for name in ("teacher_top_k", "shared_vocab"):
-        if getattr(settings, name) is not None:
-            raise ValueError(
-                f"{name}={getattr(settings, name)} has no effect on a teacher with another tokenizer, which is "
-                "compared over the tokens that both spell alike: leave it out"
-            )
+    if settings.shared_vocab is not None:
+        raise ValueError(
+            f"shared_vocab={settings.shared_vocab} has no effect on a teacher with another tokenizer, which is "
+            "compared over the tokens that both spell alike: leave it out"
+        )
     if settings.compiled:
         raise ValueError("compiled=True has no effect on a teacher with another tokenizer: leave it out")
     n, m = targets.shape[0], signal.targets.shape[0]
@@ -59,23 +61,36 @@ def check_aligned(signal: AlignedSignal, hidden: Tensor, targets: Tensor, settin
             f"{hidden.shape[0]} hidden states, {n} targets, {signal.border.shape[0]} borders and "
             f"{signal.group.shape[0]} groups of the student's"
         )
-    if not m == signal.teacher.hidden.shape[0] == signal.teacher_group.shape[0]:
+    rows = _check_teacher(signal.teacher, settings)
+    if not m == rows == signal.teacher_group.shape[0]:
         raise ValueError(
-            f"{signal.teacher.hidden.shape[0]} hidden states, {m} targets and {signal.teacher_group.shape[0]} groups "
-            "of the teacher's"
+            f"{rows} rows of the signal, {m} targets and {signal.teacher_group.shape[0]} groups of the teacher's"
         )
     if signal.student_ids.shape != signal.teacher_ids.shape:
         raise ValueError(
             f"{signal.student_ids.shape[0]} common tokens of the student and {signal.teacher_ids.shape[0]} of the "
             "teacher: they come in pairs"
         )
-    if signal.teacher.exchanged:
-        raise ValueError(f"the tokens {signal.teacher.exchanged[0]} are a pair of common tokens, nothing to exchange")
+
+
+def _check_teacher(teacher: TeacherSignal, settings: LossSettings) -> int:
+    """How many targets of its own it tells about."""
+    if isinstance(teacher, DenseSignal):
+        if teacher.exchanged:
+            raise ValueError(f"the tokens {teacher.exchanged[0]} are a pair of common tokens, nothing to exchange")
+        return teacher.hidden.shape[0]
+    check_plain_temperature(settings)
+    if teacher.own is None:
+        raise ValueError(
+            "a top-k signal of a teacher with another tokenizer needs the log-probabilities of its own tokens: give "
+            "it `own`"
+        )
+    return teacher.ids.shape[0]
 
 
 def run_aligned(
     student: Projection,
-    teacher: Projection,
+    teacher: Projection | None,
     *,
     signal: AlignedSignal,
     targets: Tensor,
@@ -99,7 +114,7 @@ def run_aligned(
     if groups.in_text.numel():
         at, own = groups.in_text, groups.teacher_in_text
         of_student = groups.sums(log_probs(student.rows(at), targets[at], settings), groups.of_text)
-        of_teacher = groups.sums(log_probs(teacher.rows(own), signal.targets[own], settings), groups.of_teacher_text)
+        of_teacher = groups.sums(_own_log_probs(signal, teacher, own, settings, dtype), groups.of_teacher_text)
         text, slope = text_divergence(settings.divergence, of_student, of_teacher)
         factors = (by_group * groups.text_share * slope)[groups.of_text]
         ce_total = torch.zeros_like(weights) if ce_total is None else ce_total
@@ -109,10 +124,10 @@ def run_aligned(
     part = gradients.of_rows(at.numel())
     found = BorderPass(
         student.rows(at),
-        teacher.rows(groups.teacher_at_border),
+        None if teacher is None else teacher.rows(groups.teacher_at_border),
         aligned=signal,
         own=signal.targets[groups.teacher_at_border],
-        signal=signal.teacher,
+        signal=signal.teacher if teacher is not None else signal.teacher.at(groups.teacher_at_border),
         targets=targets[at],
         weights=(by_group * groups.full_share)[groups.of_border],
         ce_weights=None if ce_total is None else ce_total[at],
@@ -127,7 +142,8 @@ def run_aligned(
         if gradients.hidden is not None and of_rows.hidden is not None:
             gradients.hidden.index_copy_(0, rows, of_rows.hidden)
 
-    tokens = {name: torch.zeros_like(weights).index_copy_(0, at, values) for name, values in found.items()}
+    nothing = {name: torch.nan if name == "top_k_mass" else 0.0 for name in found}
+    tokens = {name: torch.full_like(weights, nothing[name]).index_copy_(0, at, said) for name, said in found.items()}
     tokens["student_entropy"].index_copy_(0, alone, entropy)
     first = torch.zeros_like(text).index_copy_(0, groups.of_border, found["divergence"])
     by_text = groups.full_share * first + groups.text_share * text
@@ -143,6 +159,17 @@ def run_aligned(
     tokens["teacher_log_prob"].index_copy_(0, groups.in_text, (of_teacher / groups.n)[groups.of_text])
     at_border = torch.zeros_like(kinds, dtype=torch.bool).index_fill_(0, at, True)
     return FusedOutput(loss=loss, kinds=kinds, at_border=at_border, **tokens)
+
+
+def _own_log_probs(
+    signal: AlignedSignal, teacher: Projection | None, rows: Tensor, settings: LossSettings, dtype: torch.dtype
+) -> Tensor:
+    """The teacher's log-probabilities of some of its targets, at temperature 1."""
+    if teacher is not None:
+        return log_probs(teacher.rows(rows), signal.targets[rows], settings)
+    assert isinstance(signal.teacher, TopKSignal)
+    assert signal.teacher.own is not None
+    return signal.teacher.own[rows].to(dtype)
 
 
 def text_divergence(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Tokens at which two models of different tokenizers stand at one place of the text: common tokens and the rest.
+"""Tokens at which two models of different tokenizers stand at one place of the text: the pass over them.
 
-Shapes: N target tokens at a border, V vocabulary, S tokens that both spell alike, R tokens of a block.
+Shapes: N target tokens at a border, V vocabulary, S tokens that both spell alike, R tokens of a block, K top-k.
 """
 
 from __future__ import annotations
@@ -13,23 +13,43 @@ from torch import Tensor
 from gkd.loss import eager
 from gkd.loss.chunks import FusedPass, even_cuts
 from gkd.loss.compiled import Constants
+from gkd.loss.outcomes import Outcomes, most_likely_outcomes
 from gkd.loss.projection import Projection
-from gkd.loss.signals import AlignedSignal
+from gkd.loss.signals import AlignedSignal, TopKSignal
 
 
 class BorderPass(FusedPass):
     """The tokens at a border, with the teacher's row for each: S outcomes and the rest.
 
     Where one side has no other tokens there is no rest, and both are compared given that the token is a common one.
+
+    Of a teacher's K most likely tokens: the outcomes that these count with, each with the mass of those that do. All
+    else is the rest: the teacher's other tokens, also those that would count with one of the outcomes, and the
+    student's tokens of all other outcomes.
     """
 
-    def __init__(self, student: Projection, teacher: Projection, *, aligned: AlignedSignal, own: Tensor, **work: Any):
+    def __init__(
+        self, student: Projection, teacher: Projection | None, *, aligned: AlignedSignal, own: Tensor, **work: Any
+    ):
         super().__init__(student, teacher, **work)
         self.own, device = own, self.targets.device
-        rows = [model.weight.shape[0] for model in (student, teacher)]
-        self.of_student = _Outcomes(aligned.student_ids, aligned.student_joined, rows[0], self.dtype, device)
-        self.of_teacher = _Outcomes(aligned.teacher_ids, aligned.teacher_joined, rows[1], self.dtype, device)
+        self.of_student = Outcomes(aligned.student_ids, aligned.student_joined, self.vocab, self.dtype, device)
+        self.of_teacher = Outcomes(
+            aligned.teacher_ids, aligned.teacher_joined, aligned.teacher_size, self.dtype, device
+        )
         self.has_rest = self.of_student.others > 0 and self.of_teacher.others > 0
+        self.top_k = self._top_k()
+        self.teacher_buffers: Tensor | None = None
+        if isinstance(self.signal, TopKSignal):
+            self.tokens["top_k_mass"] = self.signal.log_probs.exp().sum(dim=1).to(self.dtype)
+
+    def _top_k(self) -> int | None:
+        """How many of the teacher's tokens are compared; None is all of them."""
+        asked = self.settings.teacher_top_k
+        if isinstance(self.signal, TopKSignal):
+            known = self.signal.ids.shape[1]
+            return known if asked is None else min(known, asked)
+        return None if asked is None or asked >= self.of_teacher.vocab else asked
 
     def _constants(self) -> Constants | None:
         return None  # nothing of this is compiled
@@ -42,22 +62,45 @@ class BorderPass(FusedPass):
         return self.tokens
 
     def _run_block(self, at: slice, z_student: Tensor, z_teacher: Tensor | None) -> None:
-        assert self.teacher is not None
-        assert z_teacher is not None
         r, settings, tokens = at.stop - at.start, self.settings, self.tokens
         if self.buffers is None:
             self.buffers = z_student.new_empty(2, self.block, self.vocab, dtype=self.dtype)
-            self.teacher_buffers = z_teacher.new_empty(2, self.block, z_teacher.shape[1], dtype=self.dtype)
-        (p, scratch), (q, teacher_scratch) = self.buffers[:, :r], self.teacher_buffers[:, :r]
+        p, scratch = self.buffers[:, :r]
         z, slope_of_cap = self.student.logits(z_student)
-        zt = self.teacher.logits(z_teacher)[0]
-        eager.shift_(z), eager.shift_(zt)
+        eager.shift_(z)
         student = eager.distributions(z, self.targets[at], settings.loss_temperature, p, scratch)
-        teacher = eager.distributions(zt, self.own[at], settings.teacher_temperature, q, teacher_scratch)
-        tokens["student_entropy"][at], tokens["teacher_entropy"][at] = student.entropy, teacher.entropy
-        tokens["teacher_log_prob"][at] = teacher.chosen
+        tokens["student_entropy"][at] = student.entropy
         if self.ce_weights is not None:
             tokens["cross_entropy"][at] = -student.chosen
+        teacher = None if z_teacher is None else self._of_teacher(at, z_teacher)
+        if self.top_k is None:
+            assert teacher is not None
+            gradient = self._over_all_common(at, student, teacher, scratch)
+        else:
+            gradient = self._over_top_k(at, student, teacher, scratch)
+        if self.gradients.any:
+            self._finish_gradient(gradient, at, student, slope_of_cap)
+            z_student.copy_(gradient)
+
+    def _of_teacher(self, at: slice, z_teacher: Tensor) -> eager.Distributions:
+        assert self.teacher is not None
+        if self.teacher_buffers is None:
+            self.teacher_buffers = z_teacher.new_empty(2, self.block, z_teacher.shape[1], dtype=self.dtype)
+        q, scratch = self.teacher_buffers[:, : at.stop - at.start]
+        zt = self.teacher.logits(z_teacher)[0]
+        eager.shift_(zt)
+        teacher = eager.distributions(zt, self.own[at], self.settings.teacher_temperature, q, scratch)
+        self.tokens["teacher_entropy"][at] = teacher.entropy
+        self.tokens["teacher_log_prob"][at] = teacher.chosen
+        return teacher
+
+    # ------------------------------------------------------------------------------------- over all common tokens
+
+    def _over_all_common(
+        self, at: slice, student: eager.Distributions, teacher: eager.Distributions, scratch: Tensor
+    ) -> Tensor:
+        """Fill in what is said about the block; the gradient [R, V] with respect to the student's z / T."""
+        settings, tokens = self.settings, self.tokens
         common = self.of_student.common(student), self.of_teacher.common(teacher)
         most = student.log_p.amax(dim=-1, keepdim=True) + teacher.log_p.amax(dim=-1, keepdim=True)
         tokens["agreement"][at] = (common[0] + common[1]).eq(most).any(dim=-1).to(self.dtype)
@@ -66,10 +109,7 @@ class BorderPass(FusedPass):
         if settings.report_kls:
             tokens["forward_kl"][at], tokens["reverse_kl"][at] = eager.both_kls(a, b, of_a, of_b)
         tokens["divergence"][at], slope = settings.divergence.value_and_slope(a, b, of_a, of_b)
-        if self.gradients.any:
-            gradient = self._spread(slope, of_a, student.p, scratch)
-            self._finish_gradient(gradient, at, student, slope_of_cap)
-            z_student.copy_(gradient)
+        return self._spread(slope, of_a, student.p, scratch) if self.gradients.any else slope
 
     def _spread(self, slope: Tensor, of_a: Tensor, p: Tensor, out: Tensor) -> Tensor:
         """The gradient [R, V] with respect to the student's z / T, of phi_a by outcome [R, S + 1].
@@ -82,44 +122,54 @@ class BorderPass(FusedPass):
         torch.mul(slope[:, size:] / of_a[:, size:], self.of_student.rest, out=out)
         return self.of_student.spread_(out.sub_(total).mul_(p), slope[:, :size], p)
 
+    # ---------------------------------------------------------------------- over the teacher's most likely tokens
 
-class _Outcomes:
-    """How one model's V tokens make S outcomes and the rest."""
+    def _over_top_k(
+        self, at: slice, student: eager.Distributions, teacher: eager.Distributions | None, scratch: Tensor
+    ) -> Tensor:
+        """As `_over_all_common`; `teacher` is None where the signal is of its K most likely tokens."""
+        settings, tokens, size = self.settings, self.tokens, self.of_student.ids.numel()
+        ids, log_q, log_tail = self._most_likely(at, teacher)
+        common = self.of_student.common(student)
+        tokens["agreement"][at] = self._agreement(student, ids.gather(1, log_q.argmax(dim=1, keepdim=True)))
+        tail = settings.top_k_tail if self._leaves_a_rest(ids.shape[1]) else None
+        top, known = most_likely_outcomes(self.of_teacher.of(ids), log_q, log_tail, size, tail)
+        outcomes = self.of_student.with_spares(student, common, ids.shape[1])
+        value, gradient, *kls = eager.top_k_divergence(settings.divergence, outcomes, top, settings.report_kls)
+        tokens["divergence"][at] = torch.where(known, value, 0)
+        for name, kl in zip(("forward_kl", "reverse_kl"), kls, strict=False):
+            tokens[name][at] = torch.where(known, kl, 0)
+        gradient = torch.where(known[:, None], gradient, 0)
+        return self.of_student.to_tokens(gradient, outcomes.p, student.p, scratch)
 
-    def __init__(self, ids: Tensor, joined: Tensor | None, vocab: int, dtype: torch.dtype, device: torch.device):
-        self.ids, self.joined = ids, joined
-        self.others = vocab - ids.numel() - (0 if joined is None else joined.shape[1])
-        self.rest = torch.ones(vocab, dtype=dtype, device=device).index_fill_(0, ids, 0)
-        if joined is not None:
-            self.rest.index_fill_(0, joined[0], 0)
-            self.several = torch.zeros_like(ids, dtype=torch.bool).index_fill_(0, joined[1], True)
+    def _most_likely(self, at: slice, teacher: eager.Distributions | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids and log-probabilities [R, K] of the teacher's most likely tokens, and of all others [R, 1]."""
+        assert self.top_k is not None
+        if teacher is not None:
+            top = eager.top_k_of_dense(teacher.log_p, teacher.p, self.top_k, "bucket")
+            return top.ids, top.log_q, top.log_tail
+        assert isinstance(self.signal, TopKSignal)
+        assert self.signal.own is not None
+        ids, log_q = self.signal.ids[at], self.signal.log_probs[at].to(self.dtype)
+        if self.top_k < ids.shape[1]:
+            log_q, order = log_q.topk(self.top_k, dim=-1)
+            ids = ids.gather(1, order)
+        log_tail = None if self.top_k >= self.of_teacher.vocab else eager.log_mass_left(log_q)
+        outcomes = log_q if log_tail is None else torch.cat([log_q, log_tail], dim=1)
+        self.tokens["teacher_entropy"][at] = -(outcomes * outcomes.exp()).sum(dim=-1)
+        self.tokens["teacher_log_prob"][at] = self.signal.own[at].to(self.dtype)
+        return ids, log_q, log_tail
 
-    def common(self, model: eager.Distributions) -> Tensor:
-        """Log-probabilities of the common tokens themselves [R, S]."""
-        return model.log_p.index_select(1, self.ids)
+    def _leaves_a_rest(self, k: int) -> bool:
+        """Whether there are other tokens on both sides beside the outcomes of the teacher's K."""
+        of_student = self.of_student.others > 0 or k < self.of_student.ids.numel()
+        return of_student and (self.of_teacher.others > 0 or k < self.of_teacher.vocab)
 
-    def _masses(self, p: Tensor) -> Tensor:
-        masses = p.index_select(1, self.ids)
-        if self.joined is not None:
-            masses.index_add_(1, self.joined[1], p.index_select(1, self.joined[0]))
-        return masses
-
-    def take(self, model: eager.Distributions, common: Tensor, has_rest: bool) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the compared outcomes [R, S + 1], or [R, S] where there is no rest; and e to them."""
-        masses = self._masses(model.p)
-        if self.joined is not None:
-            common = torch.where(self.several, eager.log_of(masses), common)
-        if not has_rest:
-            within = common.log_softmax(dim=-1)
-            return within, within.exp()
-        of_rest = eager.log_of(model.p.mv(self.rest))[:, None]
-        return torch.cat([common, of_rest], dim=1), torch.cat([masses, of_rest.exp()], dim=1)
-
-    def spread_(self, out: Tensor, of_outcomes: Tensor, p: Tensor) -> Tensor:
-        """Add [R, S] to the tokens of each outcome [R, V], in proportion to their probability."""
-        if self.joined is None:
-            return out.index_add_(1, self.ids, of_outcomes)
-        by_mass = of_outcomes / self._masses(p).clamp_min(torch.finfo(p.dtype).tiny)
-        own = torch.where(self.several, by_mass * p.index_select(1, self.ids), of_outcomes)
-        joined = by_mass.index_select(1, self.joined[1]) * p.index_select(1, self.joined[0])
-        return out.index_add_(1, self.ids, own).index_add_(1, self.joined[0], joined)
+    def _agreement(self, student: eager.Distributions, top: Tensor) -> Tensor:
+        """1.0 where the teacher's most likely token [R, 1] is common, and the student's."""
+        size = self.of_student.ids.numel()
+        if size == 0:
+            return torch.zeros_like(student.entropy)
+        column = self.of_teacher.common_of(top)
+        said = student.log_p.gather(1, self.of_student.ids.take(column.clamp_max(size - 1)))
+        return ((column < size) & said.eq(student.log_p.amax(dim=-1, keepdim=True)))[:, 0].to(self.dtype)

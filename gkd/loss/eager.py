@@ -107,18 +107,23 @@ def top_k_of_dense(log_q: Tensor, q: Tensor, k: int, tail: str) -> TopK:
     """The top k of a teacher whose full distribution is at hand (k < V); q is used up."""
     top, ids = log_q.topk(k, dim=-1)
     rest = q.scatter_(1, ids, 0).sum(dim=-1, keepdim=True)  # added up, not 1 - sum: exact however small
-    return _with_tail(ids, top, log_of(rest), tail)
+    return with_tail(ids, top, log_of(rest), tail)
 
 
 def top_k_of_signal(ids: Tensor, log_q: Tensor, vocab: int, tail: str) -> TopK:
     """The same from log-probabilities alone; the tail's mass is what they leave, by log1mexp."""
     if ids.shape[-1] >= vocab:
         return TopK(ids, log_q, None)
-    mass = log_q.logsumexp(dim=-1, keepdim=True).clamp_max(-_SMALLEST_TAIL)
-    return _with_tail(ids, log_q, log1mexp(mass), tail)
+    return with_tail(ids, log_q, log_mass_left(log_q), tail)
 
 
-def _with_tail(ids: Tensor, log_q: Tensor, log_tail: Tensor, tail: str) -> TopK:
+def log_mass_left(log_q: Tensor) -> Tensor:
+    """What log-probabilities [R, K] of a signal leave to all other tokens [R, 1]."""
+    return log1mexp(log_q.logsumexp(dim=-1, keepdim=True).clamp_max(-_SMALLEST_TAIL))
+
+
+def with_tail(ids: Tensor, log_q: Tensor, log_tail: Tensor, tail: str) -> TopK:
+    """Outcomes ids, log_q [R, K] and the mass of all others [R, 1], of which becomes what `tail` says."""
     if tail == "bucket":
         return TopK(ids, log_q, log_tail)
     if tail == "ignore":

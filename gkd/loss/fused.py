@@ -21,7 +21,7 @@ from gkd.loss.aligned import check_aligned, run_aligned
 from gkd.loss.chunks import FusedPass, Gradients, even_cuts
 from gkd.loss.cross_entropy import run_cross_entropy
 from gkd.loss.projection import Projection
-from gkd.loss.settings import FusedOutput, LossSettings
+from gkd.loss.settings import FusedOutput, LossSettings, check_plain_temperature
 from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TeacherSignal, TopKSignal
 
 _Inputs = tuple[Tensor, Tensor, Tensor | None]
@@ -66,7 +66,7 @@ def fused_divergence(
 
     Raises:
         ValueError: sizes that do not fit together, a target or a top-k id outside the compared vocabulary, a
-            temperature other than 1 with a top-k signal, teacher_top_k or shared_vocab with an aligned one.
+            temperature other than 1 with a top-k signal, shared_vocab with an aligned one.
     """
     inputs, gradients = wanted_gradients(student_hidden, student_head)
 
@@ -177,8 +177,8 @@ def _run_aligned_pass(
     check_ids: bool,
     gradients: Gradients,
 ) -> FusedOutput:
-    vocab, teacher_vocab = student_head.weight.shape[0], signal.teacher.head.weight.shape[0]
     check_aligned(signal, student_hidden, targets, settings)
+    vocab, teacher_vocab, dense = student_head.weight.shape[0], signal.teacher_size, signal.teacher
     if check_ids:
         for name, ids, size in (
             ("target", targets, vocab),
@@ -196,7 +196,7 @@ def _run_aligned_pass(
                 ids_in_range("common token's place", joined[1], signal.student_ids.numel())
     dtype = _dtype(student_hidden)
     student = Projection(student_hidden, student_head, vocab, dtype)
-    teacher = Projection(signal.teacher.hidden, signal.teacher.head, teacher_vocab, dtype)
+    teacher = Projection(dense.hidden, dense.head, teacher_vocab, dtype) if isinstance(dense, DenseSignal) else None
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         return run_aligned(
             student,
@@ -293,11 +293,7 @@ def _compared_vocabulary(
         vocab = min(vocab, teacher_vocab)
     else:
         signal_size = signal.ids.shape[0]
-        if settings.loss_temperature != 1 or settings.teacher_temperature != 1:
-            raise ValueError(
-                f"loss_temperature={settings.loss_temperature} (teacher {settings.teacher_temperature}) needs the "
-                "teacher's full distribution, and a top-k signal has its log-probabilities at temperature 1: use 1.0"
-            )
+        check_plain_temperature(settings)
     if settings.shared_vocab is not None:
         if settings.shared_vocab > vocab:
             raise ValueError(f"shared_vocab={settings.shared_vocab} is more than the {vocab} rows of the smaller head")

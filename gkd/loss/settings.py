@@ -94,11 +94,15 @@ class LossSettings:
             parts.append(f"(teacher {self.teacher_temperature:g})")
         if self.scale_by_temperature_squared:
             parts.append(f"times T² = {self.loss_temperature**2:g}")
-        if self.teacher_top_k is not None:
+        if common is not None:
+            which = f"the {common:,} common tokens"
+            if self.teacher_top_k is not None:
+                which = f"those of {which} that the teacher's {self.teacher_top_k} most likely ones count with"
+            rest = "and the rest" if self.top_k_tail == "bucket" else f"({self.top_k_tail})"
+            parts.append(f"over {which} {rest}, and over the likelihoods of longer texts")
+        elif self.teacher_top_k is not None:
             rest = "and the rest (a lower bound)" if self.top_k_tail == "bucket" else "alone (renormalize)"
             parts.append(f"over the teacher's {self.teacher_top_k} most likely tokens {rest}")
-        elif common is not None:
-            parts.append(f"over the {common:,} common tokens and the rest, and over the likelihoods of longer texts")
         elif self.shared_vocab is not None:
             parts.append(f"over the {self.shared_vocab:,} common tokens")
         else:
@@ -108,6 +112,15 @@ class LossSettings:
     @property
     def teacher_temperature(self) -> float:
         return self.loss_temperature if self.teacher_loss_temperature is None else self.teacher_loss_temperature
+
+
+def check_plain_temperature(settings: LossSettings) -> None:
+    """Raises ValueError where a top-k signal would have to be tempered."""
+    if settings.loss_temperature != 1 or settings.teacher_temperature != 1:
+        raise ValueError(
+            f"loss_temperature={settings.loss_temperature} (teacher {settings.teacher_temperature}) needs the "
+            "teacher's full distribution, and a top-k signal has its log-probabilities at temperature 1: use 1.0"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +138,8 @@ class FusedOutput:
         teacher_log_prob: [N] the teacher's log-probability of the target at temperature 1; for a top-k signal and a
             target outside it, the log of the tail's whole mass (an upper bound).
         cross_entropy: [N] nats, of the student on the target at temperature 1, or None without ce_weights.
-        top_k_mass: [N] what the K tokens of a top-k signal hold of the teacher's probability, or None.
+        top_k_mass: [N] what the K tokens of a top-k signal hold of the teacher's probability, or None; NaN where the
+            teacher does not stand.
         forward_kl: [N] KL(teacher || student) over the compared outcomes, or None. reverse_kl: the other way round.
         kinds: [N] int8, of an aligned signal: NOT_COMPARED, IN_FULL or IN_TEXT (`gkd.loss.signals`). There, every
             token of a group has the group's mean divergence and teacher_log_prob, and what is said of one place

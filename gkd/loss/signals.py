@@ -45,6 +45,11 @@ class DenseSignal:
     head: Head
     exchanged: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where it stands."""
+        return self.hidden.device
+
     def exchanging(self, pair: tuple[int, int]) -> DenseSignal:
         """The same with two tokens in each other's place."""
         return replace(self, exchanged=(*self.exchanged, pair))
@@ -59,10 +64,18 @@ class TopKSignal:
     """The teacher's K most likely tokens per target: ids [N, K] and their log-probabilities [N, K] fp32.
 
     The log-probabilities are normalised over the full vocabulary at temperature 1, so 1 - sum(exp) is the tail's mass.
+    `own` [N] are those of the tokens that stand there in the teacher's view, among the K or not; None where they are
+    not known.
     """
 
     ids: Tensor
     log_probs: Tensor
+    own: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it stands."""
+        return self.ids.device
 
     def exchanging(self, pair: tuple[int, int]) -> TopKSignal:
         """The same with two tokens in each other's place."""
@@ -73,7 +86,8 @@ class TopKSignal:
     def at(self, places: Tensor) -> TopKSignal:
         """The same of some of the targets: `places` [n], numbers of them."""
         places = places.to(self.ids.device)
-        return TopKSignal(self.ids.index_select(0, places), self.log_probs.index_select(0, places))
+        ids, log_probs = self.ids.index_select(0, places), self.log_probs.index_select(0, places)
+        return TopKSignal(ids, log_probs, None if self.own is None else self.own.index_select(0, places))
 
 
 TeacherSignal = DenseSignal | TopKSignal
@@ -92,7 +106,8 @@ class AlignedSignal:
     says. The last four tensors are small and decide shapes: left on the CPU, nothing waits for the device.
 
     Attributes:
-        teacher: its hidden states at the places that predict its targets, and its head.
+        teacher: what it says at the places that predict its targets: its hidden states and its head, or its K most
+            likely tokens there with the log-probabilities of its targets (`TopKSignal.own`).
         targets: [M] the teacher's own ids.
         student_ids: [S] the common tokens, quickest in ascending order. teacher_ids: [S] the same tokens in the
             teacher's vocabulary. Each id once.
@@ -102,9 +117,10 @@ class AlignedSignal:
         teacher_group: [M] the same of the teacher's tokens. Every number that is in one of the two is in the other.
         student_joined: [2, F] ids of the student and which of the S common tokens each is counted with, or None: "12"
             with "1", where the teacher writes "1", "2". teacher_joined: the same the other way round.
+        size: how many ids the teacher has tokens for, where its head is not here to tell.
     """
 
-    teacher: DenseSignal
+    teacher: TeacherSignal
     targets: Tensor
     student_ids: Tensor
     teacher_ids: Tensor
@@ -113,6 +129,15 @@ class AlignedSignal:
     teacher_group: Tensor
     student_joined: Tensor | None = None
     teacher_joined: Tensor | None = None
+    size: int | None = None
+
+    @property
+    def teacher_size(self) -> int:
+        """Ids of the teacher's vocabulary."""
+        if isinstance(self.teacher, DenseSignal):
+            return self.teacher.head.weight.shape[0]
+        assert self.size is not None, "a top-k signal does not tell how many ids there are"
+        return self.size
 
     def exchanging(self, pair: tuple[int, int]) -> AlignedSignal:
         """The same: its tokens that end a turn are a pair of common tokens already."""

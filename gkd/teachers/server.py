@@ -36,7 +36,8 @@ _BYTES_PER_SCORE = 400  # of JSON, text of a token and its rank included; about 
 
 T = TypeVar("T")
 Entries = list[Entry]  # vLLM's prompt_logprobs, one for each token
-Scores = tuple[list[list[int]], list[list[float]]]  # one row's targets: ids and log-probabilities, K each
+# One row's targets: ids and log-probabilities, K each, and the log-probability of the target itself.
+Scores = tuple[list[list[int]], list[list[float]], list[float]]
 
 
 class ServerTeacher(Teacher):
@@ -46,7 +47,8 @@ class ServerTeacher(Teacher):
         client: the servers.
         served: the base model they serve, which is the teacher.
         top_k: K; the server's --max-logprobs must allow it.
-        vocabulary: ids from here on are an error, since the student has no such token; None allows all.
+        vocabulary: ids from here on are an error, since the student has no such token; None allows all (a teacher
+            with another tokenizer).
 
     Raises:
         ValueError: the server does not score, or not that many tokens.
@@ -84,8 +86,9 @@ class ServerTeacher(Teacher):
                 assert positions[-1] < lengths[row], "a target in the padding"
                 calls.append(self._scores_of(ids[: positions[-1] + 1], positions, row))
         scores: list[Scores] = self.client.run_all(calls)
-        ids_of = [row for ids, _ in scores for row in ids]
-        log_probs_of = [row for _, log_probs in scores for row in log_probs]
+        ids_of = [row for ids, _, _ in scores for row in ids]
+        log_probs_of = [row for _, log_probs, _ in scores for row in log_probs]
+        own = [value for _, _, of_targets in scores for value in of_targets]
         if self.top_k > 1 and len(log_probs_of) >= _ENOUGH and all(row[0] == row[-1] for row in log_probs_of):
             raise ServerError(
                 f"{self.client.field}: all {self.top_k} scores of a position are equal, at every position"
@@ -93,6 +96,7 @@ class ServerTeacher(Teacher):
         return TopKSignal(
             torch.tensor(ids_of, dtype=torch.long, device=device).view(-1, self.top_k),
             torch.tensor(log_probs_of, dtype=torch.float32, device=device).view(-1, self.top_k),
+            torch.tensor(own, dtype=torch.float32, device=device),
         )
 
     def rollout(self, settings: SamplingSettings, *, seed: int, source: str) -> VLLMRollout:
@@ -115,7 +119,7 @@ class ServerTeacher(Teacher):
     # ------------------------------------------------------------------------------------------------ a request
 
     def _scores_of(self, ids: list[int], positions: list[int], row: int) -> Callable[[threading.Event], Scores]:
-        return self._call(ids, row, lambda scores: self._read(scores, positions))
+        return self._call(ids, row, lambda scores: self._read(scores, positions, ids))
 
     def _call(self, ids: list[int], row: int, read: Callable[[Entries], T]) -> Callable[[threading.Event], T]:
         room = self.served.max_model_len
@@ -145,9 +149,10 @@ class ServerTeacher(Teacher):
             return {"model": self.served.name, "token_ids": ids, "sampling_params": sampling}
         return {"model": self.served.name, "prompt": ids, **sampling}
 
-    def _read(self, scores: Entries, positions: list[int]) -> Scores:
+    def _read(self, scores: Entries, positions: list[int], ids: list[int]) -> Scores:
         tops = [top_scores(scores[t], t, self.top_k, self.vocabulary) for t in positions]
-        return [ids for ids, _ in tops], [log_probs for _, log_probs in tops]
+        own = [own_score(scores[t], t, ids[t]) for t in positions]
+        return [most for most, _ in tops], [log_probs for _, log_probs in tops], own
 
     def _find_path(self) -> str:
         """Score two tokens: shows which way in is open, and whether the server allows K."""
@@ -157,7 +162,7 @@ class ServerTeacher(Teacher):
                 timeout = min(self.client.timeout, START_SECONDS)
                 for url in self.client.urls:
                     body = self.client.post(path, self._payload(path, [0, 0]), url=url, timeout=timeout)
-                    self._read(prompt_scores_of(body, self.served.name, [0, 0]), [1])
+                    self._read(prompt_scores_of(body, self.served.name, [0, 0]), [1], [0, 0])
                 return path
             except RefusedError as error:
                 refusals.append(str(error))

@@ -153,28 +153,22 @@ class MicroBatches:
             read = teacher_view(inputs)
             scored = score_together(trainer.teacher, {**read, **kept} if kept else read, self._accelerator)
         if _MEETING in inputs:
-            assert isinstance(scored, DenseSignal)
+            assert not isinstance(scored, SplitSignal)
             return self._aligned(scored, inputs)
         return scored if trainer.hygiene.end_map is None else scored.exchanging(trainer.hygiene.end_map)
 
-    def _aligned(self, scored: DenseSignal, inputs: Batch) -> AlignedSignal:
+    def _aligned(self, scored: TeacherSignal, inputs: Batch) -> AlignedSignal:
         """The signal of a teacher with another tokenizer."""
-        device, meeting = scored.hidden.device, inputs[_MEETING]
-        if self._vocabularies is None or self._vocabularies[0].device != device:
-            own = self._trainer.alignment
-            both = (own.common.student, own.common.teacher, own.student_joined, own.teacher_joined)
-            self._vocabularies = [None if ids is None else ids.to(device) for ids in both]
-        student_ids, teacher_ids, student_joined, teacher_joined = self._vocabularies
+        device, meeting = scored.device, inputs[_MEETING]
+        if self._vocabularies is None or self._vocabularies["student_ids"].device != device:
+            self._vocabularies = self._trainer.alignment.vocabularies(device)
         return AlignedSignal(
-            scored,
-            inputs["teacher_target_ids"],
-            student_ids,
-            teacher_ids,
-            meeting.border,
-            meeting.group,
-            meeting.teacher_group,
-            student_joined,
-            teacher_joined,
+            teacher=scored,
+            targets=inputs["teacher_target_ids"],
+            border=meeting.border,
+            group=meeting.group,
+            teacher_group=meeting.teacher_group,
+            **self._vocabularies,
         )
 
     def model_inputs(self, inputs: Batch) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from other_tokens import END, START, other_model, other_tokenizer
 from tiny import TURN_END, save_tiny, tiny_rows, tiny_tokenizer
+from vllm_server.fake import FakeServer
 
 import gkd.commands.doctor.alignment as alignment_of_doctor
 from gkd.commands.doctor.alignment import alignment_of, common_mass, examine_groups, examine_mass
@@ -46,7 +48,8 @@ def folder(tmp_path_factory):
 def doctor(folder, **values):
     names = {"model_name_or_path": "student", "teacher_model_name_or_path": "teacher", "dataset_name": "rows.jsonl"}
     flags = {**{name: folder / file for name, file in names.items()}, **values}
-    return examine(capture(str(folder / "recipe.py"), [f"--{name}={value}" for name, value in flags.items()]))
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return examine(capture(str(folder / "recipe.py"), given))
 
 
 def the(diagnosis, name):
@@ -142,7 +145,7 @@ def test_the_mass_of_the_common_tokens_is_the_teachers_own(diagnosis):
 def test_a_small_mass_is_a_warning(monkeypatch):
     monkeypatch.setattr(alignment_of_doctor, "common_mass", lambda *args: (torch.tensor([0.5]), torch.tensor([0.3])))
     out = Diagnosis()
-    examine_mass(out, None, [], Conditions())
+    examine_mass(out, SimpleNamespace(top_k=None), [], Conditions())
     assert the(out, "Common tokens").level == "warning"
     assert "80.0%" in the(out, "Common tokens").message
 
@@ -151,3 +154,17 @@ def test_without_the_field_the_refusal_names_it(folder):
     refused = the(doctor(folder), "Token maps")
     assert refused.level == "error"
     assert "teacher_tokenizer_alignment" in refused.message
+
+
+def test_a_teacher_on_a_server(folder, diagnosis):
+    """Its tokenizer is read by the name that the server gives; the mass is as far as its K tokens tell."""
+    with FakeServer(other_model().eval(), OTHER, root=str(folder / "teacher"), max_logprobs=400) as server:
+        flags = {"teacher_server_url": server.url, "teacher_top_k": 272, "teacher_tokenizer_alignment": "bytes"}
+        found = doctor(folder, teacher_model_name_or_path=None, **flags)
+    assert found.passed, [check.message for check in found.checks if check.level == "error"]
+    assert [row.groups for row in found.rows] == [row.groups for row in diagnosis.rows]
+    assert the(found, "Alignment").message == the(diagnosis, "Alignment").message
+    assert "the teacher's own tokenizer here" in the(found, "Token maps").message
+    assert "in its own" in the(found, "Chat templates").message
+    of_local = the(diagnosis, "Common tokens").message
+    assert the(found, "Common tokens").message == f"of its 272 most likely tokens: {of_local}"

@@ -9,6 +9,7 @@ from datasets import Dataset
 from other_tokens import END, other_model, other_tokenizer
 from tiny import TURN_END, tiny_model, tiny_rows, tiny_tokenizer
 from training import config
+from vllm_server.fake import FakeServer
 
 from gkd.assembly.evaluator import evaluator_of
 from gkd.evaluation.subject import LocalSubject
@@ -198,3 +199,48 @@ def test_what_the_teacher_writes_is_counted_in_the_students_tokens(run, evaluate
     assert student.samples[0][0] == OWN.decode(prompt(ROWS[0], OWN))
     assert "bits per byte" in student.settings["the teacher"]
     assert student.values["agreement_own"].count == 5
+
+
+@pytest.fixture(scope="module")
+def served(run, tmp_path_factory):
+    """The same teacher on a server that tells of all its tokens."""
+    folder = tmp_path_factory.mktemp("served")
+    OTHER.save_pretrained(folder / "model")
+    how = {"root": str(folder / "model"), "max_logprobs": 400}
+    with FakeServer(run.teacher.model, other_tokenizer(), **how) as server:
+        yield GKDTrainer(
+            model=run.model,
+            args=config(
+                folder / "run",
+                teacher_tokenizer_alignment="bytes",
+                teacher_server_url=server.url,
+                teacher_top_k=len(OTHER) + 6,
+                divergence="forward_kl",
+                eval_strategy="steps",
+                max_new_tokens=6,
+            ),
+            train_dataset=Dataset.from_list(ROWS),
+            eval_dataset=Dataset.from_list(ROWS),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("data", [{}, {"held_out_text": TEXTS}], ids=["answers", "texts"])
+def test_a_teacher_on_a_server_is_measured_as_one_in_this_process(run, served, data):
+    asked = SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=None)
+    here, there = (evaluator_of(one, {"eval": Dataset.from_list(ROWS), **data}, asked) for one in (run, served))
+    found = there._perplexity(there.teacher)
+    assert found["bits_per_byte"].value == pytest.approx(
+        here._perplexity(here.teacher)["bits_per_byte"].value, rel=1e-5
+    )
+    if data:
+        return
+    answers = [[*ids_of(row["messages"][-1]["content"], OWN), STUDENT_END] for row in ROWS]
+    means = [harness._target_means(LocalSubject(run.model), answers) for harness in (here, there)]
+    for name in ("divergence", "forward_kl", "agreement"):
+        assert means[1][name].value == pytest.approx(means[0][name].value, rel=1e-5)
+    assert served.evaluate()["eval_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-5)
+    measured = there.measure(there.teacher, "teacher")
+    assert measured.values["divergence_own"].value == 0.0
+    assert measured.values["bits_per_byte_teacher_text"].value > 0
+    assert "most likely tokens" in measured.settings["divergence"]

@@ -12,11 +12,13 @@ import pytest
 import requests
 import torch
 from accelerate import Accelerator
+from aligned_training import OTHER, OWN, ROWS, check
 from datasets import Dataset
+from other_tokens import other_model
 from peft import LoraConfig, get_peft_model
 from served import loss_of, ragged_batch
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-from training import config
+from training import Remember, change, config, losses
 from transformers import AutoModelForCausalLM
 from vllm_server.serve import INSTALLED, Server
 
@@ -237,6 +239,18 @@ def test_training_with_the_server_as_student_and_teacher(tmp_path, url, folder):
     assert trainer.ledger.targets["teacher"] > 0
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert min(losses) > 0.01
+
+
+def test_a_teacher_with_another_tokenizer_is_compared_as_its_definition_says(tmp_path, monkeypatch, url, folder):
+    """The student has the longer tokens; the teacher's tokenizer is read by the name that the server gives."""
+    remembered, student = Remember(monkeypatch), other_model()
+    models = [copy.deepcopy(student).double(), base_of(folder).double()]
+    how = {"teacher_tokenizer_alignment": "bytes", "teacher_server_url": url, "teacher_top_k": 32}
+    args = config(tmp_path, lmbda=0.0, per_device_train_batch_size=8, **how)
+    trainer = GKDTrainer(model=student, args=args, train_dataset=ROWS, processing_class=OTHER)
+    moved = change(trainer)
+    loss, _ = check(moved, models, remembered.windows[0], bound=1e-3, tokenizers=(OTHER, OWN), k=32)
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-3)
 
 
 def test_training_one_step_ahead(tmp_path, url, folder):

@@ -3,11 +3,13 @@
 The definition goes group by group in plain Python, from probabilities; autograd gives its gradient.
 """
 
+from dataclasses import replace
+
 import oracle
 import torch
 from fused_case import Case
 
-from gkd.loss.signals import AlignedSignal, DenseSignal, Head
+from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TopKSignal
 
 DS, DT = 6, 9
 # (tokens of the student, tokens of the teacher); 0 = that side has no group.
@@ -60,10 +62,51 @@ class AlignedCase(Case):
         self.weights = torch.rand(n, generator=generator, dtype=torch.float64)
         self.ce_weights = torch.rand(n, generator=generator, dtype=torch.float64) * (torch.arange(n) % 3 > 0)
 
+    full = None  # the teacher where the signal is of its most likely tokens alone
+
     def logits(self):
-        head = self.signal.teacher.head
-        zt = self.signal.teacher.hidden.double() @ head.weight.double().t()
-        return self.student_logits(), (zt + head.bias.double()) * head.logit_scale
+        teacher = self.full or self.signal.teacher
+        zt = teacher.hidden.double() @ teacher.head.weight.double().t()
+        return self.student_logits(), (zt + teacher.head.bias.double()) * teacher.head.logit_scale
+
+    def as_a_server_tells(self, k):
+        """The teacher's K most likely tokens, in any order, in the place of its hidden states."""
+        self.full, log_q = self.signal.teacher, self.logits()[1].log_softmax(-1)
+        top = log_q.topk(k, dim=-1)
+        order = torch.rand(top.indices.shape, generator=torch.Generator().manual_seed(4)).argsort(-1)
+        own = log_q.gather(1, self.signal.targets[:, None])[:, 0]
+        told = TopKSignal(top.indices.gather(1, order), top.values.gather(1, order), own)
+        self.signal = replace(self.signal, teacher=told, size=log_q.shape[1])
+        return self
+
+    def members(self, ids, joined):
+        """The ids that count with each common token."""
+        found = [[i] for i in ids.tolist()]
+        for i, place in [] if joined is None else joined.t().tolist():
+            found[place].append(i)
+        return found
+
+    def most_likely_outcomes(self, s, t, k, tail):
+        """Probabilities of the outcomes that the teacher's K tokens count with, and of all else; None without any."""
+        signal = self.signal
+        ours = self.members(signal.student_ids, signal.student_joined)
+        theirs = self.members(signal.teacher_ids, signal.teacher_joined)
+        top = t.topk(k).indices.tolist()
+        hit = [place for place, members in enumerate(theirs) if set(members) & set(top)]
+        if not hit:
+            return None
+        p = torch.stack([s[ours[place]].sum() for place in hit])
+        q = torch.stack([t[[i for i in theirs[place] if i in top]].sum() for place in hit])
+        every = [sum(map(len, side)) for side in (ours, theirs)]
+        of_student = every[0] < len(s) or k < len(ours)
+        of_teacher = every[1] < len(t) or k < len(t)
+        if tail == "renormalize_both" or not (of_student and of_teacher):
+            return p / p.sum(), q / q.sum()
+        if tail == "ignore":
+            return p, q
+        if tail == "renormalize":
+            q = q / q.sum()
+        return torch.cat([p, 1 - p.sum()[None]]), torch.cat([q, 1 - q.sum()[None]])
 
     def outcomes(self, s, t):
         """Probabilities of the compared outcomes, of one place."""
@@ -86,9 +129,10 @@ class AlignedCase(Case):
 
     def expected(
         self, name="jsd", parameters=None, ce=False, loss_temperature=1.0, teacher_loss_temperature=None,
-        scale_by_temperature_squared=False, **_,
+        scale_by_temperature_squared=False, teacher_top_k=None, top_k_tail="bucket", **_,
     ):  # fmt: skip
         z, zt = self.logits()
+        k = teacher_top_k if self.full is None else min(teacher_top_k or 10**9, self.signal.teacher.ids.shape[1])
         signal, loss, per_token = self.signal, z.sum() * 0, z.new_zeros(z.shape[0])
         square = loss_temperature**2 if scale_by_temperature_squared else 1
         for number in range(int(signal.group.max()) + 1 if signal.group.numel() else 0):
@@ -97,7 +141,8 @@ class AlignedCase(Case):
             n = len(mine)
             s = (z[mine[0]] / loss_temperature).softmax(-1)
             t = (zt[theirs[0]] / (teacher_loss_temperature or loss_temperature)).softmax(-1)
-            value = square * oracle.divergence(name, *self.outcomes(s, t), **(parameters or {}))
+            both = self.outcomes(s, t) if k is None else self.most_likely_outcomes(s, t, k, top_k_tail)
+            value = s.sum() * 0 if both is None else square * oracle.divergence(name, *both, **(parameters or {}))
             if (n, len(theirs)) != (1, 1):
                 p = torch.stack([z[i].softmax(-1)[self.targets[i]] for i in mine]).prod()
                 q = torch.stack([zt[i].softmax(-1)[signal.targets[i]] for i in theirs]).prod()

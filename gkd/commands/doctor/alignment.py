@@ -16,7 +16,7 @@ from gkd.data.respelling import Respelling
 from gkd.data.sequences import TokenSequence, sequence_of
 from gkd.data.teacher_rows import OwnTemplate
 from gkd.evaluation.subject import Conditions, Subject
-from gkd.loss.signals import AlignedSignal
+from gkd.loss.signals import AlignedSignal, TopKSignal
 
 ROWS_ALIGNED, ROWS_SCORED = 256, 16
 MASS, IN_FULL = 0.9, 0.5  # less is worth a warning
@@ -98,8 +98,9 @@ def examine_mass(out: Diagnosis, teacher: Subject, sequences: Sequence[TokenSequ
         out.add("Common tokens", "ok", "not measured: no tokens of these rows are compared")
         return
     mass = float((alone + joined).mean())
+    told = "" if teacher.top_k is None else f"of its {teacher.top_k} most likely tokens: "
     message = (
-        f"at {alone.numel():,} places they hold {float(alone.mean()):.1%} of the teacher's probability, and "
+        f"{told}at {alone.numel():,} places they hold {float(alone.mean()):.1%} of the teacher's probability, and "
         f"{mass:.1%} with the tokens that are counted with the one they begin with"
     )
     small = mass < MASS
@@ -110,7 +111,8 @@ def examine_mass(out: Diagnosis, teacher: Subject, sequences: Sequence[TokenSequ
 def common_mass(
     teacher: Subject, sequences: Sequence[TokenSequence], how: Conditions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's probability of the common tokens, and of those that are counted with one, at each border [N]."""
+    """The teacher's probability of the common tokens, and of those that are counted with one, at each border [N]; as
+    far as its K most likely tokens tell it."""
     device = torch.device("cpu") if how.accelerator is None else how.accelerator.device
     masses: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad(), teacher.asked(how) as ask:
@@ -119,9 +121,17 @@ def common_mass(
             signal = ask(batch)
             assert isinstance(signal, AlignedSignal)
             border = batch[BORDER]
-            hidden = signal.teacher.hidden[border[border >= 0].to(signal.teacher.hidden.device)]
-            p = signal.teacher.head.logits(hidden).float().softmax(-1)
-            with_others = signal.teacher_joined
-            joined = p.new_zeros(len(p)) if with_others is None else p[:, with_others[0]].sum(-1)
-            masses.append((p[:, signal.teacher_ids].sum(-1).cpu(), joined.cpu()))
+            masses.append(_masses(signal, border[border >= 0]))
     return torch.cat([alone for alone, _ in masses]), torch.cat([joined for _, joined in masses])
+
+
+def _masses(signal: AlignedSignal, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    said = signal.teacher.at(rows)
+    if isinstance(said, TopKSignal):
+        ids, p = said.ids, said.log_probs.exp()
+    else:
+        p = said.head.logits(said.hidden).float().softmax(-1)
+        ids = torch.arange(p.shape[1], device=p.device).expand_as(p)
+    others = ids.new_zeros(0) if signal.teacher_joined is None else signal.teacher_joined[0]
+    alone, joined = ((p * torch.isin(ids, known)).sum(dim=-1).cpu() for known in (signal.teacher_ids, others))
+    return alone, joined

@@ -93,8 +93,9 @@ def _of_each_teacher(out: Diagnosis, settings: Settings) -> Tokenizers | None:
         tokenizers = _attempt(of, "Tokenizers", partial(_tokenizers, of, one))
         if tokenizers is not None:
             _attempt(of, "Token maps", partial(_token_maps, of, one, tokenizers))
+            aligned = args.teacher_tokenizer_alignment is not None
             apart = _writes_other_tokens(args, tokenizers) or (
-                args.teacher_tokenizer_alignment is not None and _other_tokens(tokenizers)
+                aligned and (args.teacher_server_url is not None or _other_tokens(tokenizers))
             )
             _chat_templates(of, *tokenizers, args.teacher_template == "own" or apart)
         found.append(tokenizers)
@@ -271,7 +272,9 @@ def _sizes(out: Diagnosis, trainer: GKDTrainer) -> None:
     else:
         out.add("Models", "ok", f"{size}; teacher {trainer.accelerator.unwrap_model(teacher).num_parameters():,}")
     if trainer.args.teacher_server_url is not None:
-        out.add("Token maps", "ok", "the teacher's server makes the same ids of a line of text and the special tokens")
+        same = "the same ids of a line of text and the special tokens"
+        whose = " as the teacher's own tokenizer here" if trainer.alignment is not None else ""
+        out.add("Token maps", "ok", f"the teacher's server makes {same}{whose}")
     _stop_ids(out, trainer)
 
 
