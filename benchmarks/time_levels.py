@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LEVELS = (0.8, 0.65, 0.5)  # of the divergence before training
+LEVELS = (0.8, 0.65, 0.55)  # of the divergence before training; all get there in 60 steps on the tuning seed
 TUNING = 0  # the seed that the learning rate is chosen on; it is in no figure
 OURS = "gkd"
 Curve = Sequence[Sequence[float]]  # (step, CPU seconds, divergence)
