@@ -18,6 +18,7 @@ from rich.console import Console
 
 from gkd._version import __version__
 from gkd.common.distribution import check_alone
+from gkd.common.sign_of_life import SignOfLife
 from gkd.recipe.capture import capture, run_recipe
 from gkd.recipe.mistakes import mistakes_in_one_line
 
@@ -350,15 +351,19 @@ def _quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import datasets
-            from transformers.utils import logging as of_transformers
+            with SignOfLife("loading the libraries"):
+                import datasets
+                from transformers.utils import logging as of_transformers
 
+            shown = not datasets.are_progress_bars_disabled(), of_transformers.is_progress_bar_enabled()
             datasets.disable_progress_bars()
             of_transformers.disable_progress_bar()
             yield
     finally:
-        datasets.enable_progress_bars()
-        of_transformers.enable_progress_bar()
+        if shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            of_transformers.enable_progress_bar()
         logging.disable(logging.NOTSET)
 
 
@@ -406,7 +411,9 @@ def _export(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.commands.export.export import Order, export
 
     names = ("run", "to", "output", "dtype", "gguf_type", "llama_cpp", "trust_remote_code")
-    for line in export(Order(**{name: getattr(arguments, name) for name in names})):
+    with SignOfLife("exporting"):
+        lines = export(Order(**{name: getattr(arguments, name) for name in names}))
+    for line in lines:
         print(line)
     return 0
 
@@ -449,16 +456,17 @@ def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
         if arguments.prompt_template is None:
             raise ValueError("--completion_column needs --prompt_column or --prompt_template beside it")
         columns = ("", arguments.completion_column)
-    path = write_recipe(
-        arguments.name,
-        arguments.data,
-        arguments.student,
-        arguments.teacher,
-        output=arguments.output,
-        columns=columns,
-        force=arguments.force,
-        template=arguments.prompt_template,
-    )
+    with SignOfLife("looking at the data"):
+        path = write_recipe(
+            arguments.name,
+            arguments.data,
+            arguments.student,
+            arguments.teacher,
+            output=arguments.output,
+            columns=columns,
+            force=arguments.force,
+            template=arguments.prompt_template,
+        )
     print(f"wrote {path}; next: gkd doctor {path}")
     return 0
 

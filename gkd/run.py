@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+import gkd.recipe.quiet  # noqa: F401  (before the libraries that it quietens)
 from gkd.assembly.evaluator import evaluator_of
 from gkd.common.distribution import check_alone
 from gkd.common.launcher import end_with_the_launcher

@@ -17,5 +17,6 @@ ranks: sums and maxima over ranks, the same on one process. Formulas never ask `
 ranges: ranges and choices of values: what is outside is refused by the name that the user knows it by
 redact: keep secrets out of what is published: a command line and settings with access tokens and
     passwords replaced
+sign_of_life: from what takes long: a bar on a terminal, elsewhere a plain line now and then
 text: text made short, or harmless for a terminal; seconds as text
 """

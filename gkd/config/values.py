@@ -29,6 +29,8 @@ _INEFFECTIVE = (
     ("average_tokens_across_devices", True, "the loss is always the mean over the targets of all ranks"),
 )
 
+INEFFECTIVE = tuple(name for name, _, _ in _INEFFECTIVE)
+
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _FORM = """'{"name": "value"}'"""
 _DICTS = (

@@ -58,9 +58,10 @@ class AlignedSubject(Subject):
         sampling: SamplingSettings,
         how: Conditions,
         rows: Sequence[int] | None = None,
+        tick: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         as_it_stops = replace(sampling, stop_ids=self.sampling.stop_ids, extra=self.sampling.extra)
-        return [self.rewriting(ids)[0] for ids in self.model.generate(prompts, as_it_stops, how, rows)]
+        return [self.rewriting(ids)[0] for ids in self.model.generate(prompts, as_it_stops, how, rows, tick)]
 
     def shared_batch(self, sequences: list[TokenSequence], device: torch.device) -> dict[str, Tensor]:
         batch = collate_aligned(sequences, self.alignment, pad_id=0)

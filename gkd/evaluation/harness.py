@@ -29,9 +29,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from gkd.common.sign_of_life import SignOfLife
 from gkd.data.last_turn import LastTurn
 from gkd.evaluation.bits import Sizes
 from gkd.evaluation.measures import (
@@ -103,7 +103,7 @@ class Evaluator:
     num_samples: int = 3
     teacher_follows: bool = False
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
-    _bar: Any = field(default=None, init=False, repr=False)
+    _sign: SignOfLife | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -150,7 +150,7 @@ class Evaluator:
         """
         is_teacher = model == self.teacher
         sampling = self._teacher_sampling if is_teacher else self.sampling
-        with self._watched(name):
+        with self._watched(name, model):
             own = self.teacher_text() if is_teacher else self._generate(model, sampling)
             prompts = self._prompts_of(model)
             values = {
@@ -234,25 +234,31 @@ class Evaluator:
         return self.teacher_sampling or self.sampling
 
     @contextmanager
-    def _watched(self, name: str) -> Iterator[None]:
+    def _watched(self, name: str, model: Subject) -> Iterator[None]:
         """A line in a log, a bar on a terminal: this takes as long as so many sequences written and read."""
         logger.info("measuring the %s on %d prompts", name, len(self.prompts))
-        accelerator = self.conditions.accelerator
-        is_main = accelerator is None or accelerator.is_main_process
-        bar = tqdm(desc=name, unit="sequence", disable=None if is_main else True, leave=False, dynamic_ncols=True)
-        with bar as self._bar:
+        with SignOfLife(name, self._number_of_sequences(model), "sequence") as self._sign:
             yield
-        self._bar = None
+        self._sign = None
+
+    def _number_of_sequences(self, model: Subject) -> int:
+        """To be written and read for one model."""
+        is_teacher, prompts = model == self.teacher, len(self.prompts)
+        passes = 0 if is_teacher else 1
+        if self.teacher is not None:
+            passes += int(self._teacher_text is None) + (1 if is_teacher else 2) + int(self._sizes.of_ids is not None)
+        if self.score is not None:
+            sampling = self._teacher_sampling if is_teacher else self.sampling
+            passes += 1 + int(_undistorted(sampling) != sampling)
+        return passes * prompts + len(self.held_out)
 
     def _tick(self, sequences: int) -> None:
-        if self._bar is not None:
-            self._bar.update(sequences)
+        if self._sign is not None:
+            self._sign.tick(sequences)
 
     def _generate(self, model: Subject, sampling: SamplingSettings) -> list[list[int]]:
         """Completions of all prompts."""
-        completions = model.generate(self._prompts_of(model), sampling, self.conditions)
-        self._tick(len(completions))
-        return completions
+        return model.generate(self._prompts_of(model), sampling, self.conditions, tick=self._tick)
 
     def _prompts_of(self, model: Subject) -> list[list[int]]:
         """What it answers."""
@@ -373,7 +379,7 @@ class Evaluator:
         """The task score of the greedy completions and of samples from the model's undistorted distribution."""
         if self.score is None:
             return {}
-        plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
+        plain = _undistorted(sampling)
         written = {
             "greedy": self._generate(model, replace(plain, temperature=0.0)),
             "sampled": own if plain == sampling else self._generate(model, plain),
@@ -382,3 +388,8 @@ class Evaluator:
         for way, completions in written.items():
             found |= self.score.estimates([self._text(ids, plain=True) for ids in completions], way)
         return found
+
+
+def _undistorted(sampling: SamplingSettings) -> SamplingSettings:
+    """From the model's own distribution."""
+    return replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)

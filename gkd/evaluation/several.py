@@ -48,6 +48,7 @@ class SeveralSubject(Subject):
         sampling: SamplingSettings,
         how: Conditions,
         rows: Sequence[int] | None = None,
+        tick: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         assert rows is None, "one of several teachers is several"
         assert len(prompts) == len(self.numbers), "prompts that are not the evaluation's"
@@ -56,7 +57,7 @@ class SeveralSubject(Subject):
             own = self.members[share.number].sampling
             as_it_stops = replace(sampling, stop_ids=own.stop_ids, extra=own.extra)
             mine = [prompts[row] for row in share.rows]
-            written = share.subject.generate(mine, as_it_stops, how, share.rows)
+            written = share.subject.generate(mine, as_it_stops, how, share.rows, tick)
             for row, completion in zip(share.rows, written, strict=True):
                 completions[row] = completion
         return completions

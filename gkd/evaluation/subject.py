@@ -122,11 +122,13 @@ class Subject(ABC):
         sampling: SamplingSettings,
         how: Conditions,
         rows: Sequence[int] | None = None,
+        tick: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """One completion of each prompt; `rows` are their numbers in the evaluation, without them they are all. The
         source of the random numbers is no training source, so none is used twice, and they belong to no training
-        step."""
+        step. `tick` gets how many have been written."""
         rollout = self._rollout(sampling, how, source="evaluation")
+        rollout.tick = tick
         return rollout.generate(prompts, step=0) if rows is None else rollout.generate(prompts, 0, list(rows))
 
     def shares(self, numbers: Sequence[int]) -> list[Share]:

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
+from gkd.common.sign_of_life import SignOfLife
 from gkd.config.fields import GKDConfig
 from gkd.data.teacher_rows import View
 from gkd.models.loading import load_tokenizer
@@ -106,17 +107,18 @@ def build_trainer(
     where it has a weight."""
     args, model = loading_arguments(settings), settings.model
     leave_teacher_out(args, settings.run.evaluate_before_and_after)
-    trainer = GKDTrainer(
-        model=model.model_name_or_path,
-        args=args,
-        train_dataset=data["train"],
-        eval_dataset=data.get("eval") if args.evaluates_along else None,
-        processing_class=student_tokenizer(settings),
-        peft_config=get_peft_config(model),
-        teacher_view=teacher_view if args.needs_teacher or args.teacher_model_name_or_path else None,
-        reward=reward if args.reward_weight else None,
-        token_weights=token_weights,
-    )
+    with SignOfLife("loading models and rows"):
+        trainer = GKDTrainer(
+            model=model.model_name_or_path,
+            args=args,
+            train_dataset=data["train"],
+            eval_dataset=data.get("eval") if args.evaluates_along else None,
+            processing_class=student_tokenizer(settings),
+            peft_config=get_peft_config(model),
+            teacher_view=teacher_view if args.needs_teacher or args.teacher_model_name_or_path else None,
+            reward=reward if args.reward_weight else None,
+            token_weights=token_weights,
+        )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressBar())

@@ -5,18 +5,19 @@ Light to import: torch is loaded by the recipe, once it is found.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import os
 import runpy
 import sys
-import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gkd.common.redact import harmless
+from gkd.common.sign_of_life import SignOfLife
 from gkd.recipe.shipped import recipe_file
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def execute_recipe(path: str | Path, argv: list[str]) -> None:
         ValueError: there is no such file, nor a recipe of that name.
     """
     path = recipe_file(path)
+    with SignOfLife("loading the libraries"):
+        importlib.import_module("gkd.training.trainer")  # which every recipe needs
     before = sys.argv
     sys.argv = [str(path), *argv]
     try:
@@ -131,22 +134,3 @@ class _HarmlessFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
-
-
-# What libraries say at every start about things that nobody has asked for: part of a line, and its logger.
-_NOISE = {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    "DeepSpeed": "Setting accelerator to CPU",
-}
-
-
-def _says_something(record: logging.LogRecord) -> bool:
-    return _NOISE.get(record.name, "\0") not in str(record.msg)
-
-
-def quiet_libraries() -> None:
-    """Leave out a few lines by which libraries tell of themselves, so that a log begins with the run's own."""
-    for name in _NOISE:
-        logging.getLogger(name).addFilter(_says_something)
-    deprecated = r"`(is_)?gradient_checkpointing` is deprecated"  # in favour of another name of transformers' own
-    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 
 from gkd.common.errors import DiskFullError, PushError
 from gkd.common.redact import harmless
-from gkd.recipe.capture import _PACKAGE, _HarmlessFormatter, quiet_libraries
+from gkd.recipe.capture import _PACKAGE, _HarmlessFormatter
+from gkd.recipe.quiet import quiet_libraries
 from gkd.servers.client import ServerError
 
 # What goes wrong in a recipe's own lines: told with their place, without the way that led there.

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from gkd.common.sign_of_life import SignOfLife
 from gkd.data.files import DATA_ENDINGS, read_rows
 from gkd.data.kinds import check_kind
 from gkd.recipe.mixture import Entry, entries_of, mixture
@@ -102,7 +103,8 @@ def recipe_data(load_data: LoadData, settings: Settings) -> dict[str, Any]:
         ValueError: it is not, or a data set was named and `load_data` did not look at its name; or what `load_data`
             raises.
     """
-    data, read = _loaded(load_data, settings)
+    with SignOfLife("reading the rows"):
+        data, read = _loaded(load_data, settings)
     known = (*_DATA_SETS, "held_out_text")
     if not isinstance(data, dict) or data.get("train") is None:
         found = f"a dict with {', '.join(map(repr, data))}" if isinstance(data, dict) else type(data).__name__

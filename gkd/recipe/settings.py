@@ -12,13 +12,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from trl import ModelConfig, ScriptArguments
+from transformers import TrainingArguments
+from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from gkd.common.ranges import one_of
 from gkd.config.field_types import check_types
 from gkd.config.fields import GKDConfig
+from gkd.config.values import INEFFECTIVE
 from gkd.evaluation.public_tasks import check_installed
 from gkd.recipe.command_line import Parser, arguments, read_config, refuse_unknown
+from gkd.recipe.help import FieldFormatter, group
 from gkd.recipe.mixture import entries_of
 from gkd.recipe.objective import OBJECTIVES, fields_of
 from gkd.recipe.set_aside import flag_values, set_aside
@@ -110,6 +113,23 @@ LoadData = Callable[[Settings], dict[str, Any]]
 _DATA_SETS = ("train", "eval", "prompts")
 
 
+def _groups() -> dict[str, list[str]]:
+    """The fields for `--help`: ours, then those of the libraries, without those that have no effect here."""
+    trl, transformers = _names(SFTConfig), _names(TrainingArguments)
+    return {
+        "distillation, of gkd (docs/fields.md)": _names(GKDConfig, but=trl),
+        "measured before and after, of gkd": _names(RunArguments),
+        "rows, of TRL; datasets of gkd": _names(DataArguments, but={"ignore_bias_buffers"}),
+        "the student and its adapter, of TRL": _names(ModelConfig),
+        "training, of TRL": _names(SFTConfig, but={*transformers, *INEFFECTIVE}),
+        "training, of transformers": _names(TrainingArguments, but=INEFFECTIVE),
+    }
+
+
+def _names(kind: type, but: Collection[str] = ()) -> list[str]:
+    return [one.name for one in fields(kind) if one.name not in but]
+
+
 def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: str = "") -> Settings:
     """Parse the command line (and `--config` YAML) over a recipe's defaults.
 
@@ -126,8 +146,10 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
         _PARSED,
         usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help lists the fields",
         description=description,
+        formatter_class=FieldFormatter,
         allow_abbrev=False,
     )
+    group(parser, _groups())
     known = [action.dest for action in parser._actions if action.dest != "help"]
     refuse_unknown(defaults, known, "the recipe's defaults")
     argv = arguments(argv)

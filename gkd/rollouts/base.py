@@ -164,12 +164,14 @@ class Rollout(ABC):
         log_probs: what it says of the tokens of each of the last completions; empty where it says nothing.
         server_field: the field that names its servers; None where it samples in this process.
         store: where its completions are kept; None where each is sampled anew.
+        tick: is told how many more completions are there, by a backend that writes them in turn.
     """
 
     age: int = 0
     log_probs: Sequence[list[float]] = ()
     server_field: str | None = None
     store: SequenceStore | None = None
+    tick: Callable[[int], None] | None = None
 
     def __init__(self, settings: SamplingSettings) -> None:
         self.settings = settings

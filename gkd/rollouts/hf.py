@@ -107,6 +107,8 @@ class HFRollout(Rollout):
                 sampled = self._generate_chunk(model, [prompts[i] for i in chunk], step, [rows[i] for i in chunk])
                 for i, completion in zip(chunk, sampled, strict=True):
                     completions[i] = completion
+                if self.tick is not None:
+                    self.tick(len(chunk))
         return completions
 
     def _folded(self, model: PreTrainedModel, prompts: list[list[int]], step: int) -> AbstractContextManager[None]:

@@ -5,16 +5,16 @@ Where there is no terminal (a log file, a job's output), a line for each log ins
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from tqdm.auto import tqdm
-from tqdm.contrib import DummyTqdmFile
+from tqdm import tqdm
 from transformers import TrainerCallback
+
+from gkd.common.sign_of_life import SignOfLife
 
 
 class ProgressBar(TrainerCallback):
@@ -25,8 +25,8 @@ class ProgressBar(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.bar: Any = None
-        self._lines = False
+        self._sign: SignOfLife | None = None
+        self._evaluating: SignOfLife | None = None
         self._open = ExitStack()
         self._began = (0, 0.0)  # step and time
         self._logged = (0, 0.0)  # tokens and time
@@ -37,18 +37,34 @@ class ProgressBar(TrainerCallback):
         now = time.perf_counter()
         tokens = next((entry["num_tokens"] for entry in reversed(state.log_history) if "num_tokens" in entry), 0)
         self._began, self._logged = (state.global_step, now), (tokens, now)
-        self._lines = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        if not self._lines:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-            self._open.callback(self.bar.close)
-            _write_above(self._open)
+        sign = SignOfLife("training", state.max_steps, "step", done=state.global_step, leave=True)
+        self._sign = self._open.enter_context(sign)
+
+    @property
+    def bar(self) -> Any:
+        """None where there is no terminal."""
+        return None if self._sign is None else self._sign.bar
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        if self._sign is not None:
+            self._sign.tick(state.global_step - self._sign.done)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        batches: Any = kwargs.get("eval_dataloader")
+        if self._sign is None:
+            return
+        if self._evaluating is None:
+            total = len(batches) if hasattr(batches, "__len__") else None
+            self._evaluating = self._open.enter_context(SignOfLife("evaluating", total, "batch"))
+        self._evaluating.tick()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._evaluating is not None:
+            self._evaluating.close()
+            self._evaluating = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if (self.bar is None and not self._lines) or not logs or "loss" not in logs:
+        if self._sign is None or not logs or "loss" not in logs:
             return
         shown = {"loss": f"{float(logs['loss']):.4f}"}
         if "lmbda_realised" in logs:
@@ -66,6 +82,7 @@ class ProgressBar(TrainerCallback):
         facts = ", ".join(f"{name} {value}" for name, value in shown.items())
         text = f"step {state.global_step}/{state.max_steps}: {facts}, {tqdm.format_interval(left)} left"
         print(text, file=sys.stderr, flush=True)
+        self._sign.said()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -73,7 +90,7 @@ class ProgressBar(TrainerCallback):
     def close(self) -> None:
         """Leave the bar as it is and give the console back."""
         self._open.close()
-        self.bar, self._lines = None, False
+        self._sign = self._evaluating = None
 
 
 def close_bars(callbacks: Iterable[Any]) -> None:
@@ -81,15 +98,3 @@ def close_bars(callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, ProgressBar):
             callback.close()
-
-
-def _write_above(stack: ExitStack) -> None:
-    """Until the stack is closed, log messages and warnings clear the bar first and draw it again under them."""
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    for handler in [handler for owner in loggers for handler in getattr(owner, "handlers", ())]:
-        # The class itself: a subclass may choose its stream anew each time, and then refuses another.
-        if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.stdout):
-            stack.callback(handler.setStream, handler.stream)
-            handler.setStream(DummyTqdmFile(handler.stream))
-    logging.captureWarnings(True)
-    stack.callback(logging.captureWarnings, False)

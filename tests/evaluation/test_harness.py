@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm_server.fake import FakeServer
 
 import gkd.evaluation.subject
+from gkd.common.sign_of_life import SignOfLife
 from gkd.evaluation.harness import Evaluator
 from gkd.evaluation.measures import (
     METRICS,
@@ -621,6 +622,27 @@ def test_each_model_that_is_measured_is_named_in_the_log(caplog):
     with caplog.at_level("INFO", logger="gkd"):
         evaluator(TEACHER).measure(LocalSubject(STUDENT), "student before")
     assert "measuring the student before on 6 prompts" in caplog.text
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_the_bar_of_a_model_ends_where_it_says(scored, with_teacher, monkeypatch):
+    signs = []
+
+    class Kept(SignOfLife):
+        def __enter__(self):
+            signs.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("gkd.evaluation.harness.SignOfLife", Kept)
+    score = TaskScore([{}] * len(PROMPTS), lambda text, row: 1.0) if scored else None
+    harness = evaluator(TEACHER if with_teacher else None, score=score)
+    harness.measure(LocalSubject(STUDENT), "student")
+    if with_teacher:
+        harness.measure(harness.teacher, "teacher")
+    assert [(sign.what, sign.done) for sign in signs] == [(sign.what, sign.total) for sign in signs]
+    assert [sign.what for sign in signs] == ["student", "teacher"][: 1 + with_teacher]
+    assert all(sign.total > len(PROMPTS) for sign in signs)
 
 
 def test_log_values_are_finite_numbers():

@@ -41,6 +41,8 @@ def test_the_articles_command_line(folder, tmp_path):
     command += ["--gradient_checkpointing", "--use_peft", "--lora_r", "64", "--lora_alpha", "16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.startswith("train data set: "), done.stderr  # no library tells of itself before
+    assert not [line for line in done.stderr.splitlines() if "it/s" in line or "%|" in line]  # no bars in a log
     out = tmp_path / "out"
     adapter = json.loads((out / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (64, 16)

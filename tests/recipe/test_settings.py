@@ -1,9 +1,16 @@
 """Flags over YAML over a recipe's defaults, and what of these goes with a value that is changed: no run is started."""
 
-import pytest
+import dataclasses
+import re
 
+import pytest
+from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig
+
+from gkd.config.fields import GKDConfig
+from gkd.config.values import INEFFECTIVE
 from gkd.recipe.set_aside import flag_values, set_aside
-from gkd.recipe.settings import parse
+from gkd.recipe.settings import DataArguments, RunArguments, parse
 
 
 def test_flag_over_yaml_over_recipe_over_field(tmp_path):
@@ -40,6 +47,32 @@ def test_mistakes_are_told_with_their_place(tmp_path, recipe, argv, yaml, messag
     (tmp_path / "run.yaml").write_text(yaml or "seed: 3\n")
     with pytest.raises(ValueError, match=message):
         parse({"output_dir": str(tmp_path), **recipe}, ["--config", str(tmp_path / "run.yaml"), *argv])
+
+
+def test_help_is_grouped_with_our_own_fields_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse({"lmbda": 0.25}, ["--help"])
+    text = capsys.readouterr().out
+    assert re.findall(r"^(\w.*):$", text, flags=re.MULTILINE) == [
+        "options",
+        "distillation, of gkd (docs/fields.md)",
+        "measured before and after, of gkd",
+        "rows, of TRL; datasets of gkd",
+        "the student and its adapter, of TRL",
+        "training, of TRL",
+        "training, of transformers",
+    ]
+    names = re.findall(r"^  --(\w+)", text, flags=re.MULTILINE)
+    kinds = (TrainingArguments, SFTConfig, GKDConfig, ModelConfig, DataArguments, RunArguments)
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
+    assert len(names) == len(set(names))
+    assert set(names) == fields - {*INEFFECTIVE, "ignore_bias_buffers"}
+    own = [field.name for field in dataclasses.fields(GKDConfig) if field.name not in SFTConfig.__dataclass_fields__]
+    assert names[: len(own)] == own
+    assert names.index("num_eval_prompts") < names.index("dataset_name")
+    assert not [line for line in text.splitlines() if len(line) > 80 and not line.startswith("usage")]
+    assert re.search(r"--lmbda VALUE .*?\(default: 0.25\)", text, flags=re.DOTALL)
 
 
 def test_flags_as_values():

@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from gkd.commands.doctor.view import Diagnosis
 from gkd.commands.plan.memory import GIB, Estimate, estimate, smallest_change
 from gkd.commands.plan.plan import setup_of
+from gkd.common.sign_of_life import SignOfLife
 from gkd.common.text import rough_duration
 from gkd.config.fields import GKDConfig
 from gkd.config.schedules import AUTO, in_words, schedule_of
@@ -164,7 +165,8 @@ def examine_time(out: Diagnosis, trainer: GKDTrainer, schedule: Schedule) -> Non
     trainer.add_callback(clock)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer.train()
+    with SignOfLife(f"making {STEPS} steps"):
+        trainer.train()
     if len(clock.ends) < STEPS:
         out.add("Time", "warning", "not estimated: the timed steps did not all end", "look at the first steps' log")
         return

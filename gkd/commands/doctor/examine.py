@@ -27,6 +27,7 @@ from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.template import examine_template
 from gkd.commands.doctor.view import Diagnosis
 from gkd.common.environment import describe_hardware, installed_versions
+from gkd.common.sign_of_life import SignOfLife
 from gkd.config.fields import GKDConfig
 from gkd.data.sequences import TokenSequence, sequence_of
 from gkd.data.vocabulary import compare_chat_templates, compare_stop_ids, same_token_maps, shared_vocabulary
@@ -74,7 +75,8 @@ def examine(recipe: Recipe, console: Console | None = None) -> Diagnosis:
     encoding = _attempt(out, "Rows", lambda: _encoding(recipe, tokenizers[0]))
     if encoding is None:
         return out
-    prepared = _attempt(out, "Rows", lambda: examine_rows(out, data["train"], tokenizers[0], args, encoding))
+    with SignOfLife("tokenizing the rows"):
+        prepared = _attempt(out, "Rows", lambda: examine_rows(out, data["train"], tokenizers[0], args, encoding))
     if prepared is not None:
         _attempt(out, "Held out", lambda: examine_held_out(out, data, prepared, tokenizers[0], args, encoding))
     if prepared is None or not out.passed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from gkd.common.redact import harmless
+from gkd.common.sign_of_life import above_the_bars
 from gkd.common.text import printable
 from gkd.data.message_bytes import MessageBytes
 from gkd.data.sequences import sequence_of
@@ -70,24 +71,25 @@ class Diagnosis:
     def add(self, name: str, level: str, message: str, remedy: str = "") -> None:
         assert level in LEVELS, level
         self.checks.append(Check(name, level, message, remedy))
-        if self.console is not None:
-            self.console.print(_line(self.checks[-1]))
+        self._show(lambda console: console.print(_line(self.checks[-1])))
 
     def add_rows(self, rows: list[RowView]) -> None:
         self.rows.extend(rows)
-        if self.console is not None:
-            _show_rows(self, self.console)
+        self._show(lambda console: _show_rows(self, console))
 
     def add_rollouts(self, rollouts: Sequence[tuple[str, str]], questions: Sequence[str]) -> None:
         self.rollouts.extend(rollouts)
         self.questions.extend(questions)
-        if self.console is not None:
-            _show_rollouts(self, self.console)
+        self._show(lambda console: _show_rollouts(self, console))
 
     def doing(self, what: str) -> None:
         """Say what takes a while now, to whoever watches."""
-        if self.console is not None and self.console.is_terminal:
-            self.console.print(Text(f"  {what} ...", style="dim"))
+        self._show(lambda console: console.print(Text(f"  {what} ...", style="dim")))
+
+    def _show(self, show: Callable[[Console], None]) -> None:
+        if self.console is not None:
+            with above_the_bars():
+                show(self.console)
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -20,7 +20,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
@@ -31,6 +30,7 @@ from gkd.assembly.scores import evaluation_sets, rows_of_teacher
 from gkd.assembly.student import align_pad_token
 from gkd.common.environment import installed_versions
 from gkd.common.redact import redact_command
+from gkd.common.sign_of_life import SignOfLife
 from gkd.config.fields import GKDConfig
 from gkd.data.aligned_view import Alignment
 from gkd.data.sequences import columns_read, join, sequence_of
@@ -250,13 +250,14 @@ def fill(work: Precomputation) -> None:
     missing = broadcast_object_list([missing])[0]
     done = len(prompts) - len(missing)
     logger.info("%s of %s different prompts are answered already", f"{done:,}", f"{len(prompts):,}")
-    with tqdm(total=len(missing), unit="prompt", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+    with SignOfLife("answering", len(missing), "prompt", leave=True) as sign:
         tokens, size = 0, work.batch_size * accelerator.num_processes
         for start in range(0, len(missing), size):
             share = missing[start : start + size][accelerator.process_index :: accelerator.num_processes]
             tokens += sum(map(len, work.rollout.generate(share, 0)))
-            bar.update(min(size, len(missing) - start))
-            bar.set_postfix({"tokens": f"{tokens * accelerator.num_processes:,}"})
+            sign.tick(min(size, len(missing) - start))
+            if sign.bar is not None:
+                sign.bar.set_postfix({"tokens": f"{tokens * accelerator.num_processes:,}"})
     accelerator.wait_for_everyone()
     store.refresh()
 

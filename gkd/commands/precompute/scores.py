@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from gkd.assembly.scores import as_scored, written
 from gkd.commands.precompute.answers import Precomputation, fill, prepare
+from gkd.common.sign_of_life import SignOfLife
 from gkd.data.sequences import TokenSequence, collate, columns_read, sequence_of
 from gkd.data.teacher_view import teacher_view
 from gkd.recipe.capture import Recipe
@@ -123,14 +123,14 @@ def fill_scores(work: Precomputation, batch_size: int) -> int:
     _check_room(rows, unscored, teacher, accelerator)
     size, ranks, rank = batch_size, accelerator.num_processes, accelerator.process_index
     try:
-        with tqdm(total=len(unscored), unit="row", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+        with SignOfLife("scoring", len(unscored), "row", leave=True) as sign:
             for start in range(0, len(unscored), size * ranks):
                 share = unscored[start : start + size * ranks]
                 mine = share[rank::ranks]
                 if mine or teacher.together:  # a model that is split up runs on all ranks or on none
                     scored = _score(teacher, [rows[row.number] for row in mine or share[:1]])
                     store.add(scored if mine else {})
-                bar.update(len(share))
+                sign.tick(len(share))
     finally:
         store.flush()
     accelerator.wait_for_everyone()
