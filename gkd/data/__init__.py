@@ -19,6 +19,8 @@ joined_tokens: tokens that only one of two vocabularies has, each counted with t
     begins with
 kinds: kinds of data set objects: which have rows that can be counted, and how their rows are read as they
     are stored
+large_files: large local files as data sets that stay on disk, read by `datasets`, once for all ranks and
+    runs
 last_turn: the last question of a prompt, for tables: without the system turn and the signs that a chat
     template writes
 left_out: what a row holds and its chat template does not write: counted, and named in the report

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.parquet
 from datasets import Dataset, Json, concatenate_datasets
 
 from gkd.data.formats import LEADING
+from gkd.data.large_files import LARGE, read_large
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ _DAMAGE = (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, Att
 
 
 def read_rows(path: str | Path) -> Dataset:
-    """Reads a local file of rows; nothing is downloaded or cached.
+    """Reads a local file of rows; nothing is downloaded. A large one stays on disk (`gkd.data.large_files`).
 
     `.jsonl`: an object per line. `.json`: a list of objects, an object per line, or an object whose only list of
     objects is the rows ({"data": [...]}). `.csv`, `.tsv`: a header line; every cell is text. `.parquet`.
@@ -41,8 +42,18 @@ def read_rows(path: str | Path) -> Dataset:
     ending = path.suffix.lower()
     if ending not in DATA_ENDINGS:
         raise ValueError(f"the data file {path} should end with one of {', '.join(DATA_ENDINGS)}")
+    if path.stat().st_size > LARGE:
+        return _nonempty(read_large(path, _tables), path)
+    tables = list(_tables(path))
+    return _nonempty(Dataset(pyarrow.concat_tables(tables)), path)
+
+
+def _tables(path: Path) -> Iterator[pyarrow.Table]:
+    """All rows exactly as they stand in the file, in tables of one schema."""
+    ending = path.suffix.lower()
     if ending == ".parquet":
-        return _nonempty(_read_parquet(path), path)
+        yield from _parquet_tables(path)
+        return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -51,7 +62,7 @@ def read_rows(path: str | Path) -> Dataset:
         rows = _csv_rows(text, path, "," if ending == ".csv" else "\t")
     else:
         rows = _json_rows(text, path) if ending == ".json" else _json_lines(text, path)
-    return _nonempty(_dataset(rows, path), path)
+    yield _table(rows, path)
 
 
 def _nonempty(dataset: Dataset, path: Path) -> Dataset:
@@ -60,11 +71,15 @@ def _nonempty(dataset: Dataset, path: Path) -> Dataset:
     return dataset
 
 
-def _read_parquet(path: Path) -> Dataset:
+def _parquet_tables(path: Path) -> Iterator[pyarrow.Table]:
     try:
-        table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).read()
-        table.validate(full=True)  # offsets and UTF-8, which reading alone does not look at
-        return Dataset(table)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        Dataset(file.schema_arrow.empty_table())  # what describes a data set in its metadata can be read
+        yield file.schema_arrow.empty_table()
+        for batch in file.iter_batches():
+            table = pyarrow.Table.from_batches([batch])
+            table.validate(full=True)  # offsets and UTF-8, which reading alone does not look at
+            yield table
     except _DAMAGE as error:
         said = " ".join(str(error).split())
         raise ValueError(
@@ -72,12 +87,10 @@ def _read_parquet(path: Path) -> Dataset:
         ) from error
 
 
-def _dataset(rows: list[dict[str, Any]], path: Path) -> Dataset:
-    """A data set with the columns of all rows, not only of the first; a row without a column has None there."""
+def _table(rows: list[dict[str, Any]], path: Path) -> pyarrow.Table:
+    """A table with the columns of all rows, not only of the first; a row without a column has None there."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    return Dataset(
-        pyarrow.table({column: _array([row.get(column) for row in rows], column, path) for column in columns})
-    )
+    return pyarrow.table({column: _array([row.get(column) for row in rows], column, path) for column in columns})
 
 
 def _array(values: list[Any], column: str, path: Path) -> pyarrow.Array:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 import yaml
@@ -15,6 +15,7 @@ from trl import TrlParser
 
 from gkd.config.field_types import fit, kinds, wanted
 from gkd.config.schedules import SCHEDULED
+from gkd.recipe.help import grouped_help
 
 # Programs that run a notebook's cells: their arguments are the kernel's (`-f connection.json`), not the user's.
 _KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
@@ -49,16 +50,29 @@ RENAMED = {
 
 
 class Parser(TrlParser):
-    """`TrlParser` for dataclasses whose fields may be given by a recipe, by YAML and by flags."""
+    """`TrlParser` for dataclasses whose fields may be given by a recipe, by YAML and by flags.
 
-    def __init__(self, dataclass_types: tuple[type, ...], **options: Any) -> None:
+    Args:
+        dataclass_types: whose fields are the flags.
+        groups: of these fields in `--help`: title -> names.
+    """
+
+    def __init__(
+        self, dataclass_types: tuple[type, ...], groups: Mapping[str, Collection[str]] | None = None, **options: Any
+    ) -> None:
         super().__init__(dataclass_types, **options)
+        self.groups = groups or {}
         self.kinds = kinds(*dataclass_types)
         for action in self._actions:
             if action.dest in SCHEDULED:  # a number or a schedule: the config tells
                 action.type = str
             if action.dest == "report_to":  # several loggers, as `report_to: [wandb, tensorboard]` in YAML
                 action.nargs = "+"
+
+    def format_help(self) -> str:
+        """Grouped."""
+        about = {"prog": self.prog, "usage": self.usage, "description": self.description}
+        return grouped_help(self._actions, self.groups, **about)
 
     def error(self, message: str) -> NoReturn:
         """A text that is no value of its field.

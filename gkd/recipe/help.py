@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-_LONG = 40  # characters of choices beside a flag; more stand in the text
 _NOT_HERE = " If `datasets` is provided, this will be ignored."  # of TRL's; here both together are refused
 
 
-class FieldFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A flag in its first spelling; defaults in its text."""
+def grouped_help(
+    actions: Iterable[argparse.Action],
+    groups: Mapping[str, Collection[str]],
+    *,
+    prog: str,
+    usage: str | None,
+    description: str | None,
+) -> str:
+    """The help of fields in these groups and in this order.
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0 or not action.option_strings:
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}"
-
-    def _metavar_formatter(self, action: argparse.Action, default_metavar: str):  # type: ignore[no-untyped-def]
-        found = super()._metavar_formatter(action, default_metavar)
-        return found if len(str(found(1)[0])) <= _LONG else lambda size: (default_metavar,) * size
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = (super()._get_help_string(action) or "").replace(_NOT_HERE, "")
-        choices = ", ".join(map(str, action.choices or ()))
-        return text if len(choices) <= _LONG else f"{text} One of {choices}."
-
-
-def group(parser: argparse.ArgumentParser, groups: Mapping[str, Collection[str]]) -> None:
-    """Show a parser's fields in these groups and in this order: title -> names; those in none are not shown."""
-    by_name = {action.dest: action for action in reversed(parser._actions)}  # the first of a name, not its --no_name
+    Args:
+        actions: of the parser that reads them.
+        groups: title -> names of fields; those in none are not shown.
+        prog, usage, description: of that parser.
+    """
+    by_name: dict[str, argparse.Action] = {}
+    for action in actions:
+        by_name.setdefault(action.dest, action)  # the first of a name, not its --no_name
+    shown = argparse.ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     for title, names in groups.items():
-        section = parser.add_argument_group(title)
-        section._group_actions.extend(by_name[name] for name in names if name in by_name)
-    for section in parser._action_groups[:2]:  # argparse's own
-        section._group_actions = [action for action in section._group_actions if action.dest == "help"]
+        section = shown.add_argument_group(title)
+        for name in names:
+            if name in by_name:
+                action = by_name[name]
+                section.add_argument(f"--{name}", metavar="VALUE", default=action.default, help=_text(action))
+    return shown.format_help()
+
+
+def _text(action: argparse.Action) -> str:
+    text = (action.help or "").replace(_NOT_HERE, "")
+    choices = ", ".join(map(str, action.choices or ()))
+    return f"{text} One of {choices}." if choices else text

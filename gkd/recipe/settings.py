@@ -21,7 +21,6 @@ from gkd.config.fields import GKDConfig
 from gkd.config.values import INEFFECTIVE
 from gkd.evaluation.public_tasks import check_installed
 from gkd.recipe.command_line import Parser, arguments, read_config, refuse_unknown
-from gkd.recipe.help import FieldFormatter, group
 from gkd.recipe.mixture import entries_of
 from gkd.recipe.objective import OBJECTIVES, fields_of
 from gkd.recipe.set_aside import flag_values, set_aside
@@ -146,10 +145,9 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
         _PARSED,
         usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help lists the fields",
         description=description,
-        formatter_class=FieldFormatter,
+        groups=_groups(),
         allow_abbrev=False,
     )
-    group(parser, _groups())
     known = [action.dest for action in parser._actions if action.dest != "help"]
     refuse_unknown(defaults, known, "the recipe's defaults")
     argv = arguments(argv)
