@@ -15,7 +15,7 @@ PLACEMENTS = ("same", "cpu_offload", "zero3", "zero3_offload")
 TEMPLATES = ("student", "own")
 ALIGNMENTS = ("bytes",)
 # What means nothing of a teacher that is compared over the tokens that both tokenizers have.
-_NOT_ALIGNED = ("loss_compile", "token_weights", "log_top_k_overlap")
+_NOT_ALIGNED = ("loss_compile", "log_top_k_overlap")
 _REMEDY_OF_NLL = ("set seq_kd_loss='divergence'", "lower ce_weight")
 
 

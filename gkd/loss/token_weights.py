@@ -29,6 +29,10 @@ class TokenView:
         student_entropy, teacher_entropy: [N] at temperature 1.
         agreement: [N] 1.0 where both have one most likely token, else 0.0.
         shape: (B, L).
+
+    With a teacher of another tokenizer the tokens of a group (`gkd.loss.aligned`) have one divergence, the mean
+    log-probability of a token of theirs for both models, and the teacher's entropy and agreement where the group
+    begins; of a token that is not compared, the teacher says what the student says, and is sure.
     """
 
     ids: Tensor
@@ -52,6 +56,29 @@ class TokenView:
     def of_targets(self, table: Tensor) -> Tensor:
         """[B, L] -> [N]; [B, 1] gives all targets of a row one value."""
         return table.expand(self.shape)[self.rows, self.places - 1]
+
+
+class TokenGroups:
+    """Which of N target tokens are compared together; each of the others is a group by itself.
+
+    Args:
+        numbers: [N] of the groups, from 0; -1 for a token without one. On the CPU, nothing waits for the device.
+        device: of the work.
+    """
+
+    def __init__(self, numbers: Tensor, device: torch.device) -> None:
+        known = int(numbers.max()) + 1 if numbers.numel() else 0
+        alone = torch.arange(known, known + numbers.numel(), device=numbers.device)
+        self._of = torch.where(numbers >= 0, numbers, alone).to(device, non_blocking=True)
+        self._count = known + numbers.numel()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[N] -> [N]: of the token's group."""
+        return values.new_zeros(self._count).index_add_(0, self._of, values).index_select(0, self._of)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The same of means."""
+        return self.sum(values) / self.sum(torch.ones_like(values))
 
 
 Rule = Callable[[TokenView], Tensor]

@@ -243,7 +243,8 @@ class MicroBatches:
             )  # fmt: skip
         beside: dict[str, Any] = {"ce_weights": ce_weights, "check_ids": check_ids}
         if training:
-            beside["weigh"] = self._token_weights.of(inputs, targets, sources)
+            groups = inputs[_MEETING].group if _MEETING in inputs else None
+            beside["weigh"] = self._token_weights.of(inputs, targets, sources, groups)
         # The student's head is whole here, the teacher has let go of its own (ZeRO-3); parts gather theirs.
         with nullcontext() if isinstance(signal, SplitSignal) else trainer.teacher.head_here():
             overlap = self._overlap(selected, signal) if training else None

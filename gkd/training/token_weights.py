@@ -17,7 +17,7 @@ from gkd.data.targets import Targets, per_target
 from gkd.loss.fused import Weigh
 from gkd.loss.settings import FusedOutput, LossSettings
 from gkd.loss.signals import Head
-from gkd.loss.token_weights import TOKEN_WEIGHTS, TokenView
+from gkd.loss.token_weights import TOKEN_WEIGHTS, TokenGroups, TokenView
 from gkd.training.reward import clipped_ratio
 
 Own = Callable[[TokenView], Tensor]
@@ -40,28 +40,27 @@ class TokenWeights:
             raise ValueError(
                 f"token_weights={args.token_weights!r} and a function token_weights: leave one of them out"
             )
-        if own is not None and args.teacher_tokenizer_alignment is not None:
-            raise ValueError(
-                f"teacher_tokenizer_alignment={args.teacher_tokenizer_alignment!r} does not go with a function "
-                "token_weights, since it compares several tokens at a time: leave one of them out"
-            )
         if own is not None and (args.trains_on_nll_alone or args.reward_weight):
             beside = "a training on negative log-likelihoods alone" if args.trains_on_nll_alone else "reward_weight"
             raise ValueError(f"a function token_weights does not go with {beside}: leave one of them out")
 
-    def of(self, inputs: Mapping[str, Tensor], targets: Targets, sources: Tensor) -> Weigh | None:
+    def of(
+        self, inputs: Mapping[str, Tensor], targets: Targets, sources: Tensor, groups: Tensor | None = None
+    ) -> Weigh | None:
         """The weights as a function of what the fused pass says; None where all targets count alike.
 
         Args:
             inputs: the micro-batch. targets: its. sources: [N] who has written each, numbers of SOURCES.
+            groups: [N] numbers of those that are compared together with a teacher of another tokenizer: they have one
+                weight, the mean of theirs.
         """
         if self._own is None and self._args.token_weights is None:
             return None
+        together = None if groups is None else TokenGroups(groups, targets.ids.device)
         labels, rows = inputs["labels"], inputs.get("rows")
         row_numbers = torch.full_like(targets.rows, -1) if rows is None else per_target(rows, targets)
 
         def weigh(output: FusedOutput) -> Tensor:
-            assert output.cross_entropy is not None
             view = TokenView(
                 ids=targets.ids,
                 rows=targets.rows,
@@ -69,17 +68,16 @@ class TokenWeights:
                 sources=sources,
                 row_numbers=row_numbers,
                 divergence=output.divergence,
-                student_log_prob=-output.cross_entropy,
-                teacher_log_prob=output.teacher_log_prob,
                 student_entropy=output.student_entropy,
-                teacher_entropy=output.teacher_entropy,
-                agreement=output.agreement,
                 shape=(labels.shape[0], labels.shape[1]),
+                **_of_places(output, together),
             )
             if self._own is not None:
-                return self._of_the_user(view)
-            weights = TOKEN_WEIGHTS[self._args.token_weights](view)
-            return torch.where(sources == SOURCES.index("student"), weights, 1.0)
+                weights = self._of_the_user(view)
+            else:
+                weights = TOKEN_WEIGHTS[self._args.token_weights](view)
+                weights = torch.where(sources == SOURCES.index("student"), weights, 1.0)
+            return weights if together is None else together.mean(weights)
 
         return weigh
 
@@ -90,6 +88,23 @@ class TokenWeights:
             got = list(weights.shape) if isinstance(weights, Tensor) else repr(weights)
             raise ValueError(f"token_weights should give [{number[0]}] weights, one for each target, not {got}")
         return weights.detach().to(view.divergence)
+
+
+def _of_places(output: FusedOutput, together: TokenGroups | None) -> dict[str, Tensor]:
+    """What a `TokenView` says of both models at each target's place."""
+    assert output.cross_entropy is not None
+    said = {name: getattr(output, name) for name in ("teacher_log_prob", "teacher_entropy", "agreement")}
+    own = -output.cross_entropy
+    if together is None:
+        return {**said, "student_log_prob": own}
+    assert output.not_compared is not None
+    return {
+        "student_log_prob": together.mean(own),
+        "teacher_log_prob": torch.where(output.not_compared, own, said["teacher_log_prob"]),
+        # told where a group begins, and 0 elsewhere
+        "teacher_entropy": together.sum(said["teacher_entropy"]),
+        "agreement": together.sum(said["agreement"]),
+    }
 
 
 def with_reward(

@@ -14,6 +14,7 @@ from gkd.loss.fused import fused_divergence
 from gkd.loss.parts import SignalPart, SplitSignal, fused_by_part
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import IN_FULL, IN_TEXT, NOT_COMPARED, AlignedSignal, DenseSignal, Head
+from gkd.loss.token_weights import TokenGroups
 
 TOKENS = sum(n for n, _ in PATTERNS)
 
@@ -442,3 +443,24 @@ def test_signals_that_do_not_fit_are_refused(change, words):
 def test_settings_that_mean_nothing_here_are_refused():
     with pytest.raises(ValueError, match="shared_vocab=5 has no effect on a teacher with another tokenizer"):
         AlignedCase().fused(shared_vocab=5)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_groups_of_tokens_are_weighed(frozen):
+    """One factor for each group, from what the pass says, as `gkd.training.token_weights` gives them."""
+    case = AlignedCase(PATTERNS * 2)
+    groups = TokenGroups(case.signal.group, torch.device("cpu"))
+    factors = groups.mean(torch.rand(case.targets.shape, generator=torch.Generator().manual_seed(6)).double() + 0.2)
+    for number in set(case.signal.group.tolist()) - {-1}:
+        assert len(set(factors[case.signal.group == number].tolist())) == 1
+    if frozen:
+        case.weight.requires_grad_(False)
+        case.bias.requires_grad_(False)
+    settings, ce = LossSettings(make_divergence("jsd")), case.ce_weights
+    arguments = (case.hidden, case.head, case.signal, case.targets, case.weights, settings)
+    output = fused_divergence(*arguments, ce_weights=ce, weigh=lambda output: factors)
+    case.weights, case.ce_weights = case.weights * factors, ce * factors
+    wanted = case.expected("jsd", ce=True)[0]
+    torch.testing.assert_close(output.loss, wanted)
+    leaves = [case.hidden] if frozen else case.leaves()
+    torch.testing.assert_close(torch.autograd.grad(output.loss, leaves), torch.autograd.grad(wanted, leaves))

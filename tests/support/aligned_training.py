@@ -39,6 +39,8 @@ def trainer_of(folder, rows=ROWS, student=None, teacher=None, swapped=False, **v
         tokenizers.reverse()
     settings = {"lmbda": 0.0, "per_device_train_batch_size": 8, "teacher_tokenizer_alignment": "bytes"}
     extra = {name: values.pop(name) for name in ("eval_dataset", "data_collator") if name in values}
+    if callable(values.get("token_weights")):
+        extra["token_weights"] = values.pop("token_weights")
     return GKDTrainer(
         model=models[0],
         teacher_model=models[1],
@@ -116,8 +118,11 @@ def most_likely(s, t, pairs, joined, k):
     return torch.cat([p, 1 - p.sum()[None]]), torch.cat([q, 1 - q.sum()[None]])
 
 
-def expected(models, sequences, rows=ROWS, tokenizers=(OWN, OTHER), name="jsd", k=None):
-    """The loss, and the share in full; over all common tokens, or those that the teacher's K tokens count with."""
+def expected(models, sequences, rows=ROWS, tokenizers=(OWN, OTHER), name="jsd", k=None, weigh=None):
+    """The loss, and the share in full; over all common tokens, or those that the teacher's K tokens count with.
+
+    `weigh(z, zt, answer, theirs, groups, values)` gives a factor for each group of a sequence.
+    """
     (student, teacher), (pairs, joined) = tokenizers, outcomes(*tokenizers)
     total, number, in_full = torch.zeros((), dtype=torch.float64), 0, 0
     for sequence in sequences:
@@ -128,7 +133,8 @@ def expected(models, sequences, rows=ROWS, tokenizers=(OWN, OTHER), name="jsd", 
         z = models[0](input_ids=torch.tensor([sequence.input_ids])).logits[0, start - 1 : -1].softmax(-1)
         with torch.no_grad():
             zt = models[1](input_ids=torch.tensor([[*context, *theirs]])).logits[0, len(context) - 1 : -1].softmax(-1)
-        for i, j, n, m in groups(answer, theirs, student, teacher):
+        found, values = groups(answer, theirs, student, teacher), []
+        for i, j, n, m in found:
             if k is not None:
                 s, t = most_likely(z[i], zt[j], pairs, joined, k)
             else:
@@ -143,7 +149,9 @@ def expected(models, sequences, rows=ROWS, tokenizers=(OWN, OTHER), name="jsd", 
                 both = (torch.stack([p, 1 - p]), torch.stack([q, 1 - q]))
                 value = value + n * (1 - share) * oracle.divergence(name, *both)
             in_full += n == m == 1
-            total = total + value
+            values.append(value)
+        factors = [1.0] * len(found) if weigh is None else weigh(z, zt, answer, theirs, found, values)
+        total = total + sum(factor * value for factor, value in zip(factors, values, strict=True))
         number += len(answer)
     return total / number, in_full / number
 

@@ -1,6 +1,7 @@
 """Training with a teacher of another tokenizer against two dense float64 passes and the definition of each term."""
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -24,6 +25,10 @@ from training import Remember, change, config, logged, losses
 from gkd.data import aligned_view
 from gkd.data.aligned_view import as_the_teacher_reads_it, collate_aligned
 from gkd.data.sequences import TokenSequence
+from gkd.loss.settings import FusedOutput
+from gkd.loss.signals import IN_FULL, IN_TEXT, NOT_COMPARED
+from gkd.loss.token_weights import TokenGroups
+from gkd.training.token_weights import _of_places
 from gkd.training.trainer import GKDTrainer
 
 # ------------------------------------------------------------------------------------------------------ a training
@@ -90,6 +95,68 @@ def test_each_source_may_have_a_divergence_of_its_own(tmp_path, monkeypatch):
         loss, number = loss + targets * expected(models, own, name=name)[0], number + targets
     wanted = -torch.cat([g.flatten() for g in torch.autograd.grad(loss / number, list(models[0].parameters()))])
     assert float((moved.double() - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def group_weights(rule, z, zt, answer, theirs, found, values):
+    """From the rules' papers, token by token; a group has the mean of its tokens'."""
+    z = z.detach()
+    entropy = -(z * z.log()).sum(-1)
+    d, gap, group = [], [], []
+    for number, ((i, j, n, m), value) in enumerate(zip(found, values, strict=True)):
+        p = sum(float(z[i + a][answer[i + a]].log()) for a in range(n))
+        q = sum(float(zt[j + a][theirs[j + a]].log()) for a in range(m))
+        d += [float(value.detach()) / n] * n
+        gap += [abs(q - p) / n] * n
+        group += [number] * n
+    d, gap, group = torch.tensor(d), torch.tensor(gap), torch.tensor(group)
+    if rule == "iw_opd":
+        weights = 1 + 0.5 * (1 - (gap.cumsum(0) - gap) / gap.sum())
+    elif rule == "disagreement":
+        h, d = entropy / entropy.max(), d / d.max()
+        kept = (h + d - h * d).argsort(descending=True)[: -(-len(d) // 2)]
+        weights = torch.zeros(len(d)).index_fill(0, kept, 1.0)
+    else:
+        of_border = torch.tensor([float(-(zt[j] * zt[j].log()).sum()) for _, j, _, _ in found])
+        weights = (-of_border).exp().clamp_min(0.1)[group]
+        if rule == "own":
+            weights = torch.arange(1.0, len(d) + 1) + of_border[group]
+    return [float(weights[group == number].mean()) for number in range(len(found))]
+
+
+@pytest.mark.parametrize("rule", ["iw_opd", "teacher_entropy", "disagreement", "own"])
+def test_what_is_compared_together_has_one_weight(tmp_path, monkeypatch, rule):
+    remembered = Remember(monkeypatch)
+    student, teacher = tiny_model(seed=1), other_model(initializer_range=0.2)
+    models = [copy.deepcopy(student).double(), copy.deepcopy(teacher).double()]
+    own = {"token_weights": lambda view: view.places + view.teacher_entropy.double()} if rule == "own" else {}
+    values = own or {"token_weights": rule}
+    letters = {i for i, text in enumerate(BYTES[OWN]) if text and text in b"threone d34"} | {258}
+    silent = {"suppress_tokens": [i for i in range(student.config.vocab_size) if i not in letters]}
+    trainer = trainer_of(tmp_path, student=student, teacher=teacher, lmbda=1.0, generation_kwargs=silent, **values)
+    moved = change(trainer)
+    _, in_full = check(moved, models, remembered.windows[0], weigh=functools.partial(group_weights, rule))
+    assert 0 < in_full < 1
+    loss, _ = expected(models, remembered.windows[0], weigh=functools.partial(group_weights, rule))
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_what_is_not_compared_is_taken_as_said_by_both():
+    output = FusedOutput(
+        loss=torch.zeros(()),
+        student_entropy=torch.ones(4),
+        cross_entropy=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        teacher_log_prob=torch.tensor([-0.5, 0.0, -2.0, -2.0]),
+        teacher_entropy=torch.tensor([0.3, 0.0, 0.7, 0.0]),
+        agreement=torch.tensor([1.0, 0.0, 1.0, 0.0]),
+        kinds=torch.tensor([IN_FULL, NOT_COMPARED, IN_TEXT, IN_TEXT]),
+    )
+    said = _of_places(output, TokenGroups(torch.tensor([0, -1, 1, 1]), torch.device("cpu")))
+    assert {name: values.tolist() for name, values in said.items()} == {
+        "student_log_prob": [-1.0, -2.0, -3.5, -3.5],
+        "teacher_log_prob": [-0.5, -2.0, -2.0, -2.0],
+        "teacher_entropy": pytest.approx([0.3, 0.0, 0.7, 0.7]),
+        "agreement": [1.0, 0.0, 1.0, 1.0],
+    }
 
 
 def test_a_teacher_of_8_bits(tmp_path):
