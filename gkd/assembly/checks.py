@@ -46,9 +46,10 @@ def check_steps(args: GKDConfig, rows: Any, split_batches: bool) -> None:
     """
     if rows is None or not args.dataloader_drop_last:
         return
-    batch, ranks = args.per_device_train_batch_size, 1 if split_batches else args.world_size
+    batch, ranks = args.per_device_train_batch_size // args.num_completions, 1 if split_batches else args.world_size
     if len(rows) < batch * ranks:
-        each = f"{batch} x {ranks} processes" if ranks > 1 else f"{batch}"
+        size = args.per_device_train_batch_size
+        each = f"{size} x {ranks} processes" if ranks > 1 else f"{size}"
         raise ValueError(
             f"dataloader_drop_last=True with {len(rows)} usable rows and per_device_train_batch_size={each}: no batch "
             "is full, so no step would be made. Set dataloader_drop_last=False, or a smaller batch"

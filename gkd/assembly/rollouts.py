@@ -113,6 +113,7 @@ def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> R
         adapter_dir=args.rollout_adapter_folder,
         vocabulary=writer.vocabulary,
         log_probs=source == "student" and args.rollout_logprob_tolerance > 0,
+        num_completions=args.num_completions if source == "student" else 1,
     )
     # The teacher writes where it is.
     name = args.rollout_backend if source == "student" else "hf" if server is None else "vllm"

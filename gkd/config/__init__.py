@@ -8,7 +8,8 @@ field_types: values of the wrong kind: from Python a field takes anything, and f
     there
 fields: `GKDConfig`: TRL's `SFTConfig` plus the fields of generalized knowledge distillation, with their
     range checks
-rollouts: fields about how a rollout is used: for how many optimizer steps
+rollouts: fields about how a rollout is used: for how many optimizer steps, and how many completions of
+    a prompt
 schedules: fields that may change along a training: a number, or a schedule as a text
 servers: fields about servers: what is missing there, and what would have no effect
 settings: from fields to settings objects, which hold the ranges and choices of what they hold

@@ -248,6 +248,11 @@ class GKDConfig(SFTConfig):
         "One rollout for so many optimizer steps, from the weights of the first: a larger batch for who writes, and "
         "completions that are up to so many steps less one old (rollout/staleness).",
     )
+    num_completions: int = _field(
+        1,
+        "Completions that the student writes for each prompt of a step (lmbda=1); per_device_train_batch_size counts "
+        "them, so a step has that many fewer prompts.",
+    )
     fold_adapter: bool = _field(
         True, "Fold a LoRA adapter into a copy of the weights for a rollout in this process: faster, more memory."
     )

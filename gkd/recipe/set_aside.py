@@ -90,6 +90,7 @@ RULES = (
     # who writes, and where
     Rule("lmbda", ("rollout_backend", *_SERVER), "off"),
     Rule("lmbda", ("rollout_every",), "off", unless=("seq_kd",)),
+    Rule("lmbda", ("num_completions",)),
     Rule("lmbda", ("collapse_guard", "collapse_window", "collapse_threshold"), "off"),
     Rule("collapse_guard", ("collapse_window", "collapse_threshold"), "off"),
     Rule("lmbda", ("rollout_server_timeout", "server_proxy"), "off", unless=_SERVED),

@@ -140,6 +140,7 @@ class RolloutOrder:
         adapter_dir: where the student's adapter is written for a server.
         vocabulary: ids from here on the other model cannot read; None allows all.
         log_probs: whether the log-probabilities of the sampled tokens are wanted.
+        num_completions: so many rows with consecutive numbers have the same prompt.
     """
 
     settings: SamplingSettings
@@ -153,6 +154,7 @@ class RolloutOrder:
     adapter_dir: str = "rollout_adapters"
     vocabulary: int | None = None
     log_probs: bool = False
+    num_completions: int = 1
 
 
 class Rollout(ABC):

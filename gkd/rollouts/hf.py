@@ -25,7 +25,7 @@ from gkd.models.generation_mode import generation_mode
 from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, row_uniforms
 from gkd.rollouts.batch_size import check_batch_size
 from gkd.rollouts.folding import castable, foldable, folded
-from gkd.rollouts.kv_cache import can_drop_rows, keep_rows, places_to_keep, use_growing_layers
+from gkd.rollouts.kv_cache import can_drop_rows, keep_rows, places_to_keep, take_rows, use_growing_layers
 from gkd.rollouts.sampling import NOT_A_TOKEN, most_likely, sample
 
 # Rules that read the row's earlier tokens: left padding would be read as tokens, so such rows are not padded.
@@ -134,6 +134,11 @@ class HFRollout(Rollout):
 
     def _generate_chunk(self, model: Any, prompts: list[list[int]], step: int, rows: list[int]) -> list[list[int]]:
         settings, device = self.settings, model.device
+        numbers = [row_uniforms(self.seed, step, row, self.source, settings.max_new_tokens) for row in rows]
+        # Equal prompts are read once.
+        different = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        copies = [different[tuple(prompt)] for prompt in prompts]
+        prompts = list(map(list, different))
         width = max(map(len, prompts))
         # Masked positions hold the row's own first token: nothing that counts the row's tokens sees a foreign one.
         input_ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -142,9 +147,9 @@ class HFRollout(Rollout):
         if settings.repetition_penalty != 1:
             # transformers' own setting is bound to the rows it starts with, and rows leave.
             processors.insert(0, RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-        numbers = [row_uniforms(self.seed, step, row, self.source, settings.max_new_tokens) for row in rows]
         # Without float64 the cumulative sums are a little coarser.
-        decoding = _Decoding(settings, torch.tensor(numbers, dtype=sum_dtype(device), device=device))
+        uniforms = torch.tensor(numbers, dtype=sum_dtype(device), device=device)
+        decoding = _Decoding(settings, uniforms, copies if len(copies) > len(prompts) else None)
         model.generate(
             inputs=input_ids,
             attention_mask=mask,
@@ -176,11 +181,16 @@ def _generation_config(settings: SamplingSettings) -> GenerationConfig:
 
 
 class _Decoding:
-    """The decoding loop of one chunk, in the form `generate(custom_generate=...)` calls."""
+    """The decoding loop of one chunk, in the form `generate(custom_generate=...)` calls.
 
-    def __init__(self, settings: SamplingSettings, uniforms: Tensor) -> None:
-        self.settings = settings
-        self.uniforms = uniforms  # [B, max_new_tokens]
+    Args:
+        uniforms: [B, max_new_tokens].
+        copies: which of the prompts each of the B rows goes on from; None: they are as many.
+    """
+
+    def __init__(self, settings: SamplingSettings, uniforms: Tensor, copies: list[int] | None = None) -> None:
+        self.settings, self.copies = settings, copies
+        self.uniforms = uniforms
         self.completions: list[list[int]] = [[] for _ in range(len(uniforms))]
 
     def run(
@@ -196,15 +206,22 @@ class _Decoding:
         rows = list(range(len(self.completions)))  # rows[i]: the row at place i of the batch
         finished: set[int] = set()
         uniforms = self.uniforms
-        use_growing_layers(model_kwargs.get("past_key_values"))
+        copies = None if self.copies is None else torch.tensor(self.copies, device=input_ids.device)
+        cache = model_kwargs.get("past_key_values")
+        use_growing_layers(cache)
+        if copies is not None and not can_drop_rows(cache):  # nor can a row of it be copied
+            input_ids, copies = _copied(model_kwargs, input_ids, copies), None
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         for position in range(self.settings.max_new_tokens):
             if position > 0:
                 inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                 outputs = model(**inputs, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
-            scores = logits_processor(input_ids, outputs.logits[:, -1].float())
-            del outputs  # they hold the logits, and after the prefill perhaps those of every position
+            logits = outputs.logits[:, -1]
+            if copies is not None:
+                input_ids, logits, copies = _copied(model_kwargs, input_ids, copies), logits[copies], None
+            scores = logits_processor(input_ids, logits.float())
+            del outputs, logits  # they hold the logits, and after the prefill perhaps those of every position
             tokens = most_likely(scores) if self.settings.greedy else sample(scores, uniforms[:, position])
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
             self._record(rows, finished, tokens.tolist())
@@ -233,11 +250,23 @@ class _Decoding:
                     finished.add(row)
 
 
+def _copied(model_kwargs: dict[str, Any], input_ids: Tensor, index: Tensor) -> Tensor:
+    """Rows of prompts become the rows that go on from them: in everything that `generate` carries, in place, and in
+    the ids, which are returned."""
+    _select(model_kwargs, index, len(input_ids), lambda cache: take_rows(cache, index))
+    return input_ids[index]
+
+
 def _keep_rows(model_kwargs: dict[str, Any], places: list[int], index: Tensor, size: int) -> None:
     """Keep the rows at `places`, of `size`, in everything that `generate` carries from step to step, in place."""
+    _select(model_kwargs, index, size, lambda cache: keep_rows(cache, places, index.device))
+
+
+def _select(model_kwargs: dict[str, Any], index: Tensor, size: int, of_cache: Callable[[Cache], None]) -> None:
+    """The rows at `index`, of `size`, of each tensor with rows; a cache knows its own way."""
     for key, value in model_kwargs.items():
         if isinstance(value, Cache):
-            keep_rows(value, places, index.device)
+            of_cache(value)
         elif key == "position_ids" and isinstance(value, Tensor) and value.shape[-2] == size:
             model_kwargs[key] = value.index_select(-2, index)  # [B, T], or [axes, B, T] in models for images
         elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size:

@@ -1,4 +1,4 @@
-"""A KV cache for rollouts: room to grow, and rows that leave.
+"""A KV cache for rollouts: room to grow, rows that leave, and rows that go on from one prompt.
 
 transformers' `DynamicLayer` copies all keys and values for every new token, and once more when rows are selected. Here
 a token is written into a buffer with room to spare, and a row that leaves costs the copy of one other row.
@@ -52,6 +52,15 @@ class GrowingLayer(DynamicLayer):
         self.buffers = (self.buffers[0][: len(places)], self.buffers[1][: len(places)])
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
+    def take_rows(self, index: Tensor) -> None:
+        """Take the rows at `index`, in its order; one may be taken several times."""
+        if self.buffers is None:
+            return
+        length = self.get_seq_length()
+        keys, values = (buffer.index_select(0, index.to(buffer.device)) for buffer in self.buffers)
+        self.buffers = keys, values
+        self.keys, self.values = keys[..., :length, :], values[..., :length, :]
+
 
 def _grown(old: Tensor, new: Tensor, room: int) -> Tensor:
     buffer = new.new_empty((*new.shape[:-2], room, new.shape[-1]))
@@ -96,5 +105,14 @@ def keep_rows(cache: Cache, places: list[int], device: torch.device) -> None:
     for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
             layer.keep_rows(places)
+        else:
+            layer.reorder_cache(index)
+
+
+def take_rows(cache: Cache, index: Tensor) -> None:
+    """Take the rows at `index` in every layer of a cache, in place; one may be taken several times."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.take_rows(index)
         else:
             layer.reorder_cache(index)

@@ -23,7 +23,7 @@ from torch import nn
 from gkd.models.generation_mode import generation_mode
 from gkd.rollouts.adapter_upload import AdapterUpload, agree, version_of
 from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, row_seed
-from gkd.servers.answers import Completion, ServedModel, completion_of, is_unfinished
+from gkd.servers.answers import Completion, ServedModel, completions_of, is_unfinished
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
 
 # Mean difference, in nats, of the log-probability of the most likely next token between server and trainer, above
@@ -41,7 +41,8 @@ class _Request:
     Attributes:
         step, prompts, rows: of the call. version: the optimizer step whose weights sample, that is, how many steps
             they have been trained for. model: the name that the server has them under.
-        failure: what was wrong before anything was asked for. future: the completions. stop: set to give up.
+        failure: what was wrong before anything was asked for. future: the completions of each
+            request. stop: set to give up.
     """
 
     step: int
@@ -50,7 +51,7 @@ class _Request:
     version: int
     model: str
     failure: Exception | None
-    future: Future[list[Completion]]
+    future: Future[list[list[Completion]]]
     stop: threading.Event
 
 
@@ -68,6 +69,8 @@ class VLLMRollout(Rollout):
         accelerator: to agree with the other ranks; None is one process.
         vocabulary: ids from here on are an error, since the other model could not read them; None allows all.
         log_probs: ask for the log-probabilities of the sampled tokens, to compare weights by.
+        num_completions: so many rows with consecutive numbers have the same prompt: one request for all of them, from
+            whose seed vLLM makes one for each.
 
     Raises:
         ValueError: an option that a server cannot honour; a student without a plain LoRA adapter.
@@ -86,6 +89,7 @@ class VLLMRollout(Rollout):
         accelerator: Accelerator | None = None,
         vocabulary: int | None = None,
         log_probs: bool = False,
+        num_completions: int = 1,
     ) -> None:
         foreign = sorted(set(settings.extra) - {"min_new_tokens", "suppress_tokens"})
         if foreign:
@@ -100,7 +104,7 @@ class VLLMRollout(Rollout):
         self.upload = None if get_model is None else AdapterUpload(client, get_model, accelerator, adapter_dir)
         self._weights_compared = get_model is None
         self._ahead: _Request | None = None
-        self._asks_log_probs = log_probs
+        self._asks_log_probs, self._number = log_probs, num_completions
 
     @classmethod
     def of(cls, order: RolloutOrder) -> VLLMRollout:
@@ -116,6 +120,7 @@ class VLLMRollout(Rollout):
             accelerator=order.accelerator,
             vocabulary=order.vocabulary,
             log_probs=order.log_probs,
+            num_completions=order.num_completions,
         )
         if made.upload is not None:
             made.upload.current(step=0)
@@ -140,7 +145,7 @@ class VLLMRollout(Rollout):
         completions: list[Completion] = []
         failure = request.failure
         try:
-            completions = request.future.result()
+            completions = [one for answer in request.future.result() for one in answer]
         except (ServerError, ValueError) as error:
             failure = failure or error
         agree(self.accelerator, request.model, failure)
@@ -170,7 +175,7 @@ class VLLMRollout(Rollout):
         model = self.served.name if self.upload is None else self.upload.current(version)
         assert self.upload is None or version_of(model) == version, (model, version)
         failure: Exception | None = None
-        calls: list[Callable[[threading.Event], Completion]] = []
+        calls: list[Callable[[threading.Event], list[Completion]]] = []
         try:
             if not self._weights_compared:
                 self._compare_weights(model, [prompt for prompt in prompts if prompt][:_COMPARED_PROMPTS])
@@ -178,7 +183,9 @@ class VLLMRollout(Rollout):
             limit = f"the server's max_model_len={room}"
             self._check_prompts(prompts, step, rows, room, limit=limit, remedy=_TOO_LONG)
             asked = self.settings  # of this step: they may be others before all is answered
-            calls = [self._call(model, p, step, row, asked) for p, row in zip(prompts, rows, strict=True)]
+            firsts = range(0, len(prompts), self._number)
+            assert all(prompts[i : i + self._number] == [prompts[i]] * self._number for i in firsts)
+            calls = [self._call(model, prompts[i], step, rows[i], asked) for i in firsts]
         except (ServerError, ValueError) as error:
             failure = error
         stop = threading.Event()
@@ -191,12 +198,13 @@ class VLLMRollout(Rollout):
 
     def _call(
         self, model: str, prompt: list[int], step: int, row: int, settings: SamplingSettings
-    ) -> Callable[[threading.Event], Completion]:
-        def call(stop: threading.Event) -> Completion:
-            payload = self._payload(model, prompt, step, row, settings)
+    ) -> Callable[[threading.Event], list[Completion]]:
+        def call(stop: threading.Event) -> list[Completion]:
+            payload = {**self._payload(model, prompt, step, row, settings), "n": self._number}
             if self._asks_log_probs:
                 payload["logprobs"] = 0  # of the sampled tokens, and of no others
-            return self._checked(self._post(payload, row, stop, self._asks_log_probs), row, settings)
+            answers = self._post(payload, row, stop, self._asks_log_probs)
+            return [self._checked(one, row + place, settings) for place, one in enumerate(answers)]
 
         return call
 
@@ -226,13 +234,14 @@ class VLLMRollout(Rollout):
 
     def _post(
         self, payload: dict[str, Any], row: int, stop: threading.Event | None = None, log_probs: bool = False
-    ) -> Completion:
-        """The one completion, which must come from the model that was asked for.
+    ) -> list[Completion]:
+        """The completions, which must come from the model that was asked for.
 
         Raises:
             ServerError: it does not, or is no such answer.
         """
-        path, most = "/v1/completions", 1_000_000 + _BYTES_PER_TOKEN * (len(payload["prompt"]) + payload["max_tokens"])
+        tokens = payload["n"] * (len(payload["prompt"]) + payload["max_tokens"])
+        path, most = "/v1/completions", 1_000_000 + _BYTES_PER_TOKEN * tokens
         options: dict[str, Any] = {"again": is_unfinished, "stop": stop, "most": most}
         try:
             body = self.client.post(path, payload, first=row, **options)
@@ -242,7 +251,7 @@ class VLLMRollout(Rollout):
             self.upload.restore(error.url, payload["model"])
             body = self.client.post(path, payload, url=error.url, **options)
         try:
-            return completion_of(body, payload["model"], payload["prompt"], log_probs=log_probs)
+            return completions_of(body, payload["model"], payload["prompt"], log_probs=log_probs, number=payload["n"])
         except ServerError as error:
             raise ServerError(f"{self.client.field}: for row {row} the server gives {error}") from error
 
@@ -279,7 +288,7 @@ class VLLMRollout(Rollout):
                 payload = self._payload(model, prompt, 0, row, self.settings)
                 payload |= {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "repetition_penalty": 1.0}
                 payload |= {"min_tokens": 0, "logit_bias": {}}
-                answer = self._post(payload, row, log_probs=True)
+                (answer,) = self._post(payload, row, log_probs=True)
                 if len(answer.ids) != 1 or answer.ids[0] >= len(ours):
                     raise ServerError(f"{self.client.field}: asked for one token, the server gives {answer.ids[:8]}")
                 assert answer.log_probs is not None

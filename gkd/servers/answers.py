@@ -78,27 +78,38 @@ def is_unfinished(body: Any) -> str | None:
     )
 
 
-def completion_of(body: Any, model: str, prompt: Sequence[int], *, log_probs: bool) -> Completion:
-    """The one completion of /v1/completions, which must be the asked model's, of the prompt that was sent.
+def completions_of(
+    body: Any, model: str, prompt: Sequence[int], *, log_probs: bool, number: int = 1
+) -> list[Completion]:
+    """The completions of /v1/completions, which must be the asked model's, of the prompt that was sent.
 
     Args:
-        log_probs: they were asked for.
+        log_probs: they were asked for. number: of completions that were asked for.
     """
     _check_model(_field(body, "model", None), model)
     choices = _list(_field(body, "choices"), "choices")
-    if len(choices) != 1:
-        raise ServerError(f"{len(choices)} choices, where one was asked for")
-    index, reason = _field(choices[0], "index", 0), _field(choices[0], "finish_reason", None)
-    if not _is_whole(index) or index != 0:
-        raise ServerError(f"the choice with index {_describe(index)}, where one was asked for")
+    asked = "one was" if number == 1 else f"{number} were"
+    if len(choices) != number:
+        raise ServerError(f"{len(choices)} choices, where {asked} asked for")
+    found: dict[int, Completion] = {}
+    for choice in choices:
+        index = _field(choice, "index", 0)
+        if not _is_whole(index) or not 0 <= index < number or index in found:
+            raise ServerError(f"the choice with index {_describe(index)}, where {asked} asked for")
+        found[index] = _completion(choice, prompt, log_probs)
+    return [found[index] for index in range(number)]
+
+
+def _completion(choice: Any, prompt: Sequence[int], log_probs: bool) -> Completion:
+    reason = _field(choice, "finish_reason", None)
     if not isinstance(reason, str):
         raise ServerError(f"finish_reason={_describe(reason)}")
-    if _field(choices[0], "token_ids", None) is None or _field(choices[0], "prompt_token_ids", None) is None:
+    if _field(choice, "token_ids", None) is None or _field(choice, "prompt_token_ids", None) is None:
         raise ServerError("no token_ids and prompt_token_ids: it needs vLLM 0.10.2 or newer")
-    ids = _ids(_field(choices[0], "token_ids"), "token_ids")
-    if _ids(_field(choices[0], "prompt_token_ids"), "prompt_token_ids") != list(prompt):
+    ids = _ids(_field(choice, "token_ids"), "token_ids")
+    if _ids(_field(choice, "prompt_token_ids"), "prompt_token_ids") != list(prompt):
         raise ServerError("a completion of another prompt")
-    return Completion(ids, _log_probs(choices[0], len(ids)) if log_probs else None, reason)
+    return Completion(ids, _log_probs(choice, len(ids)) if log_probs else None, reason)
 
 
 def _log_probs(choice: Any, number: int) -> list[float]:

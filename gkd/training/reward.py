@@ -50,9 +50,9 @@ def advantage(value: float, total: float, number: int, before: float | None, *, 
     """r - b of one of a step's completions.
 
     Args:
-        value: its reward. total: of all of them. number: how many there are.
+        value: its reward. total: of all of them, or of those of its prompt. number: how many there are.
         before: the running mean of earlier steps, None in the first.
-        running: b is that mean, else the mean of the step's others; of a single one, the running mean.
+        running: b is that mean, else the mean of the others; of a single one, the running mean.
     """
     if running or number == 1:
         return 0.0 if before is None else value - before
@@ -93,14 +93,23 @@ class RewardTerm:
             return
         mean, before = total / number, record.reward_mean
         running = self._args.reward_baseline == "running"
-        for sequence, value in zip(own, values, strict=True):
-            found_better = advantage(value, total, int(number), before, running=running)
+        others = self._others(own, values) if self._args.num_completions > 1 else [(total, int(number))] * len(own)
+        for sequence, value, (sum_of, count) in zip(own, values, others, strict=True):
+            found_better = advantage(value, sum_of, count, before, running=running)
             sequence.log_prob_weight = self._args.reward_weight * found_better / in_step
         record.reward_mean = mean if before is None else MEMORY * before + (1 - MEMORY) * mean
         spread = math.sqrt(max(0.0, squares / number - mean * mean))
         seen = {"reward/mean": mean, "reward/std": spread, "reward/running_mean": record.reward_mean}
         for name, one in seen.items():
             trainer._metrics["train"][name].append(one)
+
+    def _others(self, own: Sequence[TokenSequence], values: list[float]) -> list[tuple[float, int]]:
+        """For each completion the sum of the rewards of its prompt's completions, and their number: all of them are of
+        this rank."""
+        found: dict[int, list[float]] = {}
+        for sequence, value in zip(own, values, strict=True):
+            found.setdefault(sequence.row, []).append(value)
+        return [(sum(found[sequence.row]), len(found[sequence.row])) for sequence in own]
 
     def _value(self, sequence: TokenSequence) -> float:
         ids = sequence.input_ids[sequence.prompt_length :]

@@ -84,13 +84,15 @@ class WindowStream:
         """Inside, a data loader of the training rows is made. That of a training gives token sequences, since most of
         them go into a rollout; who asks for one outside of it gets padded batches, as of any Trainer. A collator of
         the user's own is taken as it is."""
-        trainer, collator = self._trainer, self._trainer.data_collator
-        if self._is_training and type(collator) is PaddingCollator:
-            trainer.data_collator = collator.sequences
+        trainer, collator, size = self._trainer, self._trainer.data_collator, self._trainer._train_batch_size
+        if self._is_training:
+            trainer._train_batch_size = size // self._args.num_completions  # each of its rows is several in a window
+            if type(collator) is PaddingCollator:
+                trainer.data_collator = collator.sequences
         try:
             yield
         finally:
-            trainer.data_collator = collator
+            trainer.data_collator, trainer._train_batch_size = collator, size
 
     def next_window(self, iterator: Iterator[Any], number: int) -> tuple[Window, list[str]] | None:
         """The window that is to be trained now and its rows' sources; None at the end of an epoch."""
@@ -190,7 +192,7 @@ class WindowStream:
             batch = next(iterator, None)
             if batch is None:
                 break
-            batches.append(as_sequences(batch))
+            batches.append([row for row in as_sequences(batch) for _ in range(self._args.num_completions)])
             ended = self._accelerator.gradient_state.end_of_dataloader
         return batches, ended
 
@@ -210,4 +212,4 @@ class WindowStream:
         if ranks == 1 or self._args.dataloader_drop_last or not config.even_batches:
             return None
         rows = len(self._trainer.train_dataset) if hasattr(self._trainer.train_dataset, "__len__") else 0
-        return rows % (ranks * size) or None
+        return rows * self._args.num_completions % (ranks * size) or None

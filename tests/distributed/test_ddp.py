@@ -82,6 +82,12 @@ CASES = [
     ),
     Case("grouped", {"rollout_every": 3, "seq_kd": True, "per_device_train_batch_size": 5}, engine="ddp", resume=1),
     Case("grouped_late", {"rollout_every": 3, "gradient_accumulation_steps": 2}, engine="ddp", resume=2),
+    Case(
+        "several_completions",
+        {"num_completions": 2, "lmbda": 1.0, "rollout_every": 2, "gradient_accumulation_steps": 2},
+        engine="ddp",
+        resume=1,
+    ),
     Case("resumed", {"max_steps": 6, "gradient_checkpointing": True}, engine="ddp", resume=3),
 ]
 REFUSED = [

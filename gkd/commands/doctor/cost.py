@@ -90,7 +90,8 @@ def timed_steps(args: GKDConfig, rows: int) -> tuple[GKDConfig, Schedule]:
         rows: of the training set, after preparation.
     """
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    per_epoch = max(1, math.ceil(math.ceil(rows / (batch * max(1, args.world_size))) / accumulation))
+    together = batch // args.num_completions * max(1, args.world_size)
+    per_epoch = max(1, math.ceil(math.ceil(rows / together) / accumulation))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     # What is generated together has to be there in a timed step, too.
     rollout_batch = args.rollout_batch_size or batch * (4 if args.use_cpu else max(4, accumulation))
@@ -101,6 +102,7 @@ def timed_steps(args: GKDConfig, rows: int) -> tuple[GKDConfig, Schedule]:
     args.load_best_model_at_end, args.eval_on_start = False, False
     args.logging_strategy, args.logging_steps = IntervalStrategy.STEPS, 1
     args.mixing = "sample"  # the same share of rollouts in every step
+    args.rollout_every = 1  # and all of one: a run with larger ones is quicker than is told
     _hold_still(args, steps)
     args.resume_from_checkpoint, args.disable_tqdm = None, True
     return args, Schedule(steps, accumulation, timed)

@@ -146,7 +146,11 @@ class FakeServer:
         assert body["ignore_eos"], "the stop ids are to be ours"
         if len(prompt) + body["max_tokens"] > self.options["max_model_len"]:
             raise Answer(400, f"max_tokens={body['max_tokens']} is too large")
-        draw = torch.Generator().manual_seed(body["seed"] % 2**63)
+        choices = [self._choice(model, body, index) for index in range(body["n"])]
+        return {"model": body["model"], "choices": choices[::-1]}  # in whatever order they end
+
+    def _choice(self, model: Any, body: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, draw = body["prompt"], torch.Generator().manual_seed((body["seed"] + index) % 2**63)
         ids: list[int] = []
         said: list[float] = []
         while len(ids) < body["max_tokens"] and not (ids and ids[-1] in body["stop_token_ids"]):
@@ -161,10 +165,10 @@ class FakeServer:
                 ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=draw)))
             said.append(float((raw if self.raw else logits).log_softmax(-1)[ids[-1]]))
         ended = ids[-1] in body["stop_token_ids"]
-        choice = {"index": 0, "text": "", "finish_reason": "stop" if ended else "length", "token_ids": ids}
+        choice = {"index": index, "text": "", "finish_reason": "stop" if ended else "length", "token_ids": ids}
         choice["prompt_token_ids"] = prompt
         choice["logprobs"] = {"token_logprobs": said} if "logprobs" in body else None
-        return {"model": body["model"], "choices": [choice]}
+        return choice
 
     def _generate(self, body: dict[str, Any]) -> Any:
         sampling = body["sampling_params"]
