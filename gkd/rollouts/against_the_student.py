@@ -77,8 +77,9 @@ class RolloutCheck:
         mine = mine[:: max(1, math.ceil(len(mine) / _MOST))]
         if len(mine) == 0:
             return
-        for rows, logits in zip(mine.split(_ROWS), _logits(hidden.detach()[mine], head).split(_ROWS), strict=True):
-            self._sums += self._compare(logits, targets[rows], said[rows]).double().cpu()
+        parts = zip(mine.split(_ROWS), _logits(hidden.detach()[mine], head).split(_ROWS), strict=True)
+        sums = torch.stack([self._compare(logits, targets[rows], said[rows]) for rows, logits in parts])
+        self._sums += sums.cpu().double().sum(dim=0)  # one transfer a micro-batch
 
     def _compare(self, logits: Tensor, targets: Tensor, said: Tensor) -> Tensor:
         log_p = logits.log_softmax(dim=-1)

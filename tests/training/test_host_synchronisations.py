@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from hf_rollouts import rollout_of
 from peft import LoraConfig
-from tiny import tiny_model, tiny_rows
+from served import trainer_with
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import trainer_of
+from vllm_server.fake import FakeServer
 
 import gkd
 from gkd.data.sequences import collate, join, unpad
@@ -62,16 +65,25 @@ def waits_of_training_steps(tmp_path, monkeypatch, rows=16, vocab=259, **values)
         max_new_tokens=4,
         **values,
     )
-    waits, steps, step = Waits(), [], trainer.training_step
+    return watched_training(trainer, monkeypatch)
+
+
+def count_transfers(waits, monkeypatch, inside):
+    """Note what becomes Python's, or numpy's, while `inside` says so."""
     for name in ("tolist", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
 
         def noted(self, *args, _name=name, _original=original, **kwargs):
-            if steps and steps[-1] == "inside":
+            if inside():
                 waits.note(_name)
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, noted)
+
+
+def watched_training(trainer, monkeypatch):
+    waits, steps, step = Waits(), [], trainer.training_step
+    count_transfers(waits, monkeypatch, lambda: steps and steps[-1] == "inside")
 
     def watched(*args, **kwargs):
         steps.append("inside")
@@ -93,6 +105,8 @@ def waits_of_training_steps(tmp_path, monkeypatch, rows=16, vocab=259, **values)
         {"seq_kd": True, "seq_kd_loss": "nll"},
         {"divergence": "adaptive_kl"},
         {"teacher_top_k": 8},
+        {"collapse_guard": "warn", "token_weights": "iw_opd", "log_top_k_overlap": 4},
+        {"lmbda": 1.0, "num_completions": 2, "rollout_every": 2},
     ],
 )
 def test_no_line_of_ours_waits_in_a_training_step(tmp_path, monkeypatch, values):
@@ -111,6 +125,38 @@ def test_waits_do_not_grow_with_rows_chunks_or_vocabulary(tmp_path, monkeypatch)
             waits, steps = waits_of_training_steps(tmp_path / str(number), patch, **values)
         counts.append(len(waits.seen) / steps)
     assert counts == [counts[0]] * 4
+
+
+def test_a_server_s_rollouts_are_compared_with_as_many_waits_whatever_their_number(tmp_path, monkeypatch):
+    counts = []
+    for rows in (2, 8):
+        urls = {"rollout_backend": "vllm", "lmbda": 1.0, "seq_kd": False, "teacher_top_k": None, "max_steps": 1}
+        with (
+            FakeServer(tiny_model(seed=1), tiny_tokenizer(), max_model_len=300) as server,
+            monkeypatch.context() as patch,
+        ):
+            values = urls | {"rollout_server_url": server.url, "per_device_train_batch_size": rows}
+            trainer = trainer_with(tmp_path / str(rows), tiny_model(seed=2), max_new_tokens=12, **values)
+            waits, _ = watched_training(trainer, patch)
+        counts.append([name for name, _, _ in waits.own])
+    assert counts[0] == counts[1]
+    assert set(counts[0]) <= {"nonzero", "cpu", "tolist"}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_a_rollout_waits_once_for_each_token_and_for_no_row(kind, monkeypatch):
+    """The tokens of all rows come over together. A mask over padded rows makes transformers look once more at each
+    token, when nothing is under way."""
+    counts = []
+    for prompts in ([[5], [9] * 11, [3, 4]], [[row, *range(row)] for row in range(1, 24)]):
+        waits = Waits()
+        rollout = rollout_of(tiny_model(kind, seed=3), max_new_tokens=10, top_p=0.9, stop_ids=(258, *range(9)))
+        with monkeypatch.context() as patch, waits:
+            count_transfers(waits, patch, lambda: True)
+            found = rollout.generate(prompts, 0)
+        assert [name for name, _, _ in waits.own] == ["tolist"] * max(map(len, found))
+        counts.append(len(waits.seen) - len(waits.own) * (2 if kind == "qwen2" else 1))
+    assert counts[0] == counts[1] <= 6, "at the beginning"
 
 
 def test_a_batch_is_taken_apart_with_one_transfer_of_each_tensor(monkeypatch):
