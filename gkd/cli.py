@@ -106,6 +106,9 @@ def _add_precompute(commands: Any) -> None:
     precompute.add_argument("--precompute_output", metavar="DIR", help="also write the answers as a data set")
     precompute.add_argument("--precompute_push_to_hub", metavar="ID", help="push that data set to this repository")
     precompute.add_argument("--scores", action="store_true", help="score the rows into teacher_scores_dir instead")
+    precompute.add_argument(
+        "--student", action="store_true", help="let the student answer; with --scores, score that, too"
+    )
 
 
 def _add_doctor(commands: Any) -> None:
@@ -302,6 +305,15 @@ def _plan(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 def _precompute(arguments: argparse.Namespace, flags: list[str]) -> int:
     output, push_to = arguments.precompute_output, arguments.precompute_push_to_hub
+    if arguments.student:
+        from gkd.commands.precompute.rollouts import precompute_rollouts, settings_on
+
+        precompute_rollouts(capture(arguments.recipe, flags), output, push_to)
+        if arguments.scores:
+            from gkd.commands.precompute.scores import precompute_scores
+
+            precompute_scores(capture(arguments.recipe, [*flags, *settings_on(output)]))
+        return 0
     if arguments.scores:
         if output is not None or push_to is not None:
             raise ValueError("--scores does not go with --precompute_output: run one after the other")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from peft import PeftModel, PromptLearningConfig
 from safetensors import SafetensorError
 from torch import nn
@@ -19,7 +20,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path
 
 from gkd.config.fields import GKDConfig
+from gkd.data.token_rows import WRITTEN_BY
 from gkd.models.adapters import load_adapter
+from gkd.models.fingerprint import fingerprint_at_start
 from gkd.models.loading import adapter_config, check_causal, load_config, load_errors_named
 from gkd.models.placement import check_not_split
 
@@ -252,3 +255,21 @@ def align_pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def check_written_by(rows: Any, student: nn.Module) -> None:
+    """Refuse rows that another student has written before its training (`gkd precompute --student`). All ranks call
+    this.
+
+    Raises:
+        ValueError: they are not of the weights that this training begins with.
+    """
+    if not isinstance(rows, Dataset) or WRITTEN_BY not in rows.column_names:
+        return
+    own, said = fingerprint_at_start(student), {mark for mark in rows.unique(WRITTEN_BY) if mark is not None}
+    if said - {own}:
+        raise ValueError(
+            f"train_dataset: another student has written these rows (fingerprint {', '.join(sorted(said))[:80]}, and "
+            f"this one's is {own}), so they are not its own text: train that student, in the same dtype, or let this "
+            f"one write (gkd precompute --student); to train on them as on any data, drop the column {WRITTEN_BY}"
+        )

@@ -14,6 +14,8 @@ from gkd.data.row_values import RowPlace, describe, is_empty
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
 READ = {"input_ids", "labels", "attention_mask", "prompt_length", "prompt_ids", "position_ids", "seq_lengths", *MASKS}
 READ |= {"teacher_context", "teacher_prompt_ids"}
+# The fingerprint of the student that has written a row before its training (`gkd precompute --student`).
+WRITTEN_BY = "student_fingerprint"
 
 
 @dataclass(frozen=True)

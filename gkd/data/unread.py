@@ -13,7 +13,7 @@ from typing import Any
 from gkd.data import token_rows
 from gkd.data.formats import ChatRow, Row, TextRow, leading_column
 from gkd.data.row_values import RowPlace, describe, is_empty
-from gkd.data.token_rows import TokenRow
+from gkd.data.token_rows import WRITTEN_BY, TokenRow
 
 NOT_TEXT = (
     "images",
@@ -29,7 +29,7 @@ NOT_TEXT = (
 
 # Columns of rows of ids that say no more: written by this package, by `datasets` or by TRL's own preparation.
 _BESIDE_IDS = {"row", "prompt", "completion", "text", "truncated", "repetitive", "source_row", "length"}
-_BESIDE_IDS |= {"special_tokens_mask", "token_type_ids"}
+_BESIDE_IDS |= {"special_tokens_mask", "token_type_ids", WRITTEN_BY}
 # Keys of a turn that need no reader: ids, and those whose rendering is looked at (`gkd.data.encode`).
 _KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", "tool_call_id", "id"}
 

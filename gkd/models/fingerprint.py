@@ -48,6 +48,28 @@ def fingerprint(model: nn.Module, *, frozen_only: bool = False) -> str:
     return state.hexdigest()
 
 
+def fingerprint_at_start(student: nn.Module) -> str:
+    """Of the weights that a training begins with, whether its adapter has been put on yet or not: one that does
+    nothing yet does not count, nor does how its base is wrapped. All ranks call this."""
+    named = dict(student.named_parameters())
+    written = [p for name, p in named.items() if "lora_B" in name or "lora_embedding_B" in name]
+    idle = not any(bool(_whole(parameter).any()) for parameter in written)
+    state = hashlib.blake2b(digest_size=16)
+    for name, parameter in named.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        of_adapter = "lora_" in plain or "modules_to_save" in plain
+        if idle and of_adapter:
+            continue
+        values = _whole(parameter)
+        state.update(json.dumps([plain, list(values.shape), str(values.dtype), *_content(values)]).encode())
+    return state.hexdigest()
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    with gathered([parameter]), torch.no_grad():
+        return parameter.detach().clone() if hasattr(parameter, "ds_id") else parameter.detach()
+
+
 def _content(values: Tensor) -> list[int]:
     """The sum of all 64-bit words (modulo 2^64: in any order), some of the words, and the odd bytes at the end."""
     flat = values.contiguous().view(-1).view(torch.uint8)

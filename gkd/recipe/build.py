@@ -81,17 +81,17 @@ TRAIN_ROWS = 256  # of the training set, which only the set-up of a trainer need
 
 @contextmanager
 def measuring_trainer(
-    settings: Settings, data: dict[str, Any], teacher_view: View | None = None
+    settings: Settings, data: dict[str, Any], teacher_view: View | None = None, most: int | None = TRAIN_ROWS
 ) -> Iterator[GKDTrainer]:
     """The trainer of a run, with its models, tokenizer and sampling, that leaves nothing behind on disk or Hub; nor in
-    `settings`, of which it has a copy."""
+    `settings`, of which it has a copy. It has `most` of the training rows, None is all of them."""
     train, settings = data["train"], copied(settings)
     with tempfile.TemporaryDirectory() as folder:
         args = settings.training
         args.output_dir, args.push_to_hub, args.report_to, args.teacher_cache_dir = folder, False, [], "off"
         args.teacher_scores_dir, args.log_completions = None, False
         args.reward_weight, args.reward_baseline = 0.0, "leave_one_out"  # nothing is trained
-        rows = train.select(range(min(len(train), TRAIN_ROWS)))
+        rows = train if most is None else train.select(range(min(len(train), most)))
         yield build_trainer(settings, {**data, "train": rows}, teacher_view)
 
 

@@ -71,7 +71,7 @@ def write_folder(
 
     Args:
         rows: the split `train`.
-        record: how the rows were made; the README shows `teacher`, `teacher_revision`, `key` and `date` of it.
+        record: how the rows were made; the README shows `teacher` or `student`, its revision, `key` and `date` of it.
         held_out: the recipe's `eval`, `prompts` and `held_out_text`.
 
     Raises:
@@ -135,18 +135,19 @@ def _readme(rows: Dataset, record: Mapping[str, Any]) -> str:
         "tags": ["gkd", "knowledge-distillation", "synthetic"],
         "task_categories": ["text-generation"],
     }
-    teacher = Repo(str(record["teacher"]), record.get("teacher_revision"))
+    who = "student" if "student" in record else "teacher"
+    writer = Repo(str(record[who]), record.get(f"{who}_revision"))
     facts = [
         ("rows", f"{len(rows):,}"),
-        ("teacher", teacher.display_name),
-        ("revision", teacher.revision),
+        (who, writer.display_name),
+        ("revision", writer.revision),
         ("date", record["date"]),
         *((name, shorten(str(value), 80)) for name, value in record["key"]["sampling"].items()),
         ("seed", record["key"]["seed"]),
     ]
     columns = [
         ("prompt, completion", "text, special tokens included"),
-        ("input_ids", "token ids of prompt and completion: what the teacher read and wrote"),
+        ("input_ids", "token ids of prompt and completion: what was read and written"),
         ("labels", "the same, -100 on the prompt"),
         ("prompt_length", "tokens of the prompt"),
         ("truncated, repetitive", "cut off at max_new_tokens; a loop"),
@@ -155,12 +156,12 @@ def _readme(rows: Dataset, record: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-            f"# Completions of {teacher.display_name}",
+            f"# Completions of {writer.display_name}",
             "Written by a language model, token by token as sampled, for sequence-level knowledge distillation (Kim & "
             "Rush, 2016). Training on `input_ids` and `labels` needs no tokenizer and loses no token:",
             fenced("gkd run RECIPE --dataset_name THIS_DATA_SET --seq_kd false --lmbda 0", "bash"),
             markdown_table(("", ""), facts),
             markdown_table(("column", "holds"), columns),
-            f"`{RECORD}` has the versions, the command and the fingerprint of the teacher's weights.\n",
+            f"`{RECORD}` has the versions, the command and the fingerprint of these weights.\n",
         ]
     )

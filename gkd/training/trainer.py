@@ -154,6 +154,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         check_wiring(self.accelerator)
         student_setup.freeze_beside_text(self.model)
         student_setup.check_student(self.model)
+        student_setup.check_written_by(train_dataset, self.accelerator.unwrap_model(self.model))
         check_steps(args, ready.train, self.accelerator.split_batches)
         student_setup.keep_use_cache(self.model, args, use_cache)
         check_not_quantized(self.accelerator.unwrap_model(self.model), "student", self.accelerator)

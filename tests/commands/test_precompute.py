@@ -21,7 +21,9 @@ from gkd.commands.doctor.examine import examine
 from gkd.commands.precompute import answers as module
 from gkd.recipe.capture import capture
 from gkd.recipe.rows import recipe_data
+from gkd.rollouts.base import SamplingSettings
 from gkd.rollouts.hf import HFRollout
+from gkd.rollouts.store import prompt_number
 from gkd.run import run
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -50,6 +52,7 @@ if __name__ == "__main__":
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("user")
     save_tiny(path / "student", seed=1)
+    save_tiny(path / "other", seed=5)
     save_tiny(path / "teacher", seed=2, hidden=48, layers=3, vocab=272)
     rows = tiny_rows(10)
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]))  # one prompt twice
@@ -173,6 +176,73 @@ def test_the_students_own_base_answers_and_scores_beforehand(field, folder, tmp_
     run(argv=argv)
     assert asked == []
     assert sorted(path.name for path in tmp_path.glob("**/rows-*.safetensors")) == kept, "a row was scored again"
+
+
+def test_a_student_that_has_written_beforehand_needs_no_engine_and_with_the_scores_no_teacher(
+    folder, tmp_path, monkeypatch, capsys
+):
+    data, scores, argv = tmp_path / "data", tmp_path / "scores", ("precompute", str(folder / "recipe.py"))
+    common = {"max_new_tokens": 6, "temperature": 0.8, "teacher_scores_dir": scores, "lmbda": 0.0}
+    written, original = [], HFRollout.generate
+
+    def generate(self, prompts, step, *rows):
+        written.extend((self.source, tuple(prompt)) for prompt in prompts)
+        return original(self, prompts, step, *rows)
+
+    monkeypatch.setattr(HFRollout, "generate", generate)
+    for _ in range(2):  # the second time all is there
+        assert (
+            main(
+                [
+                    *argv,
+                    *flags(
+                        folder, tmp_path / "out", "--student", "--scores", "--precompute_output", str(data), **common
+                    ),
+                ]
+            )
+            == 0
+        )
+        assert len(written) == len(set(written)) == 10
+        assert {source for source, _ in written} == {"student"}
+    assert "11 rows of the student's in" in (printed := capsys.readouterr().out)
+    assert "the scores of 11 rows are in" in printed
+    assert f"--dataset_name {data} --lmbda 0 --seq_kd false --teacher_scores_dir {scores}" in printed
+    student = tiny_model(seed=1)
+    alone = HFRollout(lambda: student, None, SamplingSettings(6, 0.8, stop_ids=(258,)), seed=42)
+    for row in (rows := read(data)):
+        prompt = row["input_ids"][: row["prompt_length"]]
+        assert row["input_ids"][row["prompt_length"] :] == original(alone, [prompt], 0, [prompt_number(prompt)])[0]
+    (mark,) = set(rows["student_fingerprint"])
+    record = json.loads((data / "provenance.json").read_text())
+    assert (record["student"], record["student_fingerprint"], record["rows"]) == ("student", mark, 11)
+    assert "# Completions of student" in (data / "README.md").read_text()
+
+    monkeypatch.setattr(models, "load_teacher", lambda *args, **kwargs: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(HFRollout, "generate", lambda *args: pytest.fail("somebody writes"))
+    trained = {**common, "dataset_name": data, "max_steps": 6, "seq_kd": "false"}
+    run(argv=flags(folder, tmp_path / "lora", "--use_peft", **trained))
+    offline = history(tmp_path / "lora")
+    assert offline[-2]["ledger/targets/data"] == sum(len(r["input_ids"]) - r["prompt_length"] for r in rows)
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "run",
+                str(folder / "recipe.py"),
+                *flags(folder, tmp_path / "else", model_name_or_path=folder / "other", **trained),
+            ]
+        )
+    assert "train_dataset: another student has written these rows" in capsys.readouterr().err
+
+    monkeypatch.undo()
+    run(argv=flags(folder, tmp_path / "live", "--use_peft", **{**trained, "teacher_scores_dir": tmp_path / "none"}))
+    for one, other in zip(offline[:6], history(tmp_path / "live")[:6], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), "as with the teacher at hand"
+
+
+def test_the_student_needs_a_folder_to_write_to(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["precompute", str(folder / "recipe.py"), *flags(folder, tmp_path / "out", "--student")])
+    assert "--student needs a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["live", "ema"])

@@ -33,7 +33,7 @@ from gkd.common.redact import redact_command
 from gkd.common.sign_of_life import SignOfLife
 from gkd.config.fields import GKDConfig
 from gkd.data.aligned_view import Alignment
-from gkd.data.sequences import columns_read, join, sequence_of
+from gkd.data.sequences import TokenSequence, columns_read, join, sequence_of
 from gkd.data.targets import IGNORE
 from gkd.models.loading import base_name
 from gkd.recipe.build import loading_arguments, student_name, student_tokenizer
@@ -69,7 +69,7 @@ class Precomputation:
 
     `answers` is the rollout of the teacher's sequences, None without `seq_kd`; `teacher` is None on a server;
     `held_out` is what `load_data` gave beside the train rows. `name` is the teacher's, of several, whose rows alone
-    these are. `alignment` is how a teacher with other tokens reads them.
+    these are. `alignment` is how a teacher with other tokens reads them. `source` is who writes.
     """
 
     rows: Dataset
@@ -83,10 +83,13 @@ class Precomputation:
     held_out: dict[str, Any] = field(default_factory=dict)
     name: str | None = None
     alignment: Alignment | None = None
+    source: str = "teacher"
 
     @property
     def of_whom(self) -> str:
-        """The teacher, in a sentence."""
+        """Who writes, in a sentence."""
+        if self.source == "student":
+            return "the student"
         return "the teacher" if self.name is None else f"teacher {self.name!r}"
 
     @property
@@ -240,9 +243,9 @@ def _name_the_base(args: GKDConfig, student: str) -> None:
 
 
 def fill(work: Precomputation) -> None:
-    """Let the teacher answer what is not answered yet, each prompt once, longest first. All ranks call this."""
+    """Let who writes answer what is not answered yet, each prompt once, longest first. All ranks call this."""
     store, accelerator = work.rollout.store, work.accelerator
-    prompts = [list(prompt) for prompt in dict.fromkeys(tuple(p) for p in _prompts(work.rows))]
+    prompts = [list(prompt) for prompt in dict.fromkeys(tuple(p) for p in _prompts(work))]
     store.refresh()
     missing = [prompt for prompt in prompts if prompt not in store]
     missing.sort(key=len, reverse=True)
@@ -277,7 +280,7 @@ def rows_of_all(works: list[Precomputation]) -> tuple[Dataset, dict[str, int]]:
 
 
 def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
-    """The rows with the teacher's answers, in the order of the recipe's data set, and how many are left out and why.
+    """The rows with the answers, in the order of the recipe's data set, and how many are left out and why.
 
     Rows that training would not train on (`mask_truncated_completions`, `drop_repetitive_completions`) are left out,
     and so is an answer with an id that stands for no token of the student's tokenizer.
@@ -288,14 +291,15 @@ def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
     left_out = {"truncated": 0, "repetitive": 0, "unreadable": 0}
     known = max(work.tokenizer.get_vocab().values())
     for sequence in map(sequence_of, columns_read(work.rows.sort("row"))):
-        answer, verdict = work.hygiene.received(work.rollout.store.get(sequence.teacher_prompt), "teacher")
+        written = work.rollout.store.get(_prompt(sequence, work.source))
+        answer, verdict = work.hygiene.received(written, work.source)
         if not work.hygiene.trains(verdict):
             left_out["repetitive" if verdict.repetitive else "truncated"] += 1
             continue
         found = join(
             sequence.prompt,
             answer,
-            "teacher",
+            work.source,
             sequence.row,
             teacher_prompt=() if work.hygiene.rewriting else sequence.teacher_prompt,
             end_map=work.hygiene.end_map,
@@ -319,22 +323,26 @@ def answered_rows(work: Precomputation) -> tuple[Dataset, dict[str, int]]:
             values.append(row[name])
     if not columns["input_ids"]:
         raise ValueError(
-            f"no answer of the teacher is left for the data set ({left_out}): raise max_new_tokens, or set "
+            f"no answer of {work.of_whom} is left for the data set ({left_out}): raise max_new_tokens, or set "
             "mask_truncated_completions and drop_repetitive_completions to false"
         )
     return Dataset.from_dict(columns, features=features), left_out
 
 
-def _prompts(rows: Dataset) -> Iterable[list[int]]:
-    """What the teacher answers."""
-    return (sequence_of(row).teacher_prompt for row in columns_read(rows))
+def _prompts(work: Precomputation) -> Iterable[list[int]]:
+    """What is answered."""
+    return (_prompt(sequence_of(row), work.source) for row in columns_read(work.rows))
+
+
+def _prompt(sequence: TokenSequence, source: str) -> list[int]:
+    return sequence.teacher_prompt if source == "teacher" else sequence.prompt
 
 
 def provenance(recipe: Recipe, works: list[Precomputation], kept: int, left_out: dict[str, int]) -> dict[str, Any]:
     """How the rows were made, as JSON: models, sampling, data, date, versions, command."""
     script, args = recipe.settings.script, recipe.settings.training
     made = {str(work.name): work.rollout.store.about() for work in works}
-    names = {name: _public_name(one["notes"]["teacher"]) or "in memory" for name, one in made.items()}
+    names = {name: public_name(one["notes"]["teacher"]) or "in memory" for name, one in made.items()}
     first, *others = made.values()
     several = bool(others) or works[0].name is not None
     return {
@@ -345,9 +353,9 @@ def provenance(recipe: Recipe, works: list[Precomputation], kept: int, left_out:
         "key": {**first["key"], "model": {name: one["key"]["model"] for name, one in made.items()}}
         if several
         else first["key"],
-        "tokenizer": _public_name(recipe.settings.model.model_name_or_path),
+        "tokenizer": public_name(recipe.settings.model.model_name_or_path),
         "prompts": {
-            "dataset": ", ".join(str(_public_name(name)) for name in script.names) or None,
+            "dataset": ", ".join(str(public_name(name)) for name in script.names) or None,
             "config": script.dataset_config,
             "split": script.dataset_train_split,
             "max_prompt_length": args.prompt_limit,
@@ -358,6 +366,6 @@ def provenance(recipe: Recipe, works: list[Precomputation], kept: int, left_out:
     }
 
 
-def _public_name(name: str | None) -> str | None:
+def public_name(name: str | None) -> str | None:
     """A repository's id, or the last part of a path: the record may be pushed."""
     return Repo(name).display_name if name else None
