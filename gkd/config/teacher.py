@@ -14,8 +14,6 @@ SELF_TEACHER_DECAY = 0.99  # Tarvainen and Valpola, arXiv 1703.01780, while the 
 PLACEMENTS = ("same", "cpu_offload", "zero3", "zero3_offload")
 TEMPLATES = ("student", "own")
 ALIGNMENTS = ("bytes",)
-# What means nothing of a teacher that is compared over the tokens that both tokenizers have.
-_NOT_ALIGNED = ("loss_compile", "log_top_k_overlap")
 _REMEDY_OF_NLL = ("set seq_kd_loss='divergence'", "lower ce_weight")
 
 
@@ -116,7 +114,6 @@ def _of_alignment(config: Any) -> list[tuple[bool, str]]:
     given = f"teacher_tokenizer_alignment={config.teacher_tokenizer_alignment!r}"
     own = [name for name in ("share_base_model", "self_teacher") if getattr(config, name)]
     several = [name for name in ("teachers", "teacher_adapters") if getattr(config, name)]
-    beside = [f"{name}={getattr(config, name)!r}" for name in _NOT_ALIGNED if getattr(config, name)]
     return [
         (
             bool(own),
@@ -133,7 +130,10 @@ def _of_alignment(config: Any) -> list[tuple[bool, str]]:
             f"{given} does not go with {' and '.join(several)}: take one teacher with another tokenizer, or several "
             "with the student's",
         ),
-        (bool(beside), f"{', '.join(beside)} does not go with {given}: leave it out"),
+        (
+            bool(config.loss_compile),
+            f"loss_compile={config.loss_compile} does not go with {given}, of which nothing is compiled: leave it out",
+        ),
         (
             config.trains_on_nll_alone and not config.evaluates_along,
             f"{given} has no effect with {config.nll_because}, where nothing is compared with the teacher: "

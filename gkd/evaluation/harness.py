@@ -202,12 +202,14 @@ class Evaluator:
         if not self._of_one_teacher:
             names = ", ".join(str(share.name) for share in self.teacher.shares(self.teachers))
             return f"{loss.in_words()}, each row with its own teacher ({names})"
+        name = loss.in_words()
         if self.tokens_differ:
-            name = loss.in_words().replace("over the whole vocabulary", "where the tokens of both meet")
-            return f"{name}, tokens that meet nowhere count as 0"
+            name = name.replace("over the whole vocabulary", "where the tokens of both meet")
+            name = name.replace(" (a lower bound)", " where the tokens of both meet")
+            name = f"{name}, tokens that meet nowhere count as 0"
         if trained.teacher_top_k is None or trained.teacher_top_k == loss.teacher_top_k:
-            return loss.in_words()
-        return f"{loss.in_words()} (trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})"
+            return name
+        return f"{name} (trained on the teacher's top {trained.teacher_top_k}, tail: {trained.top_k_tail})"
 
     def teacher_text(self) -> list[list[int]]:
         """The teacher's completions of the prompts, sampled at the first call."""

@@ -26,7 +26,7 @@ from gkd.loss.fused import fused_cross_entropy, fused_divergence, ids_in_range
 from gkd.loss.overlap import top_k_overlap
 from gkd.loss.parts import SplitSignal, fused_by_part
 from gkd.loss.settings import FusedOutput
-from gkd.loss.signals import AlignedSignal, DenseSignal, TeacherSignal, TopKSignal
+from gkd.loss.signals import AlignedSignal, TeacherSignal
 from gkd.models.facts import head_size
 from gkd.models.head import check_head, head_of, output_layer
 from gkd.models.hidden import instead_of_logits
@@ -261,7 +261,7 @@ class MicroBatches:
         k = self._args.log_top_k_overlap
         if k is None:
             return None
-        assert isinstance(signal, DenseSignal | TopKSignal), "one teacher, with the student's tokens"
+        assert not isinstance(signal, SplitSignal), "one teacher"
         return top_k_overlap(hidden, self._head, signal, self._trainer.loss_settings, k)
 
     def with_aux_loss(self, loss: Tensor, outputs: Any, of_window: bool) -> Tensor:

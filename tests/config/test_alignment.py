@@ -24,7 +24,6 @@ NLL = {"lmbda": 0.0, "seq_kd": True, "seq_kd_loss": "nll"}
         ),
         ({"teachers": {"a": {"model": "x"}, "b": {"model": "y"}}}, r"does not go with teachers: take one"),
         ({"teacher_adapters": {"a": "x", "b": None}}, r"does not go with teacher_adapters: take one"),
-        ({"log_top_k_overlap": 4}, r"^log_top_k_overlap=4 does not go with .*leave it out$"),
         ({"loss_compile": True}, r"^loss_compile=True does not go with .*leave it out$"),
     ],
 )

@@ -243,4 +243,4 @@ def test_a_teacher_on_a_server_is_measured_as_one_in_this_process(run, served, d
     measured = there.measure(there.teacher, "teacher")
     assert measured.values["divergence_own"].value == 0.0
     assert measured.values["bits_per_byte_teacher_text"].value > 0
-    assert "most likely tokens" in measured.settings["divergence"]
+    assert "272 most likely tokens and the rest where the tokens of both meet" in measured.settings["divergence"]

@@ -11,6 +11,7 @@ from variants import ALL
 from gkd.loss import DIVERGENCES, make_divergence
 from gkd.loss.by_source import split_by_source
 from gkd.loss.fused import fused_divergence
+from gkd.loss.overlap import LOOKED_AT, top_k_overlap
 from gkd.loss.parts import fused_by_part
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TopKSignal
@@ -162,6 +163,27 @@ def test_equal_models_have_no_loss_and_no_gradient():
         gradients = torch.autograd.grad(output.loss, (hidden, weight))
         assert abs(output.loss.item()) < 1e-6, name
         assert all(gradient.abs().max() < 1e-5 for gradient in gradients) or name == "total_variation", name
+
+
+@pytest.mark.parametrize("told", [None, 3, 9])
+def test_the_overlap_is_that_of_tokens_that_both_spell_alike(told):
+    case = AlignedCase(PATTERNS * 12)
+    settings, (z, zt) = LossSettings(make_divergence("jsd")), case.logits()
+    signal = case.signal
+    pairs = dict(zip(signal.student_ids.tolist(), signal.teacher_ids.tolist(), strict=True))
+    case = case if told is None else case.as_a_server_tells(told)
+    found = top_k_overlap(case.hidden, case.head, case.signal, settings, 5)
+    k = min(5, told or 5)
+    borders = (signal.border >= 0).nonzero()[:, 0].tolist()
+    places = [borders[round(i * (len(borders) - 1) / (LOOKED_AT - 1))] for i in range(LOOKED_AT)]
+    assert len(borders) > LOOKED_AT
+    assert (~found.isnan()).nonzero()[:, 0].tolist() == places
+    for at in places:
+        own = {pairs.get(i) for i in z[at].topk(k).indices.tolist()}
+        theirs = set(zt[signal.border[at]].topk(k).indices.tolist())
+        assert found[at].item() == pytest.approx(len(own & theirs) / k)
+    none = AlignedCase([(2, 0), (0, 1)])
+    assert top_k_overlap(none.hidden, none.head, none.signal, settings, 5).isnan().all()
 
 
 def test_signals_that_do_not_fit_are_refused():

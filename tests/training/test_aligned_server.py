@@ -37,9 +37,10 @@ def test_the_gradient_is_that_of_the_definition(tmp_path, monkeypatch, server, v
     remembered = Remember(monkeypatch)
     student = tiny_model(seed=1)
     models = [copy.deepcopy(student).double(), copy.deepcopy(server.base).double()]
-    trainer = trainer_of(tmp_path / "run", student=student, **served(server, **values))
+    trainer = trainer_of(tmp_path / "run", student=student, log_top_k_overlap=4, **served(server, **values))
     moved = change(trainer)
     loss, in_full = check(moved, models, remembered.windows[0], k=K)
+    assert 0 <= logged(trainer, "student/top_k_overlap")[0] < 1
     assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-4)
     assert logged(trainer, "aligned/in_full")[0] == pytest.approx(in_full)
     assert 0 < logged(trainer, "teacher/top_k_mass")[0] < 1
