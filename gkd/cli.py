@@ -24,7 +24,7 @@ from gkd.recipe.mistakes import mistakes_in_one_line
 
 Action = Callable[[argparse.Namespace, list[str]], int]
 
-EXAMPLE = "example: gkd run gkd_glass"
+EXAMPLE = "example:\n  gkd run gkd_glass"
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
@@ -35,13 +35,13 @@ def _wide(prog: str) -> argparse.HelpFormatter:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gkd",
-        description="On-policy knowledge distillation of language models.",
         epilog=EXAMPLE,
         formatter_class=_wide,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gkd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    title = "on-policy knowledge distillation of language models"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title=title)
     for add in (
         _add_run,
         _add_new,

@@ -88,8 +88,12 @@ def _run(recipe: Recipe) -> None:
     settings, args = recipe.settings, recipe.settings.training
     student_name(settings)
     measure = settings.run.evaluate_before_and_after
-    if settings.run.lm_eval_tasks is not None and not measure:
-        raise ValueError("lm_eval_tasks has no effect with evaluate_before_and_after=False: leave one of them out")
+    for name in ("lm_eval_tasks", "draft_tokens"):
+        value = getattr(settings.run, name)
+        if value is not None and not measure:
+            raise ValueError(
+                f"{name}={value} has no effect with evaluate_before_and_after=False: leave one of them out"
+            )
     end_with_the_launcher()
     output_folder.make(args.output_dir)
     first = int(os.environ.get("RANK", "0")) == 0

@@ -89,17 +89,28 @@ def make_evaluator(
     *,
     score: TaskScore | None = None,
     public_tasks: PublicTasks | None = None,
+    draft_tokens: int | None = None,
     num_samples: int = 3,
 ) -> Evaluator:
-    """The harness with a run's teacher, sampling and loss; what is asked beside is as in `Evaluator`."""
+    """The harness with a run's teacher, sampling and loss; what is asked beside is as in `Evaluator`.
+
+    Raises:
+        ValueError: the student is to be measured as a draft, and there is no teacher here that it could write for.
+    """
     args, several = run.args, bool(run.args.teacher_names)
     sampling = run.rollouts["teacher"].settings
     if several:
         sampling = replace(sampling, stop_ids=run.hygiene.stop_ids["teacher"])
     elif run.alignment is not None:  # its text is looked at in the student's tokens
         sampling = replace(sampling, stop_ids=run.rollouts["student"].settings.stop_ids)
+    teacher = _teacher(run, questions.teachers)
+    if draft_tokens is not None and (several or run.teacher.model is None or run.alignment is not None):
+        raise ValueError(
+            f"draft_tokens={draft_tokens} needs one teacher in this process, with the student's tokens, that the "
+            "student could write drafts for: name teacher_model_name_or_path, or leave it out"
+        )
     return Evaluator(
-        _teacher(run, questions.teachers),
+        teacher,
         run.processing_class,
         questions.prompts,
         questions.held_out,
@@ -113,6 +124,7 @@ def make_evaluator(
         teacher_reads=questions.as_the_teacher_reads_them(run.hygiene.end_map),
         teachers=questions.teachers if several else (),
         held_out_teachers=questions.held_out_teachers if several else (),
+        draft_tokens=draft_tokens,
         num_samples=num_samples,
         teacher_follows=run.teacher.follows,
     )
@@ -148,6 +160,7 @@ class Asked(Protocol):
     num_eval_prompts: int
     lm_eval_tasks: str | None
     lm_eval_limit: int | None
+    draft_tokens: int | None
 
 
 def evaluator_of(
@@ -195,7 +208,7 @@ def evaluator_of(
     public = None
     if asked.lm_eval_tasks is not None:
         public = PublicTasks(asked.lm_eval_tasks, asked.lm_eval_limit, args.per_device_eval_batch_size, args.seed)
-    return make_evaluator(run, questions, score=of_task, public_tasks=public)
+    return make_evaluator(run, questions, score=of_task, public_tasks=public, draft_tokens=asked.draft_tokens)
 
 
 def _prepared(rows: Dataset, run: Assembled, name: str, max_length: int | None) -> Dataset:

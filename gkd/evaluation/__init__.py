@@ -2,6 +2,8 @@
 
 aligned: a teacher with another tokenizer under measurement: asked about text, in its own tokens
 bits: bits per byte: what texts cost a model, whatever tokens it reads them in
+draft: the student as a draft model for the teacher: how much of what it proposes is taken, and what
+    that gains
 harness: one harness for the student before training, the student after, and the teacher: fixed prompts,
     fixed seeds
 measures: what an evaluation found of one model: numbers with standard errors
@@ -15,5 +17,6 @@ target_values: what is measured at a single target: how far a model is from its 
     both would say the same
 task_score: A recipe's own scores: of each completion by itself, and of all completions at once (corpus
     BLEU)
+timing: what a decoding step costs: seconds of a pass over a few tokens behind a prompt in the KV cache
 view: what models are measured on, as student and teacher read it: one completion, behind the prompt of each
 """

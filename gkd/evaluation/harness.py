@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.common.sign_of_life import SignOfLife
 from gkd.data.last_turn import LastTurn
 from gkd.evaluation.bits import Sizes
+from gkd.evaluation.draft import Costs, as_draft
 from gkd.evaluation.measures import (
     METRICS,
     Estimate,
@@ -79,6 +80,7 @@ class Evaluator:
         teachers: number of each prompt's teacher, and `held_out_teachers` of each held-out text's, where the teacher
             is several; no numbers of texts: the teacher's perplexity is not measured.
         held_out_starts: for each held-out text, how many tokens at its start are context only; None = 1 for all.
+        draft_tokens: the student is measured as a draft model that proposes so many tokens a block; None: it is not.
         num_samples: prompts whose completions are kept as text.
         teacher_follows: the teacher changes while the student trains: a model is compared with it as it is then.
 
@@ -100,10 +102,13 @@ class Evaluator:
     teacher_reads: TeacherReads | None = None
     teachers: tuple[int, ...] = ()
     held_out_teachers: tuple[int, ...] = ()
+    draft_tokens: int | None = None
     num_samples: int = 3
     teacher_follows: bool = False
+    costs: Costs | None = field(default=None, init=False, repr=False)
     _teacher_text: list[list[int]] | None = field(default=None, init=False, repr=False)
     _sign: SignOfLife | None = field(default=None, init=False, repr=False)
+    _target_text: dict[str, list[list[int]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -158,6 +163,7 @@ class Evaluator:
                 **self._text_measures(own, sampling),
                 **self._perplexity(model),
                 **self._of_teacher_text(model),
+                **({} if is_teacher else self._as_draft(model)),
                 **self._scores(model, sampling, own),
             }
         extra: dict[str, Metric] = {}
@@ -190,6 +196,8 @@ class Evaluator:
             "seed": self.conditions.seed,
             **({"bits per byte": f"not measured: {self._sizes.unknown}"} if self._sizes.unknown else {}),
             **({"the teacher": _OTHER_TOKENS} if self.tokens_differ else {}),
+            **({} if self.draft_tokens is None else {"tokens of a draft": self.draft_tokens}),
+            **({} if self.costs is None else {f"checking {self.costs.tokens + 1} costs": self.costs.in_words()}),
             **(
                 {"teacher": "as it was first measured, before it followed the student"} if self.teacher_follows else {}
             ),
@@ -252,6 +260,10 @@ class Evaluator:
         if self.score is not None:
             sampling = self._teacher_sampling if is_teacher else self.sampling
             passes += 1 + int(_undistorted(sampling) != sampling)
+        if self.draft_tokens is not None and not is_teacher:
+            own, sampled = self._teacher_sampling, int(self._teacher_sampling.temperature > 0)
+            passes += 1 + sampled
+            passes += 0 if self._target_text else 1 + sampled * int(_plain(own) != own)
         return passes * prompts + len(self.held_out)
 
     def _tick(self, sequences: int) -> None:
@@ -365,6 +377,50 @@ class Evaluator:
         nll = model.nll(rows, self.conditions, self._tick)
         return self._sizes_of(model).bits("bits_per_byte_teacher_text", rows, nll)
 
+    def _as_draft(self, model: Subject) -> dict[str, Estimate]:
+        """What the model is good for as a draft of the teacher's text, sampled plainly and greedy."""
+        if self.draft_tokens is None or self.teacher is None:
+            return {}
+        written, temperature = self._texts_of_the_target(), self._teacher_sampling.temperature
+        texts = {
+            way: answered(self.prompts, completions, self.teacher_reads, source="teacher")
+            for way, completions in written.items()
+        }
+        self.costs = self._costs(model, self.draft_tokens)
+        return as_draft(
+            model,
+            self.teacher,
+            texts,
+            self.costs,
+            tokens=self.draft_tokens,
+            temperature=temperature,
+            loss=self.loss,
+            exchanged=None if self.teacher_reads is None else self.teacher_reads.end_map,
+            how=self.conditions,
+            tick=self._tick,
+        )
+
+    def _texts_of_the_target(self) -> dict[str, list[list[int]]]:
+        """What the teacher writes without top-k, top-p and their like, under the names that `as_draft` wants."""
+        if not self._target_text:
+            assert self.teacher is not None
+            own = self._teacher_sampling
+            plain = _plain(own)
+            if own.temperature > 0:
+                sampled = self.teacher_text() if plain == own else self._generate(self.teacher, plain)
+                self._target_text[""] = sampled
+            self._target_text["_greedy"] = self._generate(self.teacher, replace(plain, temperature=0.0))
+        return self._target_text
+
+    def _costs(self, model: Subject, tokens: int) -> Costs | None:
+        assert self.teacher is not None
+        prompt = max(self.prompts, key=len)
+        draft = model.step_seconds(prompt, 1, self.conditions)
+        target, check = (self.teacher.step_seconds(prompt, n, self.conditions) for n in (1, tokens + 1))
+        if draft is None or target is None or check is None:
+            return None
+        return Costs(draft, target, check, tokens)
+
     def _sizes_of(self, model: Subject) -> Sizes:
         return self._teacher_sizes if model == self.teacher else self._sizes
 
@@ -390,6 +446,11 @@ class Evaluator:
         for way, completions in written.items():
             found |= self.score.estimates([self._text(ids, plain=True) for ids in completions], way)
         return found
+
+
+def _plain(sampling: SamplingSettings) -> SamplingSettings:
+    """At the same temperature, without what hides tokens."""
+    return replace(sampling, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
 
 
 def _undistorted(sampling: SamplingSettings) -> SamplingSettings:

@@ -62,6 +62,7 @@ _OF_DISTILLATION = (
     "reward_baseline",
     "token_weights",
     "log_top_k_overlap",
+    "draft_tokens",
     *(f"{kind}_{source}" for kind in ("divergence", "beta", "teacher_top_k") for source in SOURCES),
 )
 _SERVER = ("rollout_server_url", "rollout_adapter_dir", "rollout_staleness", "rollout_logprob_tolerance")
@@ -72,7 +73,7 @@ RULES = (
     Rule("divergence", ("beta", "skew_lambda", "ab_alpha", "ab_beta", "akl_mu", "symmetric_kl_weight")),
     Rule("ce_weight", ("ce_on_student_tokens",), "off"),
     Rule("teacher_top_k", ("top_k_tail",), "off"),
-    Rule("evaluate_before_and_after", ("lm_eval_tasks", "lm_eval_limit")),
+    Rule("evaluate_before_and_after", ("lm_eval_tasks", "lm_eval_limit", "draft_tokens")),
     Rule("lm_eval_tasks", ("lm_eval_limit",), "off"),
     # arguments of what another one replaces
     Rule("lr_scheduler_type", ("lr_scheduler_kwargs",)),

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from gkd.common.ranges import one_of
+from gkd.common.ranges import one_of, whole
 from gkd.config.field_types import check_types
 from gkd.config.fields import GKDConfig
 from gkd.config.values import INEFFECTIVE
@@ -79,8 +79,17 @@ class RunArguments:
         default=None, metadata={"help": "Most items of each of these tasks; None = all."}
     )
 
+    draft_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure the student as a draft model that proposes so many tokens a block (acceptance, speed-up)."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_types(self)
+        if self.draft_tokens is not None:
+            whole("draft_tokens", self.draft_tokens, 1)
         one_of("objective", self.objective, OBJECTIVES)
         if self.num_eval_prompts < 1:
             raise ValueError(

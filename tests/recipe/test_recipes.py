@@ -68,6 +68,7 @@ DATA = {
     "gkd_xsum": XSUM,
     "gkd_wmt14": WMT14,
     "gkd_glass": None,  # these take their rows from packages
+    "gkd_draft": None,
     "gkd_smollm2": None,
     "gkd_context": None,
     "gkd_other_tokenizer": None,
@@ -153,6 +154,7 @@ def test_recipe_runs_two_steps(name, models, tmp_path, monkeypatch):
     assert (out / "plots").is_dir()
     measured = {row["key"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
     assert {"divergence_own", "ended"} <= measured.keys()
+    assert ({"acceptance", "acceptance_greedy", "speedup", "draft_cost"} <= measured.keys()) == (name == "gkd_draft")
     assert ("score_greedy" in measured) == (name in SCORED)
     assert ("corpus_score_sampled" in measured) == (name == "gkd_wmt14")
     if name in ("kd_qwen3", "kd_minimind", "gkd_glass"):

@@ -4,6 +4,7 @@ alignment: the doctor's look at a teacher with another tokenizer that is compare
     what both can say
 cost: the doctor's estimate of a run: memory by the formulas of `gkd plan`, time from optimizer steps that
     are made
+draft: the doctor's look at the student as a draft model: whether decoding in its blocks gains anything
 examine: `gkd doctor`: what can be known about a run before it costs a GPU-day
 rows: the doctor's look at the rows: formats, what is dropped or cut, where an answer begins and whether
     it stops

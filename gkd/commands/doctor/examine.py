@@ -23,6 +23,7 @@ from gkd.assembly.reading import reading_of_teachers
 from gkd.assembly.rollouts import encoding_options
 from gkd.commands.doctor.alignment import examine_mass
 from gkd.commands.doctor.cost import STEPS, examine_memory, examine_schedules, examine_time, spread, timed_steps
+from gkd.commands.doctor.draft import examine_draft
 from gkd.commands.doctor.rows import examine_held_out, examine_rows
 from gkd.commands.doctor.template import examine_template
 from gkd.commands.doctor.view import Diagnosis
@@ -255,7 +256,7 @@ def _models(out: Diagnosis, recipe: Recipe, data: dict[str, Any], prepared: Data
     with measuring_trainer(settings, {**data, "train": usable}, recipe.teacher_view) as trainer:
         _sizes(out, trainer)
         out.doing(f"letting both models answer {ROLLOUTS} prompts")
-        _attempt(out, "Rollouts", lambda: _measure(out, trainer, data, prepared))
+        _attempt(out, "Rollouts", lambda: _measure(out, trainer, data, prepared, recipe.settings.run.draft_tokens))
         out.doing(f"making {STEPS} steps")
         _attempt(out, "Time", lambda: examine_time(out, trainer, schedule))
 
@@ -302,8 +303,10 @@ def _stop_ids(out: Diagnosis, trainer: GKDTrainer) -> None:
     out.add("Stop ids", *(("warning", remark) if remark else ("ok", f"{named['student']} for both")))
 
 
-def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> None:
-    evaluator = _evaluator(trainer, data, prepared)
+def _measure(
+    out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset, draft_tokens: int | None
+) -> None:
+    evaluator = _evaluator(trainer, data, prepared, draft_tokens)
     student = evaluator.measure(LocalSubject(trainer.model), "student")
     out.add_rollouts(student.samples, student.questions)
     found = [student]
@@ -312,6 +315,8 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
         found.append(teacher)
         _perplexities(out, student, teacher, len(evaluator.held_out))
         _divergence(out, student, evaluator.settings()["divergence"])
+        if evaluator.costs is not None:
+            examine_draft(out, student, evaluator.costs)
         if evaluator.tokens_differ:
             examine_mass(out, evaluator.teacher, _compared_rows(evaluator, prepared), evaluator.conditions)
         elif not trainer.args.teacher_names:
@@ -321,7 +326,7 @@ def _measure(out: Diagnosis, trainer: GKDTrainer, data: dict[str, Any], prepared
         _rollouts(out, measures, trainer.args.most_new_tokens, trainer.args.repetition_threshold)
 
 
-def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> Evaluator:
+def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset, draft_tokens: int | None) -> Evaluator:
     """The harness of a run's evaluation, on a few train rows: prompts, and answers (or texts) for the perplexity."""
     rows = [sequence_of(row) for row in prepared.select(range(min(ROWS_MEASURED, len(prepared))))]
     answered = [row for row in rows if 0 < max(1, row.prompt_length) < len(row.input_ids)]
@@ -345,7 +350,7 @@ def _evaluator(trainer: GKDTrainer, data: dict[str, Any], prepared: Dataset) -> 
     if any(row.has_view or row.teacher_prompt_ids for row in rows):
         own = [row.teacher_prompt or half for row, half in zip(rows, halves, strict=False)]
         questions = replace(questions, teacher_prompts=own, teacher_contexts=contexts)
-    return make_evaluator(trainer, questions, num_samples=ROLLOUTS)
+    return make_evaluator(trainer, questions, draft_tokens=draft_tokens, num_samples=ROLLOUTS)
 
 
 def _compared_rows(evaluator: Evaluator, prepared: Dataset) -> list[TokenSequence]:
