@@ -116,6 +116,21 @@ def test_samples_repeat_for_their_key_and_stop_tokens_end_them(client, tmp_path,
     assert not any(set(ids[:-1]) & stops for ids in whole)
 
 
+def test_several_completions_of_a_prompt_are_one_request(client, tmp_path, folder):
+    """Each is drawn by itself, and what is said of its tokens is the student's own."""
+    student = student_of(folder)
+    rollout = rollout_of(client, tmp_path, student)
+    rollout._number, rollout._asks_log_probs = 3, True
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    found = rollout.generate(prompts, 5)
+    assert rollout.generate(prompts, 5) == found
+    assert [len(set(map(tuple, found[i : i + 3]))) for i in range(0, 12, 3)] == [3] * 4
+    for prompt, ids, said in zip(prompts, found, rollout.log_probs, strict=True):
+        log_probs = student(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        own = [float(log_probs[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)]
+        assert said == pytest.approx(own, abs=1e-3)
+
+
 def test_every_sampling_option_is_taken_by_the_server(client, tmp_path, folder):
     options = {"top_p": 0.8, "top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1, "temperature": 0.8}
     extra = {"min_new_tokens": 3, "suppress_tokens": [1, 2, 3]}
