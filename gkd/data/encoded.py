@@ -33,11 +33,13 @@ class Encoded:
 
     @property
     def prompt_only(self) -> bool:
-        return all(label == IGNORE for label in self.labels)
+        return self.labels.count(IGNORE) == len(self.labels)
 
     def starting_from(self, prompt: list[int]) -> Encoded:
         """With this prompt for rollouts, which is kept beside the row only where the row does not begin with it."""
         same = self.input_ids[: self.prompt_length] == prompt
+        if same and not self.prompt_ids:
+            return self
         return replace(self, prompt_ids=[] if same else prompt)
 
     @property

@@ -21,7 +21,8 @@ def check_kind(dataset: Any, name: str) -> None:
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"the {name} data set is streamed, but its rows must be counted and numbered before training: load it "
-            f"without streaming, or take rows of it, Dataset.from_list(list(stream.take(n)))"
+            f"without streaming (its rows stay on disk, so it may be larger than the memory), or take rows of it, "
+            f"Dataset.from_list(list(stream.take(n)))"
         )
     if not isinstance(dataset, Dataset):
         kind = type(dataset).__name__

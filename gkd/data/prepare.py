@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.data.encode import RowEncoder
 from gkd.data.encoded import Answers, Limits
 from gkd.data.kinds import as_stored, check_kind, transformed
-from gkd.data.prepared_row import PREPARED, Preparation, prepared_row
+from gkd.data.prepared_row import PREPARED, Preparation, prepared_row, read_row
 from gkd.data.row_report import MIXED_FROM, DataReport, read_notes, row_numbers
 from gkd.data.row_values import RowPlace
 from gkd.data.targets import IGNORE
@@ -174,14 +174,16 @@ def _encode_batch(
     encoder = RowEncoder(tokenizer, preparation.answers.assistant_turns, preparation.stop_ids, preparation.today)
     readers = TeacherRows(preparation.reading, encoder, preparation.today)
     batch = transformed(columns, preparation.transform, preparation.name)
-    rows, teacher_numbers = [], []
+    found, teacher_numbers = [], []
     for i, number in enumerate(numbers):
         place = RowPlace(preparation.name, number)
         raw = {column: values[i] for column, values in batch.items()}
         if preparation.teachers:
             teacher_numbers.append(_teacher_number(raw, preparation.teachers, place))
         teacher = teacher_numbers[-1] if teacher_numbers else 0
-        rows.append(prepared_row(raw, place, readers, preparation, teacher))
+        found.append(read_row(raw, place, readers, preparation, teacher))
+    encoder.foresee(one.row for one in found)
+    rows = [prepared_row(one, readers, preparation) for one in found]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
@@ -190,7 +192,7 @@ def _encode_batch(
         **{name: [getattr(row, name) for row in rows] for name in IDS},
         "row": list(numbers),
         "notes": [list(row.notes) for row in rows],
-        "targets": [sum(label != IGNORE for label in row.labels[1:]) for row in rows],
+        "targets": [len(row.labels[1:]) - row.labels[1:].count(IGNORE) for row in rows],
         "length": [len(row.input_ids) for row in rows],
         "served": [len(row.prompt) for row in rows],
         **({"teacher": teacher_numbers} if preparation.teachers else {}),

@@ -7,30 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jinja2
 from datasets import Features
 
 from gkd._version import __version__
 from gkd.common.text import printable
 from gkd.data.encoded import Answers, Encoded, Limits
-from gkd.data.formats import ChatRow, TextRow, canonical_row
+from gkd.data.formats import ChatRow, Row, TextRow, canonical_row
 from gkd.data.kinds import Transform
 from gkd.data.row_report import DROPPED, MIXED_FROM, NOTES_OF_THE_ANSWER, OF_THE_ANSWER, UNREAD, VIEW
 from gkd.data.row_values import RowPlace, without_arrow_nulls
 from gkd.data.targets import IGNORE
 from gkd.data.teacher_rows import COLUMNS, Raw, TeacherReading, TeacherRows
+from gkd.data.templates import STUMBLES_OF_ROWS
 from gkd.data.unread import refuse_other_than_text, unread
-
-# What tokenizers and chat templates raise over a single row.
-_STUMBLES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 PREPARED = {"input_ids", "labels", "prompt_length", "row"}  # columns that say that rows have been prepared
 
@@ -54,10 +43,29 @@ class Preparation:
     version: str = __version__  # only there for the key of `datasets.map`'s cache: another one may tokenize otherwise
 
 
-def prepared_row(
+@dataclass(frozen=True)
+class ReadRow:
+    """A row of a known format, before it is in ids.
+
+    Attributes:
+        place: where it stands.
+        row: as the student reads it.
+        read: as its teacher does, where that may differ.
+        ignored: notes of what nothing reads.
+        teacher: number of the teacher that scores it, of several.
+    """
+
+    place: RowPlace
+    row: Row
+    read: Row | None
+    ignored: tuple[str, ...] = ()
+    teacher: int = 0
+
+
+def read_row(
     raw: Mapping[str, Any], place: RowPlace, readers: TeacherRows, preparation: Preparation, teacher: int = 0
-) -> Encoded:
-    """One row in ids, within the limits, with notes of all that became of it.
+) -> ReadRow:
+    """One row of any format.
 
     Args:
         raw: its columns.
@@ -69,8 +77,7 @@ def prepared_row(
     Raises:
         ValueError: it cannot be used; with row and column.
     """
-    encoder = readers.student
-    template, given = encoder.tokenizer.chat_template, _given(raw, place, preparation)
+    template, given = readers.student.tokenizer.chat_template, _given(raw, place, preparation)
     refuse_other_than_text(given.row, place)
     row = canonical_row(given.row, place, bool(template), given.exact)
     if preparation.prompts_needed and isinstance(row, TextRow) and not row.prompt:
@@ -88,13 +95,23 @@ def prepared_row(
         *(("teacher",) if preparation.teachers else ()),
     )
     ignored = [UNREAD + name for name in unread(given.row, row, str(template or ""), honoured, read)]
+    return ReadRow(place, row, read, tuple(ignored), teacher)
+
+
+def prepared_row(found: ReadRow, readers: TeacherRows, preparation: Preparation) -> Encoded:
+    """One row in ids, within the limits, with notes of all that became of it.
+
+    Raises:
+        ValueError: it cannot be used; with row and column.
+    """
+    encoder, row, place = readers.student, found.row, found.place
     with _stumbles_named(place):
-        encoded = readers.encoded(encoder.encode(row, place), row, read, place, teacher)
+        encoded = readers.encoded(encoder.encode(row, place), row, found.read, place, found.teacher)
     if preparation.prompts_needed and encoded.prompt_length == 0:
         place.bad("input_ids", "has no prompt: its first id is a target already")
     view = (VIEW,) if encoded.has_view else ()
-    encoded = replace(encoded, notes=(*row.notes, *encoded.notes, *ignored, *view))
-    return _fitted(encoded, encoder.tokenizer.bos_token_id, preparation)
+    notes = (*row.notes, *encoded.notes, *found.ignored, *view)
+    return _fitted(encoded if notes == encoded.notes else replace(encoded, notes=notes), encoder.bos, preparation)
 
 
 def _given(raw: Mapping[str, Any], place: RowPlace, preparation: Preparation) -> Raw:
@@ -130,7 +147,7 @@ def _stumbles_named(place: RowPlace) -> Iterator[None]:
     """Where a tokenizer or its chat template stumbles over a row, the row is named."""
     try:
         yield
-    except _STUMBLES as error:
+    except STUMBLES_OF_ROWS as error:
         if str(error).startswith(str(place)):  # it is ours, and says where
             raise
         what = printable(" ".join(f"{type(error).__name__}: {error}".split()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from gkd.common.text import printable
@@ -45,6 +47,7 @@ NOTES = {
     "empty_thought": "note: the chat template puts an empty thought before the answer, which is trained on (give "
     "chat_template_kwargs {{'enable_thinking': false}} if it knows that)",
 }
+_ROWS_AT_A_TIME = 10_000
 NAMED = 10  # row numbers named per line of a report
 
 
@@ -110,27 +113,36 @@ def row_numbers(rows: list[int]) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:NAMED]))}{more}"
 
 
+def _note(report: DataReport, notes: list[str], number: int) -> None:
+    for note in notes:
+        if note.startswith(UNREAD):
+            report.unread.setdefault(note.removeprefix(UNREAD), []).append(number)
+        elif note != VIEW:
+            report.rows_with.setdefault(note, []).append(number)
+
+
 def read_notes(encoded: Dataset, report: DataReport) -> tuple[list[int], list[int], DataReport]:
     """Fills in the report; also the numbers of the kept rows, and of those among them that have no answer."""
     kept: list[int] = []
     prompt_only: list[int] = []
-    for number, row in enumerate(encoded.select_columns(["notes", "targets", "length", "served"])):
-        for note in row["notes"]:
-            if note == VIEW:
-                continue
-            if note.startswith(UNREAD):
-                report.unread.setdefault(note.removeprefix(UNREAD), []).append(number)
-            else:
-                report.rows_with.setdefault(note, []).append(number)
-        if DROPPED.keys() & set(row["notes"]):
-            continue
-        kept.append(number)
-        report.views += VIEW in row["notes"]
-        if row["targets"] == 0:
-            prompt_only.append(number)
-        report.target_tokens += row["targets"]
-        report.prompt_tokens += row["served"]
-        report.longest_prompt = max(report.longest_prompt, row["served"])
-        report.longest_row = max(report.longest_row, row["length"])
+    columns = encoded.select_columns(["notes", "targets", "length", "served"]).with_format("arrow")
+    first = 0
+    for batch in columns.iter(_ROWS_AT_A_TIME):
+        notes = batch["notes"].combine_chunks()
+        used = np.ones(len(notes), dtype=bool)
+        for place in np.flatnonzero(pc.fill_null(pc.list_value_length(notes), 0)):
+            of_row = notes[int(place)].as_py()
+            _note(report, of_row, first + int(place))
+            used[place] = not DROPPED.keys() & set(of_row)
+            report.views += bool(used[place] and VIEW in of_row)
+        targets, length, served = (np.asarray(batch[name])[used] for name in ("targets", "length", "served"))
+        rows = first + np.flatnonzero(used)
+        kept += rows.tolist()
+        prompt_only += rows[targets == 0].tolist()
+        report.target_tokens += int(targets.sum())
+        report.prompt_tokens += int(served.sum())
+        report.longest_prompt = max(report.longest_prompt, int(served.max(initial=0)))
+        report.longest_row = max(report.longest_row, int(length.max(initial=0)))
+        first += len(notes)
     report.kept, report.prompt_only = len(kept), len(prompt_only)
     return kept, prompt_only, report

@@ -17,6 +17,16 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 STUMBLES = (jinja2.TemplateError, TypeError)  # what a template raises over a chat that it cannot write
+# What tokenizers and chat templates raise over a single row.
+STUMBLES_OF_ROWS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _MARKER = "MarkOfTheAnswer"
 _CALL = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
 

@@ -59,7 +59,10 @@ def dataset_by_name(settings: Settings) -> dict[str, Any]:
     """
     script = settings.script
     if script.dataset_streaming:
-        raise ValueError("dataset_streaming=True is not supported: rows are counted and numbered before training")
+        raise ValueError(
+            "dataset_streaming=True is not supported: rows are counted and numbered before training. Leave it out: "
+            "they stay on disk, so a data set may be larger than the memory"
+        )
     if script.datasets is not None:
         return _mixture(settings)
     if not script.dataset_name:
@@ -103,7 +106,8 @@ def recipe_data(load_data: LoadData, settings: Settings) -> dict[str, Any]:
         ValueError: it is not, or a data set was named and `load_data` did not look at its name; or what `load_data`
             raises.
     """
-    with SignOfLife("reading the rows"):
+    # The others find in the cache of `datasets` what the first has read.
+    with SignOfLife("reading the rows"), settings.training.main_process_first(desc="reading the rows"):
         data, read = _loaded(load_data, settings)
     known = (*_DATA_SETS, "held_out_text")
     if not isinstance(data, dict) or data.get("train") is None:

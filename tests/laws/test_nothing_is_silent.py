@@ -23,7 +23,7 @@ from prepared import (
 from gkd.config.fields import GKDConfig
 from gkd.data.encode import RowEncoder
 from gkd.data.encoded import Limits
-from gkd.data.prepared_row import Preparation, prepared_row
+from gkd.data.prepared_row import Preparation, prepared_row, read_row
 from gkd.data.row_report import UNREAD
 from gkd.data.row_values import RowPlace
 from gkd.data.teacher_rows import TeacherReading, TeacherRows
@@ -175,7 +175,7 @@ ANY = Preparation("train", Limits(), prompt_only_ok=True, prompts_needed=False, 
 @given(row=any_row)
 def test_any_row_is_prepared_with_all_of_its_text_or_named(row):
     try:
-        prepared, problem = prepared_row(row, RowPlace("train", 0), READERS, ANY), ""
+        prepared, problem = prepared_row(read_row(row, RowPlace("train", 0), READERS, ANY), READERS, ANY), ""
     except ValueError as error:
         prepared, problem = None, str(error)
     if prepared is None:
