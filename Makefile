@@ -22,6 +22,9 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERA
 # Two workers, a file to each: half the time on two cores. `make test PYTEST_ARGS="-k name"` runs some in one process.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
+# The documentation as a site; its generator has an environment of its own.
+DOCS_VENV := $(CURDIR)/.venv-docs
+
 # A vLLM server for tests has an environment of its own: vLLM needs an older transformers than the package is tested with.
 VLLM_VENV := $(CURDIR)/.venv-vllm
 VLLM_PY   := $(VLLM_VENV)/bin/python
@@ -30,7 +33,7 @@ VLLM_PY   := $(VLLM_VENV)/bin/python
 PEERS_VENV := $(GKD_CACHE)/peers-venv
 PEERS_PY   := $(PEERS_VENV)/bin/python
 
-.PHONY: help install demo fetch test test-fast test-distributed test-architectures test-vllm conformance lint types format \
+.PHONY: help install demo fetch docs test test-fast test-distributed test-architectures test-vllm conformance lint types format \
   bench gpu-check clean
 
 help:  ## this list
@@ -84,6 +87,15 @@ $(VLLM_VENV)/.installed: tests/support/vllm_server/requirements.py
 	$(VLLM_PY) -m pip install --quiet -r $(VLLM_VENV)/requirements.txt \
 	  "torch==$$($(VLLM_PY) -c 'from importlib.metadata import version; print(version("torch"))')"
 	$(VLLM_PY) -m pip uninstall --quiet --yes triton
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed  ## the documentation as a site in build/site: links checked, search, a page for each package
+	$(DOCS_VENV)/bin/python docs/site/lay_out.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict -f build/mkdocs.yml
+
+$(DOCS_VENV)/.installed: docs/site/requirements.txt
+	[ -x $(DOCS_VENV)/bin/python ] || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet -r docs/site/requirements.txt
 	@touch $@
 
 lint: $(STAMP)  ## ruff: rules and format

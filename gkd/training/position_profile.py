@@ -53,7 +53,7 @@ class PositionProfile:
         self._own.zero_()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain lists for JSON: `starts`, and by source `sums` and `counts` [thirds][buckets], at the last flush."""
+        """Plain lists for JSON: `starts`, and by source `sums` and `counts` [thirds, buckets], at the last flush."""
         sums, counts = self._totals
         return {
             "starts": list(STARTS),

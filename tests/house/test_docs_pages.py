@@ -8,6 +8,7 @@ TRL; `python -m doctest docs/losses.md` runs in tests/loss/test_divergences.py.
 import dataclasses
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -276,15 +277,18 @@ def test_every_page_is_named_in_the_readme_and_every_recipe_in_its_page():
 
 
 def test_the_session_runs(tmp_path, monkeypatch, capsys):
-    """All cells of docs/example_session.py, with tiny models in place of those that pip fetches."""
+    """All cells of docs/example_session.ipynb, with tiny models in place of those that pip fetches."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gkd.demo.models.glass_student", lambda: save_tiny(tmp_path / "student", seed=1))
     monkeypatch.setattr("gkd.demo.models.glass_teacher", lambda: save_tiny(tmp_path / "teacher", seed=2))
-    page = DOCS / "example_session.py"
+    page = DOCS / "example_session.ipynb"
     text = page.read_text(encoding="utf-8")
-    assert len(re.findall(r"^# %%", text, flags=re.MULTILINE)) >= 10
+    assert text == runpy.run_path(str(DOCS / "site" / "notebook.py"))["notebook"](), "run docs/site/notebook.py"
+    code = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert len(code) >= 8
     cells = {"__name__": "__main__"}
-    exec(compile(text, str(page), "exec"), cells)
+    for number, source in enumerate(code):
+        exec(compile(source, f"{page}, code cell {number}", "exec"), cells)
     trainer, shown = cells["trainer"], capsys.readouterr().out
     assert trainer.state.global_step == 20
     assert set(cells["sources"]) == {"student", "teacher"}
