@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_recipes,
         _add_export,
         _add_chat,
+        _add_shrink,
     ):
         add(commands)
     return parser
@@ -280,6 +281,26 @@ def _add_chat(commands: Any) -> None:
     chat.add_argument("--trust_remote_code", action="store_true", help="let the models' own code run")
 
 
+def _add_shrink(commands: Any) -> None:
+    command = _command(
+        commands,
+        "shrink",
+        _shrink,
+        summary="a student from a teacher, with fewer layers",
+        description=(
+            "Leave out the run of layers that changes the hidden state least on your rows, and save the rest with "
+            "tokenizer, chat template and generation config as a student. Widths stay: there is no --width."
+        ),
+        example="gkd shrink my/model --layers 24 --rows rows.jsonl",
+    )
+    command.add_argument("teacher", metavar="TEACHER", help="name or folder")
+    command.add_argument("--layers", metavar="N", type=int, required=True, help="how many the student has")
+    command.add_argument("--rows", metavar="ROWS", required=True, help="a file of rows, or a recipe with its own")
+    command.add_argument("--output", metavar="DIR", type=Path, help="outputs/TEACHER-N-layers without it")
+    command.add_argument("--single", action="store_true", help="single layers that change least, not one run")
+    command.add_argument("--trust_remote_code", action="store_true", help="let the model's own code run")
+
+
 # ------------------------------------------------------------------------------------------------------- actions
 
 
@@ -456,6 +477,15 @@ def _chat(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _shrink(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from gkd.commands.shrink import Order, shrink
+
+    names = ("teacher", "layers", "rows", "output", "single", "trust_remote_code")
+    for line in shrink(Order(**{name: getattr(arguments, name) for name in names})):
+        print(line)
+    return 0
+
+
 def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.commands.new import write_recipe
 
@@ -483,7 +513,7 @@ def _new(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-_WITHOUT_RECIPE = (_new, _recipes, _export, _chat)
+_WITHOUT_RECIPE = (_new, _recipes, _export, _chat, _shrink)
 
 
 def main(argv: list[str] | None = None) -> int:

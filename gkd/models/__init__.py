@@ -19,6 +19,7 @@ precision: the run's mixed precision, for models that nothing else brings into i
 quantized: weights of 4 or 8 bits through bitsandbytes: from keyword arguments to its configuration
 rounding: stochastic rounding: fp32 values on the coarse grid of bf16 or fp16, right on average
 shared_weights: a second model over weights that are there already
+shrink: a smaller model out of a large one: some of its layers left out, those that change the hidden state least
 zero: DeepSpeed ZeRO-3 as a model shows it: is it split up, its weights gathered for a while, its hooks taken
     off
 """

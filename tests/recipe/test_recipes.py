@@ -70,6 +70,8 @@ DATA = {
     "gkd_glass": None,  # these take their rows from packages
     "gkd_draft": None,
     "gkd_smollm2": None,
+    "kd_recover_pruned": None,
+    "kd_recover_4bit": None,
     "gkd_context": None,
     "gkd_other_tokenizer": None,
     "gkd_two_teachers": None,

@@ -1,0 +1,167 @@
+"""`gkd shrink`: a student that is its teacher without the layers that change the hidden state least."""
+
+import json
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gkd.cli import main
+from gkd.models.shrink import changes, layers_of, least_changing, with_layers
+
+IDS = [[257, 65, 66, 67, 68], [257, 70, 71, 258, 10, 72, 73, 74]]
+KINDS = ["qwen2", "llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "mistral", "olmo2"]
+
+
+def quiet(model, numbers, by=0.02):
+    """The model, with layers that change little."""
+    with torch.no_grad():
+        for number in numbers:
+            for name, weight in layers_of(model)[1][number].named_parameters():
+                if weight.dim() > 1 and "norm" not in name:
+                    weight.mul_(by)
+    return model
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=torch.tensor([ids])).logits
+
+
+@torch.no_grad()
+def passed_over(model, kept, ids):
+    """The definition: every other layer gives back what it gets."""
+    _, layers = layers_of(model)
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output: (
+                (args[0] if args else kwargs["hidden_states"], *output[1:])
+                if isinstance(output, tuple)
+                else (args[0] if args else kwargs["hidden_states"])
+            ),
+            with_kwargs=True,
+        )
+        for number, layer in enumerate(layers)
+        if number not in kept
+    ]
+    found = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_some_layers_is_the_model_that_passes_over_the_others(kind, tmp_path):
+    """Loaded again by plain transformers, whose caches and kinds of attention go by a layer's number."""
+    model, kept = tiny_model(kind, layers=5, seed=3), (0, 2, 4)
+    smaller = with_layers(model, kept)
+    smaller.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for ids in IDS:
+        expected = passed_over(model, kept, ids)
+        torch.testing.assert_close(logits(again, ids), expected, rtol=1e-5, atol=1e-5)
+    assert (logits(model, IDS[0]) - expected[:, : len(IDS[0])]).abs().max() > 1e-3 or len(IDS[0]) != expected.shape[1]
+    written = again.generate(torch.tensor([IDS[0]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    ids = list(IDS[0])
+    for _ in range(4):
+        ids.append(int(logits(again, ids)[0, -1].argmax()))
+    assert written[0].tolist() == ids, "with its cache as without"
+    assert again.generation_config.eos_token_id == 258
+
+
+def test_changes_are_one_minus_the_cosine_of_what_goes_in_and_comes_out():
+    model = tiny_model(layers=4, seed=2)
+    for run in (1, 2, 3):
+        sums, count = torch.zeros(5 - run, dtype=torch.float64), 0
+        for ids in IDS:
+            with torch.no_grad():
+                states = list(model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states)
+                # the last of them has gone through the final norm: the layer's own output is what that was given
+                states[-1] = model.model.layers[-1](
+                    states[-2],
+                    position_embeddings=model.model.rotary_emb(states[-2], torch.arange(len(ids))[None]),
+                    attention_mask=torch.full((len(ids),) * 2, float("-inf")).triu(1)[None, None],
+                )
+            for first in range(5 - run):
+                a, b = states[first][0].double(), states[first + run][0].double()
+                sums[first] += (1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).sum()
+            count += len(ids)
+        assert changes(model, IDS, run) == pytest.approx((sums / count).tolist(), abs=1e-5)
+
+
+def test_what_changes_least_goes_and_the_last_layer_stays():
+    assert least_changing(quiet(tiny_model(layers=6, seed=4), (2, 3)), IDS, 4) == (0, 1, 4, 5)
+    apart = quiet(tiny_model(layers=6, seed=4), (1, 3))
+    assert least_changing(apart, IDS, 4, in_one=False) == (0, 2, 4, 5)
+    assert least_changing(quiet(tiny_model(layers=3, seed=4), (2,)), IDS, 2)[-1] == 2
+    assert least_changing(quiet(tiny_model(layers=3, seed=4), (2,)), IDS, 2, in_one=False)[-1] == 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shrink")
+    quiet(tiny_model(layers=5, seed=4, tie_word_embeddings=True), (1, 2)).save_pretrained(path / "teacher")
+    tiny_tokenizer().save_pretrained(path / "teacher")
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+    return path
+
+
+@pytest.mark.parametrize("rows", ["rows.jsonl", "gkd_qwen2", "mine.py"])
+def test_the_command_writes_a_folder_that_trains(folder, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / "mine.py").write_text(
+        "from gkd.run import run\nfrom datasets import Dataset\n"
+        "run(lambda settings: {'train': Dataset.from_dict({'prompt': ['one two', 'river']})})\n"
+    )
+    source = rows if rows == "gkd_qwen2" else folder / rows
+    argv = ["shrink", str(folder / "teacher"), "--layers", "3", "--rows", str(source)]
+    if rows == "gkd_qwen2":
+        from datasets import Dataset
+
+        data = {"train": Dataset.from_list(tiny_rows(4))}
+        monkeypatch.setattr("gkd.commands.shrink.recipe_data", lambda load_data, settings: data)
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "left out layers 1-2 of 0-4" in said
+    out = tmp_path / "outputs" / "teacher-3-layers"
+    student = AutoModelForCausalLM.from_pretrained(out).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
+    torch.testing.assert_close(logits(student, IDS[0]), passed_over(teacher, (0, 3, 4), IDS[0]), rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out).chat_template == tiny_tokenizer().chat_template
+    assert isinstance(student.lm_head, nn.Linear)
+    assert student.lm_head.weight is student.get_input_embeddings().weight, "tied as the teacher's"
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["{t}", "--layers", "5", "--rows", "{r}"], "--layers 5: '{t}' has 5, so keep 1 to 4"),
+        (["{t}", "--layers", "0", "--rows", "{r}"], "--layers 0"),
+        (["{t}", "--layers", "2", "--rows", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["nowhere", "--layers", "2", "--rows", "{r}"], "'nowhere'"),
+        (["{t}", "--layers", "2", "--rows", "{r}", "--output", "{t}"], "is not empty: name another folder"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, capsys, argv, told):
+    named = {"t": folder / "teacher", "r": folder / "rows.jsonl"}
+    with pytest.raises(SystemExit) as stopped:
+        main(["shrink", *(part.format(**named) for part in argv)])
+    assert stopped.value.code == 2
+    assert told.format(**named) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_quantized_teacher_is_refused(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    plain = save_tiny(tmp_path / "plain", hidden=128)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=four, dtype=torch.float32)
+    packed.save_pretrained(tmp_path / "packed")
+    tiny_tokenizer().save_pretrained(tmp_path / "packed")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(tiny_rows(1)[0]) + "\n")
+    with pytest.raises(SystemExit):
+        main(["shrink", str(tmp_path / "packed"), "--layers", "1", "--rows", str(tmp_path / "rows.jsonl")])
+    assert "is quantized: shrink the model that it was made from" in capsys.readouterr().err
