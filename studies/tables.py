@@ -60,6 +60,8 @@ LABELS = {
 _WALK, _AFTER = "grid_walk/results/steps.json", "grid_walk/results/afterwards.json"
 _LONGER, _LONGER_AFTER = "grid_walk/results/longer.json", "grid_walk/results/longer_afterwards.json"
 _ONE, _SHARE = "one_answer/results/steps.json", "share_and_divergence/results/steps.json"
+_WARM = "warm_start/results/steps.json"
+_WARM_KD, _WARM_OWN = "the teacher's text", "own text from the start"
 _KD, _OWN = "supervised KD, fresh", "on-policy, beta 0"
 _TEXT_KD, _TEXT_OWN = "lmbda=0, divergence=forward_kl", "lmbda=1, divergence=forward_kl"
 SUMMARY = (  # what is compared; file and cell without the student's text, file and cell with it; the measure
@@ -72,6 +74,9 @@ SUMMARY = (  # what is compared; file and cell without the student's text, file 
     ("– arrives, greedy, %", _LONGER, _KD, _WALK, _OWN, "score_greedy %"),
     ("– sampled at T = 1, %", _LONGER, _KD, _WALK, _OWN, "score_sampled %"),
     ("– after 4 forced random moves, greedy, %", _LONGER_AFTER, _KD, _AFTER, _OWN, "arrives_4_greedy %"),
+    ("A broken student, many right answers: arrives, greedy, %", _WARM, _WARM_KD, _WARM, _WARM_OWN, "score_greedy %"),
+    ("– sampled at T = 1, %", _WARM, _WARM_KD, _WARM, _WARM_OWN, "score_sampled %"),
+    ("– KL on own text, nats a token", _WARM, _WARM_KD, _WARM, _WARM_OWN, "forward_kl_own"),
     ("One right answer: right, greedy, %", _ONE, "supervised KD", _ONE, _OWN, "score_greedy %"),
     ("– sampled at T = 1, %", _ONE, "supervised KD", _ONE, _OWN, "score_sampled %"),
     ("Short text: KL on own text, nats a token", _SHARE, _TEXT_KD, _SHARE, _TEXT_OWN, "forward_kl_own"),
