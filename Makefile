@@ -76,7 +76,7 @@ test-architectures: $(STAMP)  ## every architecture through the trainer, into do
 	$(TEST_ENV) $(PY) tests/architectures/matrix.py --results $(GKD_CACHE)/architectures.jsonl --page docs/models.md
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## rollouts and scores against a real vLLM server on CPU (builds .venv-vllm, 3 GB)
-	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/servers/test_vllm.py tests/teachers/test_contract.py $(PYTEST_ARGS)
+	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/servers/test_vllm.py tests/servers/test_own_server.py tests/teachers/test_contract.py $(PYTEST_ARGS)
 
 # torch stays at the build that is there (CPU); triton, a compiler for GPUs, comes with a dependency and is not used.
 $(VLLM_VENV)/.installed: tests/support/vllm_server/requirements.py

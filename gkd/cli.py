@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_precompute,
         _add_plan,
+        _add_serve,
         _add_sweep,
         _add_recipes,
         _add_export,
@@ -193,6 +195,26 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--offload", action="store_true", help="optimizer (and ZeRO-3 weights) in CPU memory")
 
 
+def _add_serve(commands: Any) -> None:
+    serve = _command(
+        commands,
+        "serve",
+        _serve,
+        summary="start the vLLM server that a recipe's run needs",
+        description=(
+            "Print the flags of the vLLM server that a recipe's rollouts (or its teacher) need, and start it in "
+            "this terminal. A run with rollout_server=auto does the same itself. Other flags go to the recipe."
+        ),
+        example="gkd serve gkd_qwen2 --port 8000 --vllm_python vllm-env/bin/python",
+    )
+    serve.add_argument("--teacher", action="store_true", help="the teacher's, which scores, not the student's")
+    serve.add_argument("--vllm_python", metavar="FILE", help="Python of vLLM's environment (default: this one)")
+    serve.add_argument("--vllm_args", metavar="FLAGS", help="further flags for vLLM, in one word")
+    serve.add_argument("--port", metavar="N", type=int, default=8000, help="where it listens (default 8000)")
+    serve.add_argument("--host", metavar="NAME", default="127.0.0.1", help="the interface (default: this machine)")
+    serve.add_argument("--print", action="store_true", dest="shown_only", help="only print the command")
+
+
 def _add_sweep(commands: Any) -> None:
     sweep = _command(
         commands,
@@ -322,6 +344,17 @@ def _plan(arguments: argparse.Namespace, flags: list[str]) -> int:
         offload=arguments.offload,
         as_json=arguments.json,
     )
+
+
+def _serve(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from gkd.commands.serve import order_of_recipe, serve
+
+    started = ["--rollout_backend", "vllm", "--rollout_server", "auto"] if not arguments.teacher else []
+    recipe = capture(arguments.recipe, [*started, *flags])
+    order = order_of_recipe(recipe, teacher=arguments.teacher, port=arguments.port, host=arguments.host)
+    extra = order.extra if arguments.vllm_args is None else arguments.vllm_args
+    order = replace(order, python=arguments.vllm_python or order.python, extra=extra)
+    return serve(order, shown_only=arguments.shown_only)
 
 
 def _precompute(arguments: argparse.Namespace, flags: list[str]) -> int:

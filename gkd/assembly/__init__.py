@@ -9,6 +9,8 @@ materials: what a distillation is made of before there is a Trainer: checked fie
     rows, collator
 models: names become models and tokenizer: what the fields say of the config, the teacher and the tokenizer,
     resolved
+own_servers: the vLLM servers that a run starts, for rollouts or for its teacher: what they serve, and on
+    which GPUs
 parts: the parts of a distillation, put together: who scores, who writes, what the loss is
 reading: how teachers read the rows: a recipe's function, and the template of a teacher's own
     (`teacher_template`)

@@ -6,7 +6,7 @@ Training and `gkd precompute` both begin here, so that what is written beforehan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.launch_checks import check_launch
 from gkd.assembly.models import resolve_config, resolve_tokenizer
+from gkd.assembly.own_servers import with_own_teacher
 from gkd.assembly.reading import reading_of_teachers
 from gkd.assembly.rollouts import encoding_options
 from gkd.assembly.rows import prepare_rows
@@ -94,6 +95,9 @@ def materials(args: GKDConfig, given: Given, config: Any = None) -> Materials:
     """
     if args.deepspeed:
         join_ranks_on_cpu()
+    args = with_own_teacher(args, given.teacher)
+    if args.teacher_server_url is not None and isinstance(given.teacher, str):
+        given = replace(given, teacher=None)
     student = given.student
     teachers = resolve_teachers(student, given.teacher, args)
     tokenizer = resolve_tokenizer(given.tokenizer, student, args)

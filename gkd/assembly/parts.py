@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd.assembly.checks import check_lengths, check_views
 from gkd.assembly.materials import Materials, loading_options
 from gkd.assembly.models import tokenizer_of_teacher
+from gkd.assembly.own_servers import own_rollout_servers
 from gkd.assembly.rollouts import Writer, make_rollout
 from gkd.assembly.scores import evaluation_sets, rows_of_teacher
 from gkd.assembly.servers import connect, connect_chat
@@ -224,14 +225,16 @@ def _nowhere() -> Any:
 
 def _student_rollout(order: SideOrder, sides: list[Side], ids: SharedIds) -> Rollout:
     assert order.student is not None
-    args = order.ready.args
+    args, own = order.ready.args, None
+    if args.starts_server:
+        own = own_rollout_servers(args, order.student.model, order.accelerator)
     writer = Writer(
         "student",
         order.student.writer,
         stop_ids=ids.stop["student"],
         pad_id=ids.pad,
         foreign_ids=ids.unread["student"],
-        server=connect(args, order.ready.tokenizer, ("student",))["student"],
+        server=connect(args, order.ready.tokenizer, ("student",), own=own)["student"],
         vocabulary=sides[0].heads["student"],
     )
     return make_rollout(args, writer, order.accelerator)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gkd.assembly.servers import client_of
 from gkd.config.fields import GKDConfig
 from gkd.config.several import of_entry
 from gkd.data.end_map import find_end_map
@@ -17,7 +18,6 @@ from gkd.data.vocabulary import check_token_maps, configured_stop_ids, same_toke
 from gkd.models.facts import model_name
 from gkd.models.loading import base_name, generation_config_of, load_tokenizer
 from gkd.servers.checks import served_model
-from gkd.servers.client import VLLMClient
 
 logger = logging.getLogger(__name__)
 
@@ -188,12 +188,7 @@ def _kwargs(given: Any) -> dict[str, Any]:
 def _name(args: GKDConfig, student: Any, teacher: Any) -> str | None:
     """Under which name the teacher's tokenizer is found."""
     if args.teacher_server_url is not None:
-        client = VLLMClient(
-            args.teacher_server_url,
-            field="teacher_server_url",
-            timeout=args.rollout_server_timeout,
-            proxy=args.server_proxy,
-        )
+        client = client_of(args, args.teacher_server_url, "teacher_server_url")
         return served_model(client).root
     if args.shares_weights:
         return base_name(student) if isinstance(student, str) else model_name(student)

@@ -114,6 +114,7 @@ def make_rollout(args: GKDConfig, writer: Writer, accelerator: Accelerator) -> R
         vocabulary=writer.vocabulary,
         log_probs=source == "student" and args.rollout_logprob_tolerance > 0,
         num_completions=args.num_completions if source == "student" else 1,
+        shares_device=source == "student" and args.rollout_server_sharing is not None,
     )
     # The teacher writes where it is.
     name = args.rollout_backend if source == "student" else "hf" if server is None else "vllm"

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gkd.assembly.own_servers import gone_of
 from gkd.config.fields import GKDConfig
 from gkd.loss.parts import SplitSignal
 from gkd.loss.signals import TeacherSignal
@@ -15,6 +16,7 @@ from gkd.rollouts.base import Rollout
 from gkd.servers.chat import ChatServer
 from gkd.servers.checks import Server, check_length, check_tokenizer, served_model
 from gkd.servers.client import ServerError, VLLMClient
+from gkd.servers.own import known
 from gkd.teachers.base import Teacher
 
 
@@ -23,9 +25,10 @@ def connect(
     tokenizer: PreTrainedTokenizerBase,
     whose: tuple[str, ...] = ("student", "teacher"),
     teacher: str | None = None,
+    own: str | None = None,
 ) -> dict[str, Server | None]:
     """The servers of "student" and "teacher"; None where the model is in this process, or is not asked for. `teacher`
-    is its name, of several.
+    is its name, of several; `own` are the addresses of servers that this run has started for the student.
 
     Raises:
         ValueError: a server is out of reach, has another tokenizer, or takes sequences that are too short.
@@ -37,18 +40,32 @@ def connect(
         needed["teacher"] = None  # these count the student's tokens; what is too long in the teacher's is not compared
     fields = {"teacher": "teacher_server_url"}
     if args.rollout_backend == "vllm":
-        fields["student"] = "rollout_server_url"
+        fields["student"] = "rollout_server_url" if own is None else "rollout_server"
     found: dict[str, Server | None] = {"student": None, "teacher": None}
     for who, name in fields.items():
-        urls = getattr(args, name)
+        urls = own if who == "student" and own is not None else getattr(args, name)
         if urls is not None and who in whose:
             shown = name if who == "student" or teacher is None else f"teachers[{teacher!r}].server"
-            client = VLLMClient(urls, field=shown, timeout=args.rollout_server_timeout, proxy=args.server_proxy)
+            client = client_of(args, urls, shown)
             server = Server(client, served_model(client))
             check_tokenizer(client, server.served, tokenizer)
             check_length(client, server.served, needed[who])
             found[who] = server
     return found
+
+
+def client_of(args: GKDConfig, urls: str, field: str) -> VLLMClient:
+    """Talks to vLLM servers; to those of this run with their key, past any proxy, and no longer than they live.
+
+    Raises:
+        ValueError: no address.
+    """
+    found = [url.strip() for url in urls.split(",")]
+    mine = [address for url in found if (address := known(url)) is not None]
+    if len(mine) < len(found):
+        return VLLMClient(urls, field=field, timeout=args.rollout_server_timeout, proxy=args.server_proxy)
+    with_keys = ",".join(one.with_key for one in mine)
+    return VLLMClient(with_keys, field=field, timeout=args.rollout_server_timeout, gone=gone_of(mine))
 
 
 def connect_chat(args: GKDConfig) -> ChatServer | None:

@@ -10,6 +10,7 @@ new_look: A look at the rows that `gkd new` is given: their format, what a recip
 plan: `gkd plan`: memory, before a machine is rented
 precompute: `gkd precompute`: the teacher's answers and scores, made beforehand
 recipes: `gkd recipes`: those that come with the package, listed, and copied to be changed
+serve: `gkd serve`: the vLLM server that a recipe's run needs, started by hand
 shrink: `gkd shrink`: a student from a teacher, without the layers that change the hidden state least
 sweep: `gkd sweep`: a grid of runs over several seeds, as a table with errors
 """

@@ -51,6 +51,7 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
     settings.model.use_peft = settings.model.use_peft and settings.training.shares_weights
     # The harness lets every model write in this process; a server for the rollouts would want a student in training.
     settings.training.rollout_backend, settings.training.rollout_server_url = "hf", None
+    settings.training.rollout_server = None
     data = recipe_data(recipe.load_data, settings)
     with measuring_trainer(settings, data, recipe.teacher_view) as trainer:
         evaluator = evaluator_of(trainer, data, settings.run, score=recipe.score, corpus_score=recipe.corpus_score)

@@ -258,15 +258,31 @@ class GKDConfig(SFTConfig):
     )
 
     # --- servers ---
-    rollout_backend: str = _field(
-        "hf", "Where the student writes: hf (in this process) or vllm (a server; LoRA only)."
+    rollout_backend: str = _field("hf", "Where the student writes: hf (in this process) or vllm (a server).")
+    rollout_server: str | None = _field(
+        None,
+        "auto: the run starts a vLLM server on each node, and stops it. None = rollout_server_url names one.",
     )
     rollout_server_url: str | None = _field(
         None, "The student's vLLM server, http://host:port; several are comma separated."
     )
     rollout_adapter_dir: str | None = _field(
-        None, "Folder of the adapter, which trainer and server must both see. None = <output_dir>/_rollout_adapters."
+        None,
+        "Folder of the adapter (of all weights, without one), which trainer and server must both see. None = "
+        "<output_dir>/_rollout_adapters.",
     )
+    rollout_server_sharing: str | None = _field(
+        None, "sleep: the server is on the GPUs that train, and gives their memory back between two rollouts."
+    )
+    rollout_server_memory: float | None = _field(
+        None,
+        "Share of a GPU's memory that a server of the run's own takes while it is awake. None = 0.9, and 0.4 where it "
+        "shares the GPU.",
+    )
+    vllm_python: str | None = _field(
+        None, "Python of the environment in which vLLM is, for a server that the run starts. None = this one."
+    )
+    vllm_args: str | None = _field(None, "Further flags for a server that the run starts, as on a command line.")
     rollout_server_timeout: float = _field(
         SERVER_TIMEOUT, "Seconds that one request to a server may take in all, repetitions included."
     )
@@ -283,6 +299,9 @@ class GKDConfig(SFTConfig):
     )
     teacher_server_url: str | None = _field(
         None, "A vLLM server that scores as the teacher, in place of a teacher model; needs teacher_top_k."
+    )
+    teacher_server: str | None = _field(
+        None, "auto: the run starts a vLLM server for teacher_model_name_or_path on each node; needs teacher_top_k."
     )
     teacher_chat_url: str | None = _field(
         None,
@@ -423,7 +442,8 @@ class GKDConfig(SFTConfig):
     @property
     def teacher_is_elsewhere(self) -> bool:
         """Whether the one teacher is on a server, or behind a chat address."""
-        return self.teacher_server_url is not None or self.teacher_chat_url is not None
+        servers = (self.teacher_server_url, self.teacher_server, self.teacher_chat_url)
+        return any(one is not None for one in servers)
 
     @property
     def cuts_to_top_k(self) -> bool:
@@ -445,6 +465,16 @@ class GKDConfig(SFTConfig):
     def teacher_follows(self) -> bool:
         """Whether the teacher changes while the student trains, so that nothing it says can be kept."""
         return self.self_teacher in ("live", "ema")
+
+    @property
+    def starts_server(self) -> bool:
+        """Whether the run starts a vLLM server."""
+        return self.rollout_server is not None or self.teacher_server is not None
+
+    @property
+    def own_server_folder(self) -> str:
+        """Where the log of a server of the run's own is."""
+        return os.path.join(str(self.output_dir), "_vllm")
 
     @property
     def rollout_adapter_folder(self) -> str:

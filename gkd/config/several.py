@@ -188,7 +188,13 @@ def _check_kind(given: str, entry: Mapping[str, Any]) -> None:
 def _check_beside(config: GKDConfig) -> None:
     """The fields of a run's one teacher, beside `teachers`."""
     assert isinstance(config.teachers, dict)
-    for field in ("teacher_adapters", "teacher_server_url", "teacher_adapter_name_or_path", "self_teacher"):
+    for field in (
+        "teacher_adapters",
+        "teacher_server_url",
+        "teacher_server",
+        "teacher_adapter_name_or_path",
+        "self_teacher",
+    ):
         value = getattr(config, field)
         if value is not None:
             raise ValueError(

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from gkd.common.ranges import one_of, within
+from gkd.config.servers import as_given, with_served_teacher
 from gkd.servers.chat import check_chat_url
 
 SELF_TEACHERS = ("base", "live", "ema")
@@ -30,12 +31,13 @@ def check_teacher(config: Any) -> None:
     if config.self_teacher is not None:
         one_of("self_teacher", config.self_teacher, SELF_TEACHERS)
     within("self_teacher_decay", config.self_teacher_decay, 0, 1, "0 is the student as it is")
+    given, config = config, with_served_teacher(config)
     of_self, of_template = _of_self_teacher(config), _of_template(config)
     checks = (*of_self, *_of_placement(config), *_of_scores(config), *_of_adapters(config), *of_template)
     checks = (*_of_chat(config), *_of_alignment(config), *checks)
     for wrong, text in checks:
         if wrong:
-            raise ValueError(text)
+            raise ValueError(as_given(given, text))
 
 
 def _of_self_teacher(config: Any) -> list[tuple[bool, str]]:

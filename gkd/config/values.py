@@ -95,6 +95,9 @@ def check_values(config: Any) -> None:
     one_of("loss_reduction", config.loss_reduction, ("token", "sequence"))
     one_of("seq_kd_loss", config.seq_kd_loss, ("divergence", "nll"))
     one_of("rollout_backend", config.rollout_backend, BACKENDS)
+    for name, choice in (("rollout_server", "auto"), ("teacher_server", "auto"), ("rollout_server_sharing", "sleep")):
+        if getattr(config, name) is not None:
+            one_of(name, getattr(config, name), (choice,))
 
 
 def check_options(config: Any) -> None:

@@ -41,6 +41,7 @@ _OF_TEACHERS = (
     "teacher_adapters",
     "teacher_adapter_name_or_path",
     "teacher_server_url",
+    "teacher_server",
     "teacher_chat_url",
     "teacher_chat_model",
     "share_base_model",
@@ -65,7 +66,11 @@ _OF_DISTILLATION = (
     "draft_tokens",
     *(f"{kind}_{source}" for kind in ("divergence", "beta", "teacher_top_k") for source in SOURCES),
 )
-_SERVER = ("rollout_server_url", "rollout_adapter_dir", "rollout_staleness", "rollout_logprob_tolerance")
+_OWN = ("rollout_server_memory", "vllm_python", "vllm_args")
+_SERVER = (
+    *("rollout_server_url", "rollout_adapter_dir", "rollout_staleness", "rollout_logprob_tolerance"),
+    *("rollout_server", "rollout_server_sharing", *_OWN),
+)
 
 RULES = (
     Rule("log_completions", ("log_completions_steps", "num_completions_to_print")),
@@ -98,6 +103,10 @@ RULES = (
     Rule("lmbda", ("teacher_scores_dir",), "1", unless=("eval_strategy",)),
     Rule("rollout_backend", _SERVER),
     Rule("rollout_backend", ("rollout_server_timeout", "server_proxy"), unless=_SERVED),
+    Rule("rollout_server_url", ("rollout_server", *_OWN), "on"),
+    Rule("rollout_server", ("rollout_server_url",), "on"),
+    Rule("teacher_server", ("teacher_server_url", "teacher_chat_url", "teachers", "self_teacher"), "on"),
+    Rule("teacher_server_url", ("teacher_server",), "on"),
     # one teacher in place of another
     Rule("teacher_server_url", (*_OTHER_TEACHERS, "teacher_adapter_name_or_path", "teacher_scores_dir"), "on"),
     Rule("teacher_server_url", ("teacher_adapters", "share_base_model"), "on"),

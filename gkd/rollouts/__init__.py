@@ -16,7 +16,11 @@ kv_cache: A KV cache for rollouts: room to grow, and rows that leave
 routed: several teachers write: each prompt is answered by the teacher of its row
 sampling: pick a token for each row from its logits: by the row's own random number, or the most likely
     one
+sleep: a vLLM server on the GPUs of the training: its engine sleeps while the step trains, and wakes for a
+    rollout
 store: completions on disk, found again by the hash of their prompt; several processes may write and read
     at once
 vllm: rollouts on a vLLM server: token ids go there, token ids come back, over HTTP
+weight_upload: all weights of a student without an adapter on a vLLM server: written to a folder, read from
+    there into the engine
 """

@@ -41,7 +41,7 @@ class AdapterUpload:
         folder: where the adapters are written, in one folder each; trainer and servers must both see it at this path.
 
     Raises:
-        ValueError: the student has no LoRA adapter, or one that a vLLM server cannot apply.
+        ValueError: the student's adapter is one that a vLLM server cannot apply.
     """
 
     def __init__(
@@ -75,6 +75,14 @@ class AdapterUpload:
                     failure = error
         self.name = agree(self.accelerator, name, failure)
         return self.name
+
+    def asked_as(self, name: str) -> str:
+        """What requests call the model that has the stamp `name`."""
+        return name
+
+    def lost(self, name: str) -> bool:
+        """Never: a server without the adapter refuses the request, and is given it then."""
+        return False
 
     def restore(self, url: str, name: str) -> None:
         """Load an adapter again on a server that has lost it, as one does that was started anew."""
@@ -160,14 +168,14 @@ def _kind(error: Exception) -> str:
     return next(name for name, kind in _KINDS.items() if isinstance(error, kind))
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether the student, as the trainer holds it, trains an adapter."""
+    return isinstance(extract_model_from_parallel(model, keep_torch_compile=False), PeftModel)
+
+
 def _peft_model(model: nn.Module) -> PeftModel:
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not isinstance(bare, PeftModel):
-        raise ValueError(
-            "rollout_backend='vllm' needs a student with a LoRA adapter, which is what is sent to the server after "
-            f"every step; this one is a plain {type(bare).__name__}. Train with LoRA (use_peft), or roll out in "
-            "process (rollout_backend='hf')"
-        )
+    assert isinstance(bare, PeftModel)
     return bare
 
 

@@ -137,10 +137,11 @@ class RolloutOrder:
         batch_size: rows decoded at once, or a function that tells them of the model's config and device.
         fold_adapter: whether a LoRA adapter may be folded into the weights meanwhile.
         server: a `gkd.servers.checks.Server` that has been looked at; None where the model is in this process.
-        adapter_dir: where the student's adapter is written for a server.
+        adapter_dir: where the student's adapter, or its weights, are written for a server.
         vocabulary: ids from here on the other model cannot read; None allows all.
         log_probs: whether the log-probabilities of the sampled tokens are wanted.
         num_completions: so many rows with consecutive numbers have the same prompt.
+        shares_device: whether the server is on the GPUs of the training.
     """
 
     settings: SamplingSettings
@@ -155,6 +156,7 @@ class RolloutOrder:
     vocabulary: int | None = None
     log_probs: bool = False
     num_completions: int = 1
+    shares_device: bool = False
 
 
 class Rollout(ABC):

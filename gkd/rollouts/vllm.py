@@ -21,8 +21,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from gkd.models.generation_mode import generation_mode
-from gkd.rollouts.adapter_upload import AdapterUpload, agree, version_of
+from gkd.rollouts.adapter_upload import AdapterUpload, agree, has_adapter, version_of
 from gkd.rollouts.base import Rollout, RolloutOrder, SamplingSettings, row_seed
+from gkd.rollouts.sleep import SharedDevice
+from gkd.rollouts.weight_upload import WeightUpload
 from gkd.servers.answers import Completion, ServedModel, completions_of, is_unfinished
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
 
@@ -40,7 +42,7 @@ class _Request:
 
     Attributes:
         step, prompts, rows: of the call. version: the optimizer step whose weights sample, that is, how many steps
-            they have been trained for. model: the name that the server has them under.
+            they have been trained for. model: their stamp.
         failure: what was wrong before anything was asked for. future: the completions of each
             request. stop: set to give up.
     """
@@ -56,7 +58,7 @@ class _Request:
 
 
 class VLLMRollout(Rollout):
-    """Samples from a server: the student through its adapter, or a server's own base model (a teacher).
+    """Samples from a server: the student through its adapter or all its weights, or a server's own model (a teacher).
 
     Args:
         client: the servers.
@@ -65,15 +67,16 @@ class VLLMRollout(Rollout):
         seed: the run's seed, part of the key of the random numbers.
         source: `"student"` or `"teacher"`, so that the two draw different numbers for the same row.
         get_model: gives the student as the trainer holds it; None samples from the base model.
-        adapter_dir: where the student's adapter is written for the server, see `AdapterUpload`.
+        adapter_dir: where the student's adapter or weights are written for the server, see `AdapterUpload`.
         accelerator: to agree with the other ranks; None is one process.
         vocabulary: ids from here on are an error, since the other model could not read them; None allows all.
         log_probs: ask for the log-probabilities of the sampled tokens, to compare weights by.
         num_completions: so many rows with consecutive numbers have the same prompt: one request for all of them, from
             whose seed vLLM makes one for each.
+        shares_device: the servers' engines are on the GPUs of the training, and sleep between two rollouts.
 
     Raises:
-        ValueError: an option that a server cannot honour; a student without a plain LoRA adapter.
+        ValueError: an option that a server cannot honour; an adapter that is not plain LoRA.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class VLLMRollout(Rollout):
         vocabulary: int | None = None,
         log_probs: bool = False,
         num_completions: int = 1,
+        shares_device: bool = False,
     ) -> None:
         foreign = sorted(set(settings.extra) - {"min_new_tokens", "suppress_tokens"})
         if foreign:
@@ -101,14 +105,19 @@ class VLLMRollout(Rollout):
         self.client, self.served, self.server_field = client, served, client.field
         self.seed, self.source, self.accelerator = seed, source, accelerator
         self.get_model, self.vocabulary = get_model, vocabulary
-        self.upload = None if get_model is None else AdapterUpload(client, get_model, accelerator, adapter_dir)
+        self.upload: AdapterUpload | WeightUpload | None = None
+        if get_model is not None and has_adapter(get_model()):
+            self.upload = AdapterUpload(client, get_model, accelerator, adapter_dir)
+        elif get_model is not None:
+            self.upload = WeightUpload(client, served.name, get_model, accelerator, adapter_dir)
+        self.device = SharedDevice(client, accelerator) if shares_device else None
         self._weights_compared = get_model is None
         self._ahead: _Request | None = None
         self._asks_log_probs, self._number = log_probs, num_completions
 
     @classmethod
     def of(cls, order: RolloutOrder) -> VLLMRollout:
-        """The student's adapter is loaded on the server at once: a refusal comes before the training."""
+        """The student is loaded on the server at once: a refusal comes before the training."""
         made = cls(
             order.server.client,
             order.server.served,
@@ -121,9 +130,12 @@ class VLLMRollout(Rollout):
             vocabulary=order.vocabulary,
             log_probs=order.log_probs,
             num_completions=order.num_completions,
+            shares_device=order.shares_device,
         )
         if made.upload is not None:
             made.upload.current(step=0)
+        if made.device is not None:
+            made.device.rest()
         return made
 
     def generate(
@@ -142,6 +154,19 @@ class VLLMRollout(Rollout):
             request = self._ask(prompts, step, rows, version=step)
         asked_for = (request.step, request.rows, request.prompts)
         assert asked_for == (step, rows, prompts), f"step {request.step} was asked for ahead, not {step}"
+        completions = self._answers(request)
+        if self.upload is not None and self.upload.lost(request.model):  # a server was started anew in between
+            request = self._ask(prompts, step, rows, version=step)
+            completions = self._answers(request)
+        if self.device is not None:
+            self.device.rest()
+        self._weights_compared = True
+        self.age = step - request.version
+        self.log_probs = [answer.log_probs for answer in completions if answer.log_probs is not None]
+        return [answer.ids for answer in completions]
+
+    def _answers(self, request: _Request) -> list[Completion]:
+        """The completions that were asked for; what failed on any rank is raised on all."""
         completions: list[Completion] = []
         failure = request.failure
         try:
@@ -149,10 +174,7 @@ class VLLMRollout(Rollout):
         except (ServerError, ValueError) as error:
             failure = failure or error
         agree(self.accelerator, request.model, failure)
-        self._weights_compared = True
-        self.age = step - request.version
-        self.log_probs = [answer.log_probs for answer in completions if answer.log_probs is not None]
-        return [answer.ids for answer in completions]
+        return completions
 
     def generate_ahead(self, prompts: list[list[int]], step: int, rows: list[int]) -> None:
         """Ask for the completions of the next step, from the weights that this step starts with, and come back at
@@ -172,8 +194,12 @@ class VLLMRollout(Rollout):
 
     def _ask(self, prompts: list[list[int]], step: int, rows: list[int], version: int) -> _Request:
         """Upload the present weights and send the requests; what fails for this rank alone is kept for later."""
-        model = self.served.name if self.upload is None else self.upload.current(version)
-        assert self.upload is None or version_of(model) == version, (model, version)
+        if self.device is not None:
+            self.device.wake()
+        model = stamp = self.served.name if self.upload is None else self.upload.current(version)
+        if self.upload is not None:
+            assert version_of(stamp) == version, (stamp, version)
+            model = self.upload.asked_as(stamp)
         failure: Exception | None = None
         calls: list[Callable[[threading.Event], list[Completion]]] = []
         try:
@@ -192,7 +218,7 @@ class VLLMRollout(Rollout):
         pool = ThreadPoolExecutor(1, thread_name_prefix="gkd-rollout")
         future = pool.submit(self.client.run_all, calls, stop)
         pool.shutdown(wait=False)
-        return _Request(step, prompts, rows, version, model, failure, future, stop)
+        return _Request(step, prompts, rows, version, stamp, failure, future, stop)
 
     # ------------------------------------------------------------------------------------------------ a request
 
@@ -246,7 +272,7 @@ class VLLMRollout(Rollout):
         try:
             body = self.client.post(path, payload, first=row, **options)
         except RefusedError as error:
-            if error.status != 404 or self.upload is None:
+            if error.status != 404 or not isinstance(self.upload, AdapterUpload):
                 raise
             self.upload.restore(error.url, payload["model"])
             body = self.client.post(path, payload, url=error.url, **options)

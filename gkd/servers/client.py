@@ -65,6 +65,7 @@ class VLLMClient:
         proxy: an HTTP proxy to reach them through. The environment's (http_proxy, ~/.netrc) is never used: it would
             be handed prompts and keys without being named.
         key_name: of the variable.
+        gone: tells why no server will ever answer again, as far as can be seen from here; None while they may.
 
     Raises:
         ValueError: no address, or one that is not http(s)://host[:port]; a timeout that is not positive; a key that
@@ -80,6 +81,7 @@ class VLLMClient:
         api_key: str | None = None,
         proxy: str | None = None,
         key_name: str = "VLLM_API_KEY",
+        gone: Callable[[], str | None] = lambda: None,
     ) -> None:
         addresses = [_address(url, field, key_name) for url in urls.split(",") if url.strip()]
         self.urls = [url for url, _ in addresses]
@@ -87,7 +89,7 @@ class VLLMClient:
             raise ValueError(f"{field}={redact_value(urls)!r} holds no address: use http://host:port")
         if not timeout > 0:
             raise ValueError(f"rollout_server_timeout={timeout} must be above 0 seconds")
-        self.field, self.timeout = field, timeout
+        self.field, self.timeout, self._gone = field, timeout, gone
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
@@ -212,6 +214,8 @@ class VLLMClient:
             attempt += 1
             causes[str(cause)] = None
             spent = time.monotonic() - start
+            if (reason := self._gone()) is not None:
+                raise ServerError(f"{url}{path} gave no answer: {reason} ({self.field})")
             if spent + pause >= timeout or stop.is_set():
                 raise ServerError(
                     f"{url}{path} gave no answer: {'; '.join([*causes][-3:])} "

@@ -40,7 +40,8 @@ dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor d
 skip_memory_metrics torch_empty_cache_steps use_cpu local_rank ddp_timeout ddp_backend deepspeed debug
 full_determinism use_cache teacher_cache_dir teacher_scores_dir rollout_server_url teacher_server_url
 rollout_adapter_dir rollout_server_timeout loss_chunk_size rollout_batch_size max_nonfinite_steps server_proxy
-rollout_logprob_tolerance teacher_chat_url
+rollout_logprob_tolerance teacher_chat_url rollout_server rollout_server_sharing rollout_server_memory
+vllm_python vllm_args teacher_server
 """
 _NO_FACTS = frozenset(_WITHOUT_EFFECT.split())
 # Those of them that all ranks must agree on all the same: they say when ranks meet.

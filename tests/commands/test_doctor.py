@@ -556,7 +556,7 @@ def test_gkds_own_help_fits_a_screen(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "new", "doctor", "evaluate", "precompute", "plan", "sweep", "recipes", "export"]
+    "command", ["run", "new", "doctor", "evaluate", "precompute", "plan", "serve", "sweep", "recipes", "export"]
 )
 def test_help_fits_a_screen_and_ends_with_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

@@ -17,6 +17,7 @@ from gkd.cli import main
 from gkd.commands.plan.memory import (
     GIB,
     MEASURED_ERROR,
+    OVERHEAD,
     Setup,
     activations,
     changes,
@@ -314,3 +315,11 @@ def test_several_teachers_stand_beside_each_other_or_take_turns():
     assert estimate(lent).parts["teacher weights"] == sizes[1]
     served = replace(both, others=(replace(one, teacher_here=False),))
     assert estimate(served).peak == estimate(one).peak
+
+
+def test_a_server_on_the_same_gpu_counts_while_it_is_awake():
+    alone = setup_for(tiny_model(), device="cuda", generates=())
+    shared = replace(alone, server=30 * GIB)
+    before, after = estimate(alone), estimate(shared)
+    assert after.rollout - before.rollout == 30 * GIB
+    assert after.training - before.training == OVERHEAD["cuda"] <= GIB

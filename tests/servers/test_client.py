@@ -519,9 +519,68 @@ def test_adapters_that_a_server_would_apply_otherwise_are_refused(server, tmp_pa
         rollout_of(server, tmp_path, student_of(**options))
 
 
-def test_full_fine_tuning_is_refused(server, tmp_path):
-    with pytest.raises(ValueError, match=r"needs a student with a LoRA adapter.*use_peft.*rollout_backend='hf'"):
-        rollout_of(server, tmp_path, tiny_model(seed=1))
+def test_full_fine_tuning_needs_a_server_that_takes_weights(tmp_path):
+    message = r"takes no new weights.*VLLM_SERVER_DEV_MODE=1.*use_peft.*rollout_backend='hf'"
+    with FakeServer(tiny_model(seed=1), dev=False) as closed, pytest.raises(ValueError, match=message):
+        rollout_of(closed, tmp_path, tiny_model(seed=1))
+
+
+def test_whole_weights_get_a_stamp_and_the_same_ones_are_not_sent_twice(server, tmp_path):
+    student = tiny_model(seed=7)
+    rollout = rollout_of(server, tmp_path, student, temperature=0)
+    rollout._weights_compared = True
+    expected = HFRollout(lambda: student, None, rollout.settings, seed=4)
+    assert rollout.generate(PROMPTS, 0) == expected.generate(PROMPTS, 0)
+    first = rollout.upload.name
+    assert server.weight_version == first
+    rollout.generate(PROMPTS, 1)  # nothing has moved
+    assert server.counts()["/collective_rpc"] == 1
+    assert server.weight_version == rollout.upload.name != first
+    assert first.split("-")[3] == rollout.upload.name.split("-")[3]
+    with torch.no_grad():
+        student.get_input_embeddings().weight[5] += 1.0
+    assert rollout.generate(PROMPTS, 2) == expected.generate(PROMPTS, 2)
+    assert server.counts()["/collective_rpc"] == 2
+
+
+def test_a_server_that_was_started_anew_in_the_middle_of_a_rollout_is_asked_again(server, tmp_path):
+    """It answers from its old weights, under the same name; the stamp it has forgotten tells."""
+    student = tiny_model(seed=7)
+    rollout = rollout_of(server, tmp_path, student, temperature=0)
+    rollout._weights_compared = True
+    base, load = copy.deepcopy(server.base.state_dict()), rollout.upload._load
+
+    def lost(url, name):
+        load(url, name)
+        rollout.upload._load = load
+        server.base.load_state_dict(base)
+        server.weight_version = "default"
+
+    rollout.upload._load = lost
+    assert rollout.generate(PROMPTS, 0) == HFRollout(lambda: student, None, rollout.settings, seed=4).generate(
+        PROMPTS, 0
+    )
+    assert server.counts()["/collective_rpc"] == 2
+
+
+def test_a_server_that_shares_the_gpu_is_awake_for_rollouts_alone(server, tmp_path):
+    student = student_of()
+    rollout = rollout_of(server, tmp_path, student, temperature=0, shares_device=True)
+    plain = rollout_of(server, tmp_path / "plain", student, temperature=0).generate(PROMPTS, 0)
+    for step in range(2):
+        rollout.device.rest()
+        assert server.asleep
+        assert rollout.generate(PROMPTS, step) == plain  # the fake answers nothing while it sleeps
+        assert server.asleep
+    turns = [path for path, _ in server.seen if path in ("/wake_up", "/sleep?level=1")]
+    assert turns == ["/sleep?level=1", "/wake_up"] * 2 + ["/sleep?level=1"]
+
+
+def test_a_server_that_cannot_sleep_is_told_with_the_remedy(tmp_path):
+    with FakeServer(tiny_model(seed=1), dev=False) as awake:
+        rollout = rollout_of(awake, tmp_path, student_of(), shares_device=True)
+        with pytest.raises(ValueError, match=r"rollout_server_sharing='sleep' needs.*--enable-sleep-mode"):
+            rollout.device.rest()
 
 
 # ------------------------------------------------------------------------------------------------------ teacher

@@ -32,7 +32,7 @@ def student_of(seed=1, **options):
         return get_peft_model(tiny_model(seed=seed), LoraConfig(**(LORA | options)))
 
 
-def rollout_of(server, tmp_path, student, client=None, source="student", **settings):
+def rollout_of(server, tmp_path, student, client=None, source="student", shares_device=False, **settings):
     settings = SamplingSettings(**({"max_new_tokens": 12, "stop_ids": (STOP, 10)} | settings))
     client = client or client_of(server)
     options = {"get_model": lambda: student} if source == "student" else {}
@@ -43,6 +43,7 @@ def rollout_of(server, tmp_path, student, client=None, source="student", **setti
         seed=4,
         source=source,
         adapter_dir=str(tmp_path / "adapters"),
+        shares_device=shares_device,
         **options,
     )
 

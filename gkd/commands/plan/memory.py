@@ -58,6 +58,7 @@ class Setup:
         teacher_here: False when it is scored on a server. no_teacher: there is none.
         shares_base: the teacher's weights are the student's. averages: but for a moving average of the adapter.
         others: the same with each further teacher, of several; only what is said of a teacher counts there.
+        server: bytes of a vLLM server on the same GPU while it is awake; None where there is none.
         placement: `teacher_placement`. teacher_packed: bytes of a quantized weight in its linear layers, or None.
     """
 
@@ -87,6 +88,7 @@ class Setup:
     averages: bool = False
     placement: str = "same"
     teacher_packed: float | None = None
+    server: int | None = None
     others: tuple[Setup, ...] = ()
 
     @property
@@ -264,6 +266,8 @@ def estimate(setup: Setup) -> Estimate:
         "folded adapter": student.linear * min(setup.weight_bytes, setup.activation_bytes) if _folds(setup) else 0,
         "overhead": OVERHEAD[setup.device],
     }
+    if setup.server is not None:
+        parts |= {"vLLM server, asleep": OVERHEAD[setup.device], "vLLM server, awake": setup.server}
     standing = ["student weights", "gradient buckets", "optimizer", "teacher weights", "overhead"]
     # One after the other: the teacher's forward pass, the loss on top of the student's, the student's backward pass.
     scoring = parts["teacher activations"] + coming_teacher
@@ -277,8 +281,9 @@ def estimate(setup: Setup) -> Estimate:
         moment += gradients
     else:  # they come while the activations go, and are gone before the next step
         moment = max(moment, gradients)
-    base = sum(parts[name] for name in standing)
+    base = sum(parts[name] for name in standing) + parts.get("vLLM server, asleep", 0)
     rollout = base + sum(parts[name] for name in ("KV cache", "gathered for the rollout", "folded adapter"))
+    rollout += max(0, parts.get("vLLM server, awake", 0) - parts.get("vLLM server, asleep", 0))
     rollout += coming_teacher if "teacher" in setup.generates else 0
     training = base + moment
     return Estimate(parts, rollout, training)

@@ -1,7 +1,8 @@
 """A small HTTP server that speaks vLLM's formats and answers with a tiny real model; and fails when it is told to.
 
 Formats as vLLM 0.32 gives them (its own answers were compared): /v1/models, /tokenize, /v1/completions,
-/inference/v1/generate, /v1/load_lora_adapter, /v1/unload_lora_adapter.
+/inference/v1/generate, /v1/load_lora_adapter, /v1/unload_lora_adapter, /health; and those of VLLM_SERVER_DEV_MODE=1:
+/weight_info, /collective_rpc (reload_weights), /reset_prefix_cache, /update_weight_version, /sleep, /wake_up.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class FakeServer:
             "max_lora_rank": 8,
             "lora": True,
             "generate": True,
+            "dev": True,
         } | options
         self.faults: dict[str, list[Any]] = {}
         self.slow = 0.5
@@ -68,6 +70,7 @@ class FakeServer:
         self.times, self.raw = 1.0, True
         self.connections: list[socket.socket] = []
         self.adapters: dict[str, Any] = {}
+        self.weight_version, self.asleep = "default", False
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._http.daemon_threads = True
@@ -103,17 +106,29 @@ class FakeServer:
             "/inference/v1/generate": self._generate,
             "/v1/load_lora_adapter": self._load,
             "/v1/unload_lora_adapter": self._unload,
+            "/health": lambda _: {},
+            "/weight_info": lambda _: {"weight_version": self.weight_version},
+            "/collective_rpc": self._reload,
+            "/reset_prefix_cache": lambda _: {"success": True},
+            "/update_weight_version": self._stamp,
+            "/sleep?level=1": lambda _: self._turn("asleep"),
+            "/wake_up": lambda _: self._turn("awake"),
         }
         off = {
             "/v1/load_lora_adapter": "lora",
             "/v1/unload_lora_adapter": "lora",
             "/inference/v1/generate": "generate",
+            **dict.fromkeys(
+                ("/weight_info", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"), "dev"
+            ),
+            **dict.fromkeys(("/sleep?level=1", "/wake_up"), "dev"),
         }
         if path not in routes or not self.options.get(off.get(path, ""), True):
             error = Answer(404, "Not Found")
             error.body = {"detail": "Not Found"}
             raise error
         with self._lock, torch.no_grad():
+            assert not self.asleep or path in ("/wake_up", "/health", "/v1/models"), f"asleep, and asked for {path}"
             return routes[path](body)
 
     def _models(self, _: dict[str, Any]) -> Any:
@@ -204,6 +219,20 @@ class FakeServer:
         self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self.base), path).eval()
         self.first = self.first or self.adapters[name]
         return f"Success: LoRA adapter '{name}' added successfully."
+
+    def _reload(self, body: dict[str, Any]) -> Any:
+        assert body["method"] == "reload_weights", body
+        found = type(self.base).from_pretrained(body["kwargs"]["weights_path"], dtype=self.base.dtype)
+        self.base.load_state_dict(found.state_dict())
+        return {"results": [None]}
+
+    def _stamp(self, body: dict[str, Any]) -> Any:
+        self.weight_version = body["new_version"]
+        return {"success": True, "new_version": self.weight_version}
+
+    def _turn(self, how: str) -> Any:
+        self.asleep = how == "asleep"
+        return {"status": how}
 
     def _unload(self, body: dict[str, Any]) -> Any:
         if self.adapters.pop(body["lora_name"], None) is None:
