@@ -119,6 +119,7 @@ def check_command(words, line):
     if not words:
         return None
     program, *rest = words
+    program = program.removeprefix("vllm-env/bin/")  # of the environment that docs/rollouts.md makes
     if program == "gkd":
         return check_gkd(rest, line)
     if program == "make":
