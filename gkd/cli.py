@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gkd {__version__}")
     title = "on-policy knowledge distillation of language models"
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title=title)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND [FLAGS]", title=title)
     for add in (
         _add_run,
         _add_new,
