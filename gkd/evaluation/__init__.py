@@ -17,6 +17,6 @@ target_values: what is measured at a single target: how far a model is from its 
     both would say the same
 task_score: A recipe's own scores: of each completion by itself, and of all completions at once (corpus
     BLEU)
-timing: what a decoding step costs: seconds of a pass over a few tokens behind a prompt in the KV cache
+timing: what decoding steps cost: passes over a few tokens behind a prompt in the KV cache, of several models in turn
 view: what models are measured on, as student and teacher read it: one completion, behind the prompt of each
 """

@@ -50,6 +50,7 @@ from gkd.evaluation.public_tasks import PublicTasks
 from gkd.evaluation.subject import Conditions, Subject
 from gkd.evaluation.target_values import COUNTED, TARGET_VALUES, loss_against, target_values
 from gkd.evaluation.task_score import TaskScore
+from gkd.evaluation.timing import best_of
 from gkd.evaluation.view import TeacherReads, answered, held_out
 from gkd.loss.settings import LossSettings
 from gkd.rollouts.base import SamplingSettings
@@ -386,7 +387,8 @@ class Evaluator:
             way: answered(self.prompts, completions, self.teacher_reads, source="teacher")
             for way, completions in written.items()
         }
-        self.costs = self._costs(model, self.draft_tokens)
+        if self.costs is None:  # training changes weights, not what they cost
+            self.costs = self._costs(model, self.draft_tokens)
         return as_draft(
             model,
             self.teacher,
@@ -415,11 +417,13 @@ class Evaluator:
     def _costs(self, model: Subject, tokens: int) -> Costs | None:
         assert self.teacher is not None
         prompt = max(self.prompts, key=len)
-        draft = model.step_seconds(prompt, 1, self.conditions)
-        target, check = (self.teacher.step_seconds(prompt, n, self.conditions) for n in (1, tokens + 1))
-        if draft is None or target is None or check is None:
-            return None
-        return Costs(draft, target, check, tokens)
+        how = self.conditions
+        with model.stepping(prompt, how) as draft, self.teacher.stepping(prompt, how) as target:
+            if draft is None or target is None:
+                return None
+            passes = (partial(draft, 1), partial(target, 1), partial(target, tokens + 1))
+            of_draft, of_target, of_check = best_of(passes)
+        return Costs(of_draft, of_target, of_check, tokens)
 
     def _sizes_of(self, model: Subject) -> Sizes:
         return self._teacher_sizes if model == self.teacher else self._sizes

@@ -25,7 +25,7 @@ from gkd.data.targets import IGNORE, select_targets, target_mask, targets_of
 from gkd.data.teacher_view import teacher_view
 from gkd.evaluation.measures import Estimate, Metric
 from gkd.evaluation.public_tasks import PublicTasks
-from gkd.evaluation.timing import step_seconds
+from gkd.evaluation.timing import Step, step_of
 from gkd.loss.parts import SplitSignal
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import AlignedSignal, DenseSignal, Head, TeacherSignal
@@ -169,9 +169,9 @@ class Subject(ABC):
     def nll(self, sequences: Rows, how: Conditions, tick: Callable[[int], None]) -> list[list[float]]:
         """-log p in nats of the targets of each sequence, which is in its own tokens, over the whole vocabulary."""
 
-    def step_seconds(self, prompt: Sequence[int], tokens: int, how: Conditions) -> float | None:
-        """Of a pass over so many tokens behind a prompt in the cache; None where that cannot be measured here."""
-        return None
+    def stepping(self, prompt: Sequence[int], how: Conditions) -> AbstractContextManager[Step | None]:
+        """Inside, passes over tokens behind a prompt in the cache; None where that cannot be measured here."""
+        return nullcontext()
 
     def public_tasks(
         self, tasks: PublicTasks, tokenizer: PreTrainedTokenizerBase, how: Conditions
@@ -224,11 +224,12 @@ class LocalSubject(Subject):
 
         return [values.tolist() for values in self._of_targets(sequences, nullcontext(read), how, tick)]
 
-    def step_seconds(self, prompt: Sequence[int], tokens: int, how: Conditions) -> float | None:
+    @contextmanager
+    def stepping(self, prompt: Sequence[int], how: Conditions) -> Iterator[Step | None]:
         with generation_mode(self.model, how.accelerator) as bare:
             layers = foldable(bare) if how.fold_adapter else []  # as it is served
             with folded(layers, how.seed):
-                return step_seconds(bare, prompt, tokens)
+                yield step_of(bare, prompt)
 
     def public_tasks(
         self, tasks: PublicTasks, tokenizer: PreTrainedTokenizerBase, how: Conditions

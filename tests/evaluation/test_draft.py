@@ -169,7 +169,12 @@ def test_equal_models_take_all_and_greedy_runs_are_told_of_greedily(target, prom
     found = harness.measure(LocalSubject(near(target, 0.0)), "student").values
     assert "acceptance" not in found
     assert (found["acceptance_greedy"].value, found["block_efficiency_greedy"].value) == (1.0, 4.0)
+    costs = harness.costs
+    assert harness.measure(LocalSubject(near(target, 0.0)), "again").values["speedup_greedy"].value == pytest.approx(
+        costs.speedup(4.0)
+    )
     assert "acceptance_greedy" not in harness.measure(harness.teacher, "teacher").values
+    assert harness.costs is costs, "training changes weights, not what they cost"
 
 
 def test_costs_make_the_speed_up_and_the_best_number_of_tokens():
