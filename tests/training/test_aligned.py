@@ -123,10 +123,14 @@ def group_weights(rule, z, zt, answer, theirs, found, values):
     return [float(weights[group == number].mean()) for number in range(len(found))]
 
 
-@pytest.mark.parametrize("rule", ["iw_opd", "teacher_entropy", "disagreement", "own"])
-def test_what_is_compared_together_has_one_weight(tmp_path, monkeypatch, rule):
+@pytest.mark.parametrize(
+    ("rule", "frozen"), [("iw_opd", True), ("teacher_entropy", False), ("disagreement", True), ("own", False)]
+)
+def test_what_is_compared_together_has_one_weight(tmp_path, monkeypatch, rule, frozen):
+    """A frozen head's gradient takes the weights afterwards, token by token."""
     remembered = Remember(monkeypatch)
     student, teacher = tiny_model(seed=1), other_model(initializer_range=0.2)
+    student.lm_head.requires_grad_(not frozen)
     models = [copy.deepcopy(student).double(), copy.deepcopy(teacher).double()]
     own = {"token_weights": lambda view: view.places + view.teacher_entropy.double()} if rule == "own" else {}
     values = own or {"token_weights": rule}
