@@ -219,6 +219,7 @@ def _build(case: Case, models: Path, out: Path) -> tuple[GKDTrainer, list[list[A
     shared: dict[str, Any] = {}
     if case.aligned:
         teacher, shared = str(models / "other"), {"teacher_tokenizer_alignment": "bytes"}
+        teacher = None if "teacher_server_url" in case.args else teacher
     if case.shares in OF_ITSELF:
         teacher, shared = None, {"self_teacher": case.shares}
         rows = [{**row, "teacher_system": "Be brief." if i % 3 else None} for i, row in enumerate(rows)]

@@ -1,4 +1,5 @@
-"""A student that writes on a server: two processes get what one gets, and all ranks hear of a refusal.
+"""A student that writes on a server, and a teacher with another tokenizer that scores on one: two processes get what
+one gets, and all ranks hear of a refusal.
 
 The servers stand in the test process; the ranks upload and ask from theirs. Under ZeRO-3 the adapter is split up.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from cases import SPLIT_ALL, Case
 from launch import launch
+from other_tokens import other_model, other_tokenizer
 from results import assert_equal, assert_saved_whole, largest_differences, read
 from tiny import tiny_model
 from vllm_server.fake import FakeServer
@@ -25,22 +27,24 @@ def ran(models: Path, tmp_path_factory: pytest.TempPathFactory):
     plan |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     (out / "zero3.json").write_text(json.dumps({**plan, "zero_optimization": {"stage": 3, **SPLIT_ALL}}))
     zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(out / "zero3.json")}
-    with FakeServer(tiny_model(seed=1)) as server, FakeServer(tiny_model(seed=1), max_lora_rank=1) as strict:
+    other = FakeServer(other_model().eval(), other_tokenizer(), root=str(models / "other"))
+    with FakeServer(tiny_model(seed=1)) as server, FakeServer(tiny_model(seed=1), max_lora_rank=1) as strict, other:
         args = {"rollout_backend": "vllm", "rollout_server_url": server.url, "gradient_accumulation_steps": 2}
         ahead = {**args, "rollout_staleness": 1}
         cases = [
             Case("ddp", args, engine="ddp"),
             Case("ahead", ahead, engine="ddp"),
+            Case("aligned", {"teacher_server_url": other.url, "teacher_top_k": 12}, engine="ddp", aligned=True),
             Case("zero3", args, environment=zero, engine="zero-3"),
             Case("ahead_zero3", ahead, environment=zero, engine="zero-3"),
         ]
         refused = Case("refused", {**args, "rollout_server_url": strict.url}, refused="is greater than max_lora_rank")
         # ZeRO-3 last: what transformers remembers of it outlives its case
-        launch([*cases[:2], refused, *cases[2:]], models, out, ["--multi_gpu", "--mixed_precision", "no"])
+        launch([*cases[:3], refused, *cases[3:]], models, out, ["--multi_gpu", "--mixed_precision", "no"])
         yield out, cases, server
 
 
-@pytest.mark.parametrize("number", range(4), ids=["ddp", "ahead", "zero3", "ahead_zero3"])
+@pytest.mark.parametrize("number", range(5), ids=["ddp", "ahead", "aligned", "zero3", "ahead_zero3"])
 def test_two_processes_equal_one(number, ran, alone, models):
     out, cases, _ = ran
     result, reference = read(out / cases[number].name), alone(cases[number])

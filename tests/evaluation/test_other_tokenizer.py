@@ -240,7 +240,9 @@ def test_a_teacher_on_a_server_is_measured_as_one_in_this_process(run, served, d
     for name in ("divergence", "forward_kl", "agreement"):
         assert means[1][name].value == pytest.approx(means[0][name].value, rel=1e-5)
     assert served.evaluate()["eval_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-5)
-    measured = there.measure(there.teacher, "teacher")
+    asked.num_eval_prompts = 2
+    small = evaluator_of(served, {"eval": Dataset.from_list(ROWS)}, asked)
+    measured = small.measure(small.teacher, "teacher")
     assert measured.values["divergence_own"].value == 0.0
     assert measured.values["bits_per_byte_teacher_text"].value > 0
     assert "272 most likely tokens and the rest where the tokens of both meet" in measured.settings["divergence"]
