@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(run):
-    asked = SimpleNamespace(num_eval_prompts=5, lm_eval_tasks=None, lm_eval_limit=None)
+    asked = SimpleNamespace(num_eval_prompts=5, lm_eval_tasks=None, lm_eval_limit=None, draft_tokens=None)
     data = {"eval": Dataset.from_list(ROWS)}
     harness = evaluator_of(run, data, asked)
     return harness, [
@@ -96,7 +96,7 @@ def test_bits_per_byte_of_held_out_answers_are_those_of_each_models_own_tokens(r
 
 
 def test_bits_per_byte_of_texts_leave_out_what_nothing_predicts(run):
-    asked = SimpleNamespace(num_eval_prompts=1, lm_eval_tasks=None, lm_eval_limit=None)
+    asked = SimpleNamespace(num_eval_prompts=1, lm_eval_tasks=None, lm_eval_limit=None, draft_tokens=None)
     rows = Dataset.from_list(ROWS)
     harness = evaluator_of(run, {"eval": rows, "held_out_text": TEXTS}, asked)
     for model, subject, tokenizer in (
@@ -180,7 +180,7 @@ def test_the_divergence_is_that_of_the_training_and_of_its_definition(run, evalu
     assert found["divergence"].value == pytest.approx(wanted, rel=1e-4)
     assert found["forward_kl"].value == pytest.approx(wanted, rel=1e-4)
     answers = [[*ids_of(row["messages"][-1]["content"], OWN), STUDENT_END] for row in ROWS]
-    all_of_them = SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=0)
+    all_of_them = SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=0, draft_tokens=None)
     of_all = evaluator_of(run, {"eval": Dataset.from_list(ROWS)}, all_of_them)
     measured = of_all._target_means(LocalSubject(run.model), answers)
     along = run.evaluate()
@@ -227,7 +227,7 @@ def served(run, tmp_path_factory):
 
 @pytest.mark.parametrize("data", [{}, {"held_out_text": TEXTS}], ids=["answers", "texts"])
 def test_a_teacher_on_a_server_is_measured_as_one_in_this_process(run, served, data):
-    asked = SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=None)
+    asked = SimpleNamespace(num_eval_prompts=12, lm_eval_tasks=None, lm_eval_limit=None, draft_tokens=None)
     here, there = (evaluator_of(one, {"eval": Dataset.from_list(ROWS), **data}, asked) for one in (run, served))
     found = there._perplexity(there.teacher)
     assert found["bits_per_byte"].value == pytest.approx(
