@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,31 @@ def way(device: str, tiny: bool, name: str) -> Found:
         found, beside = (losses(train(Path(f), device, tiny, **w)) for f, w in ((first, fields), (second, plain)))
     close = 0.02 if fields and "4 bits" not in name else 0.1
     return {"right": math.isfinite(found[0]) and abs(found[0] / beside[0] - 1) < close, "loss": found, "plain": beside}
+
+
+def zero(device: str, tiny: bool, stage: int, plain: Callable[[], Found]) -> Found:
+    """DeepSpeed ZeRO with one rank, where everything is split but nothing has to travel, beside the plain way."""
+    beside = plain()
+    if "loss" not in beside:
+        return {"right": False, "failed": "the plain way gave no loss", "plain": beside}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        found = losses(train(Path(folder), device, tiny, deepspeed=deepspeed))
+    near = abs(found[0] / beside["loss"][0] - 1) < 0.02
+    return {"right": math.isfinite(found[0]) and near, "loss": found, "plain": beside["loss"]}
 
 
 class CountWaits(TrainerCallback):

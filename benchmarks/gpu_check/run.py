@@ -38,10 +38,12 @@ def parts(device: str, tiny: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     ways = {name: partial(correctness.way, device, tiny, name) for name in correctness.WAYS}
     if device == "cpu":  # neither is there
         ways = {name: run for name, run in ways.items() if not any(w in name for w in ("flash", "4 bits"))}
+    plain = partial(run_apart, "LoRA in bf16", tiny, 150.0)
     return {
         "loss": partial(correctness.loss, device, tiny),
         "waits": partial(correctness.waits, device, tiny),
         **ways,
+        **{f"ZeRO-{n}, one rank": partial(correctness.zero, device, tiny, n, plain) for n in (2, 3)},
         "steps": partial(speed.steps, device, tiny),
         "loss speed": partial(speed.other_benchmark, device, tiny, "loss"),
         "rollout speed": partial(speed.other_benchmark, device, tiny, "rollout"),

@@ -18,6 +18,7 @@ from torch import nn
 from gkd.config.fields import GKDConfig
 from gkd.config.servers import with_served_teacher
 from gkd.models.facts import model_name
+from gkd.models.loading import load_config
 from gkd.rollouts.adapter_upload import agree
 from gkd.servers.client import ServerError
 from gkd.servers.engine import EngineOrder, devices_of_servers
@@ -184,7 +185,7 @@ def teacher_order(args: GKDConfig, model: str, devices: tuple[str, ...]) -> Engi
         args.vllm_python or sys.executable,
         free_port(),
         revision=kwargs.get("revision"),
-        dtype=str(kwargs.get("dtype", "auto")).removeprefix("torch."),
+        dtype=_teacher_dtype(args, model, kwargs),
         max_model_len=max(lengths) + 1 if lengths else None,  # scoring samples one token
         top_log_probs=args.teacher_top_k or TOP_K,
         memory=OWN_MEMORY if devices else None,
@@ -194,6 +195,16 @@ def teacher_order(args: GKDConfig, model: str, devices: tuple[str, ...]) -> Engi
     )
     order.flags()
     return order
+
+
+def _teacher_dtype(args: GKDConfig, model: str, kwargs: dict[str, Any]) -> str:
+    """What it would compute in within the trainer. vLLM's own "auto" makes 16 bits of a model that was saved in 32."""
+    asked = kwargs.get("dtype", "auto")
+    if str(asked) == "auto":
+        asked = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    if asked is None:
+        asked = load_config(model, trust_remote_code=bool(args.trust_remote_code)).dtype or torch.float32
+    return str(asked).removeprefix("torch.")
 
 
 def check_room(free: int, total: int, share: float) -> None:

@@ -152,7 +152,7 @@ def test_a_server_that_dies_for_good_ends_the_run_with_a_checkpoint(tmp_path, fo
 
 def test_a_teacher_on_a_server_that_the_run_starts_is_the_one_in_this_process(tmp_path, folder, python):
     """Its top 32, and what it writes: the weights after two steps are the same."""
-    teacher = save_tiny(tmp_path / "teacher", "qwen3", hidden=48, seed=2)
+    teacher = save_tiny(tmp_path / "teacher", "qwen3", hidden=64, layers=3, seed=2)
     values = {"lmbda": 0.5, "seq_kd": True, "max_steps": 2, "teacher_top_k": 20, "teacher_model_name_or_path": teacher}
     values |= {"learning_rate": 0.5}
     own_args = "--max-num-seqs 8" if python == str(PYTHON) else None
