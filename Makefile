@@ -33,7 +33,8 @@ VLLM_PY   := $(VLLM_VENV)/bin/python
 PEERS_VENV := $(GKD_CACHE)/peers-venv
 PEERS_PY   := $(PEERS_VENV)/bin/python
 
-.PHONY: help install demo fetch docs test test-fast test-distributed test-architectures test-vllm conformance lint types format \
+.PHONY: help install demo fetch docs test test-fast test-distributed test-architectures test-vllm \
+  test-oldest conformance lint types format \
   bench gpu-check clean
 
 help:  ## this list
@@ -74,6 +75,14 @@ test-distributed: $(STAMP)  ## the tests that start two processes: DDP, DeepSpee
 
 test-architectures: $(STAMP)  ## every architecture through the trainer, into docs/models.md (half an hour; goes on where stopped)
 	$(TEST_ENV) $(PY) tests/architectures/matrix.py --results $(GKD_CACHE)/architectures.jsonl --page docs/models.md
+
+# The lower bound of pyproject.toml, beside everything else as it is installed: what vLLM's newest release still allows.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+OLD_TESTS := tests/rollouts tests/models tests/teachers tests/training/test_trainer.py tests/evaluation tests/recipe
+
+test-oldest: $(STAMP)  ## what touches transformers most, with the oldest version that is allowed
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(CURDIR)/.oldest "transformers==$(OLDEST).*"
+	PYTHONPATH=$(CURDIR)/.oldest $(TEST_ENV) $(PY) -m pytest $(OLD_TESTS) $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## rollouts and scores against a real vLLM server on CPU (builds .venv-vllm, 3 GB)
 	GKD_TEST_VLLM=1 $(TEST_ENV) $(PY) -m pytest tests/servers/test_vllm.py tests/servers/test_own_server.py tests/teachers/test_contract.py $(PYTEST_ARGS)

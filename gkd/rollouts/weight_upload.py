@@ -152,7 +152,7 @@ class WeightUpload:
             raise ValueError(
                 f"{self.client.field}={url!r} takes no new weights (GET /weight_info answers {error.status}), and "
                 "this student has no LoRA adapter that could be sent instead: start it with VLLM_SERVER_DEV_MODE=1 "
-                "(vLLM 0.32 or newer), let the run start it (rollout_server='auto'), train with LoRA (use_peft), or "
+                "(vLLM 0.30 or newer), let the run start it (rollout_server='auto'), train with LoRA (use_peft), or "
                 "roll out in process (rollout_backend='hf')"
             ) from error
         found = answer.get("weight_version") if isinstance(answer, dict) else None
