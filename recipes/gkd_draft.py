@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from gkd.demo import glass_student, glass_teacher, translation_sentences
+from gkd.demo import glass_student, glass_teacher, sentence_starts
 from gkd.run import Settings, hold_out, run
 
 DEFAULTS: dict[str, Any] = {
@@ -42,17 +42,12 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "num_eval_prompts": 256,
 }
-PROMPT_WORDS = 4
 
 
 def load_data(settings: Settings) -> dict[str, Any]:
     """The first four words of sentences; draft and target write the rest."""
-    rows = []
-    for sentence in translation_sentences():
-        words = sentence.split()
-        if len(words) >= 6 and all(word.isascii() and word.isalpha() for word in words[:PROMPT_WORDS]):
-            rows.append({"prompt": " ".join(words[:PROMPT_WORDS])})
-    train, held_out = hold_out(Dataset.from_list(rows), 256)
+    prompts = Dataset.from_list(sentence_starts(plain=True)).select_columns("prompt")
+    train, held_out = hold_out(prompts, 256)
     return {"train": train, "prompts": held_out}
 
 

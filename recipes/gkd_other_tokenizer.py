@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from gkd.demo import glass_teacher, smollm2_teacher, translation_sentences
+from gkd.demo import glass_teacher, sentence_starts, smollm2_teacher
 from gkd.run import Settings, hold_out, run
 
 DEFAULTS: dict[str, Any] = {
@@ -40,18 +40,11 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "num_eval_prompts": 64,
 }
-PROMPT_WORDS = 4
 
 
 def load_data(settings: Settings) -> dict[str, Any]:
     """Sentences of six words and more, cut after the fourth."""
-    rows = []
-    for sentence in translation_sentences():
-        words = sentence.split()
-        if len(words) >= 6:
-            start, rest = " ".join(words[:PROMPT_WORDS]), " ".join(words[PROMPT_WORDS:])
-            rows.append({"prompt": start, "completion": " " + rest})
-    train, held_out = hold_out(Dataset.from_list(rows), 256)
+    train, held_out = hold_out(Dataset.from_list(sentence_starts()), 256)
     return {"train": train, "eval": held_out, "held_out_text": [row["prompt"] + row["completion"] for row in held_out]}
 
 

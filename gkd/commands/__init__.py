@@ -4,6 +4,7 @@ chat: `gkd chat`: student before, after and teacher answer side by side
 doctor: `gkd doctor`: a recipe looked at before it costs anything
 evaluate: `gkd evaluate`: what a run measures before and after training, for a recipe's models as they are
 export: `gkd export`: what a run has trained, as one model that others load
+flags: the command line of `gkd`: its commands, their flags and their help
 new: `gkd new`: a recipe that runs, from a template, after a look at the data
 new_look: A look at the rows that `gkd new` is given: their format, what a recipe renames, what it would
     leave unused

