@@ -22,7 +22,8 @@ from training import trainer_of
 from transformers import pipeline
 from trl import ModelConfig, ScriptArguments
 
-from gkd.cli import _parser, main
+from gkd.cli import main
+from gkd.commands.flags import make_parser
 from gkd.config.fields import GKDConfig
 from gkd.data.formats import canonical_row
 from gkd.data.row_values import RowPlace
@@ -154,7 +155,7 @@ def without_config(flags):
 
 def check_gkd(words, line):
     """The arguments go through the real parser, and a recipe's flags through the recipe's."""
-    arguments, flags = _parser().parse_known_args(words)
+    arguments, flags = make_parser().parse_known_args(words)
     flags = [*flags, *getattr(arguments, "flags", [])]
     recipe = getattr(arguments, "recipe", None)
     if recipe is None:
