@@ -12,10 +12,11 @@ from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from user import flags, user_folder
 
-from gkd.cli import _parser, main
+from gkd.cli import main
 from gkd.commands.chat.chat import Order, chat
 from gkd.commands.chat.speakers import Manner, load_speakers
 from gkd.commands.export.merging import save_merged
+from gkd.commands.flags import make_parser
 from gkd.training.origin import FILE, read_origin
 
 
@@ -181,7 +182,7 @@ def test_the_commands_that_serve(run, tmp_path, capsys, monkeypatch):
     assert beside[beside.index("--lora-modules") + 1] == f"mine={run}"
     assert int(beside[beside.index("--max-lora-rank") + 1]) >= 4
     export = shlex.split(lines[1])
-    _parser().parse_args(export[1:])
+    make_parser().parse_args(export[1:])
     monkeypatch.chdir(tmp_path)
     assert lines[2:] == [f"vllm serve {run}-merged", f"transformers serve {run}-merged"]
     save_tiny(tmp_path / "whole")

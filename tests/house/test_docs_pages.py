@@ -53,6 +53,7 @@ THEIR_OWN = ("mine", "my", "my_recipe")  # files that the reader has written
 UNCHECKED = (
     "chat_template_path",
     "rollout_backend",
+    "rollout_server",
     "rollout_staleness",
     "share_base_model",
     "generation_kwargs",
