@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from gkd.loss import make_divergence
 from gkd.loss.fused import fused_divergence
 from gkd.loss.settings import LossSettings
 from gkd.loss.signals import DenseSignal, Head
+from gkd.servers.own import free_port
 from gkd.training.trainer import GKDTrainer
 
 Found = dict[str, Any]
@@ -162,11 +162,8 @@ def zero(device: str, tiny: bool, stage: int, plain: Callable[[], Found]) -> Fou
     beside = plain()
     if "loss" not in beside:
         return {"right": False, "failed": "the plain way gave no loss", "plain": beside}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ["MASTER_PORT"] = str(free_port())
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = {

@@ -16,17 +16,16 @@ from peft import PeftModel
 from torch import nn
 
 from gkd.config.fields import GKDConfig
-from gkd.config.servers import with_served_teacher
+from gkd.config.servers import longest_sequences, with_served_teacher
 from gkd.models.facts import model_name
 from gkd.models.loading import load_config
 from gkd.rollouts.adapter_upload import agree
 from gkd.servers.client import ServerError
 from gkd.servers.engine import EngineOrder, devices_of_servers
-from gkd.servers.own import Address, free_port, remember, server_for
+from gkd.servers.own import Address, free_port, known, remember, server_for
 
 TOP_K = 32  # log-probabilities of a server whose recipe names no teacher_top_k
 OWN_MEMORY, SHARED_MEMORY = 0.9, 0.4  # of a GPU
-_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def own_rollout_servers(args: GKDConfig, student: nn.Module, accelerator: Accelerator) -> str:
@@ -72,7 +71,7 @@ def _started(args: GKDConfig, who: str, state: Accelerator | PartialState, order
     if state.is_local_main_process:
         try:
             asked = order()
-            if state.num_processes > _local_ranks(state):
+            if state.num_processes > _local_ranks():
                 asked = replace(asked, host="0.0.0.0")
             address = server_for(asked, Path(args.own_server_folder) / f"{who}-{state.process_index}.log").address
         except (ServerError, ValueError, OSError) as error:
@@ -82,9 +81,9 @@ def _started(args: GKDConfig, who: str, state: Accelerator | PartialState, order
     return remember([one for one in found if one is not None])
 
 
-def _local_ranks(state: Accelerator | PartialState) -> int:
+def _local_ranks() -> int:
     """Processes of the run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
 
 
 def gpus_of(args: GKDConfig, who: str | None) -> tuple[str, ...]:
@@ -97,13 +96,14 @@ def gpus_of(args: GKDConfig, who: str | None) -> tuple[str, ...]:
     visible = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
     if who is None:
         return tuple(visible)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Once it runs, its address stands in the fields, as that of any server.
+    teacher_runs = known((args.teacher_server_url or "").split(",")[0]) is not None
     return devices_of_servers(
         visible,
-        ranks,
+        _local_ranks(),
         rollouts=args.rollout_server is not None,
         shared=args.rollout_server_sharing is not None,
-        teacher=args.teacher_server is not None,
+        teacher=args.teacher_server is not None or teacher_runs,
     )[who]
 
 
@@ -119,30 +119,34 @@ def rollout_order(args: GKDConfig, student: nn.Module, accelerator: Accelerator)
         ValueError: see `own_rollout_servers`.
     """
     bare: Any = extract_model_from_parallel(student, keep_torch_compile=False)
-    adapter = (
-        max((config.r for config in bare.peft_config.values()), default=None) if isinstance(bare, PeftModel) else None
-    )
+    adapter = max(config.r for config in bare.peft_config.values()) if isinstance(bare, PeftModel) else None
     shared = args.rollout_server_sharing is not None
     devices: tuple[str, ...] = ()
     if accelerator.device.type == "cuda":
         devices = gpus_of(args, "rollout")
     elif shared:
         raise ValueError("rollout_server_sharing='sleep' is for GPUs: a vLLM server on a CPU does not sleep")
-    order = order_of(args, model_name(bare), adapter, devices)
     if shared:
         torch.cuda.empty_cache()
-        check_room(*torch.cuda.mem_get_info(accelerator.device), order.memory or SHARED_MEMORY)
+        check_room(*torch.cuda.mem_get_info(accelerator.device), memory_share(args))
     if not devices and adapter is None and getattr(bare.config, "tie_word_embeddings", False):
         raise ValueError(
             "rollout_server='auto' cannot serve this student on a CPU: its head is tied to its embeddings, and vLLM's "
             "CPU engine keeps a copy of the head that new weights do not reach. Train with LoRA (use_peft), or roll "
             "out in process (rollout_backend='hf')"
         )
-    return replace(order, dtype=_dtype(bare, accelerator))
+    saved = next((p.dtype for p in bare.parameters() if p.is_floating_point()), None)
+    return order_of(args, model_name(bare), adapter, devices, saved)
 
 
-def order_of(args: GKDConfig, model: str | None, lora_rank: int | None, devices: tuple[str, ...]) -> EngineOrder:
-    """The same from the fields alone.
+def order_of(
+    args: GKDConfig,
+    model: str | None,
+    lora_rank: int | None,
+    devices: tuple[str, ...],
+    saved: torch.dtype | None = None,
+) -> EngineOrder:
+    """The same from the fields; `saved` is the dtype of the student's weights.
 
     Raises:
         ValueError: a student without a name, or an adapter that is too large.
@@ -152,59 +156,73 @@ def order_of(args: GKDConfig, model: str | None, lora_rank: int | None, devices:
             "rollout_server='auto' needs the student's name or folder, from which the server loads it, and this one "
             "was made in memory: save it and pass the folder"
         )
-    shared = args.rollout_server_sharing is not None
-    memory = args.rollout_server_memory or (SHARED_MEMORY if shared else OWN_MEMORY)
-    longest = None if args.prompt_limit is None else args.prompt_limit + args.most_new_tokens
-    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    order = EngineOrder(
-        model,
-        args.vllm_python or sys.executable,
-        free_port(),
-        revision=kwargs.get("revision"),
-        dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "auto",
-        max_model_len=longest,
-        lora_rank=lora_rank,
-        whole_weights=lora_rank is None,
-        sleeps=shared,
-        memory=memory if devices else None,
-        devices=devices,
-        extra=args.vllm_args or "",
-        trust_remote_code=bool(args.trust_remote_code),
+    return _order(
+        args,
+        EngineOrder(
+            model,
+            _python(args),
+            free_port(),
+            dtype=_dtype(args, saved),
+            max_model_len=longest_sequences(args)["student"],
+            lora_rank=lora_rank,
+            whole_weights=lora_rank is None,
+            sleeps=args.rollout_server_sharing is not None,
+            memory=memory_share(args) if devices else None,
+            devices=devices,
+        ),
+        args.model_init_kwargs,
     )
-    order.flags()  # what cannot be is refused now
-    return order
 
 
 def teacher_order(args: GKDConfig, model: str, devices: tuple[str, ...]) -> EngineOrder:
     """What a server for the teacher's scores, and for what it writes, is started with."""
-    kwargs = args.teacher_model_init_kwargs if isinstance(args.teacher_model_init_kwargs, dict) else {}
-    generated = None if args.prompt_limit is None else args.prompt_limit + args.most_new_tokens
-    lengths = [length for length in (generated, args.max_length) if length is not None]
-    order = EngineOrder(
-        model,
-        args.vllm_python or sys.executable,
-        free_port(),
-        revision=kwargs.get("revision"),
-        dtype=_teacher_dtype(args, model, kwargs),
-        max_model_len=max(lengths) + 1 if lengths else None,  # scoring samples one token
-        top_log_probs=args.teacher_top_k or TOP_K,
-        memory=OWN_MEMORY if devices else None,
-        devices=devices,
-        extra=args.vllm_args or "",
-        trust_remote_code=bool(args.trust_remote_code),
-    )
-    order.flags()
-    return order
-
-
-def _teacher_dtype(args: GKDConfig, model: str, kwargs: dict[str, Any]) -> str:
-    """What it would compute in within the trainer. vLLM's own "auto" makes 16 bits of a model that was saved in 32."""
-    asked = kwargs.get("dtype", "auto")
+    kwargs = args.teacher_model_init_kwargs
+    asked = kwargs.get("dtype", "auto") if isinstance(kwargs, dict) else "auto"
     if str(asked) == "auto":
-        asked = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    if asked is None:
+        asked = _dtype(args, None)
+    if str(asked) == "auto":
         asked = load_config(model, trust_remote_code=bool(args.trust_remote_code)).dtype or torch.float32
-    return str(asked).removeprefix("torch.")
+    return _order(
+        args,
+        EngineOrder(
+            model,
+            _python(args),
+            free_port(),
+            dtype=str(asked).removeprefix("torch."),
+            max_model_len=longest_sequences(args)["teacher"],
+            top_log_probs=args.teacher_top_k or TOP_K,
+            memory=OWN_MEMORY if devices else None,
+            devices=devices,
+        ),
+        kwargs,
+    )
+
+
+def _python(args: GKDConfig) -> str:
+    return args.vllm_python or sys.executable
+
+
+def _order(args: GKDConfig, order: EngineOrder, init_kwargs: Any) -> EngineOrder:
+    """With what both kinds are started with; what cannot be is refused now."""
+    kwargs = init_kwargs if isinstance(init_kwargs, dict) else {}
+    remote_code = bool(args.trust_remote_code)
+    whole = replace(order, revision=kwargs.get("revision"), extra=args.vllm_args or "", trust_remote_code=remote_code)
+    whole.flags()
+    return whole
+
+
+def memory_share(args: GKDConfig) -> float:
+    """Of a GPU, for the rollouts' server."""
+    default = OWN_MEMORY if args.rollout_server_sharing is None else SHARED_MEMORY
+    return args.rollout_server_memory or default
+
+
+def _dtype(args: GKDConfig, saved: torch.dtype | None) -> str:
+    """What a model computes in within the trainer; otherwise the server would be another one. vLLM's own "auto" makes
+    16 bits of a model that was saved in 32."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    return "auto" if saved is None else str(saved).removeprefix("torch.")
 
 
 def check_room(free: int, total: int, share: float) -> None:
@@ -219,12 +237,3 @@ def check_room(free: int, total: int, share: float) -> None:
             "are free beside the models: lower it, offload the teacher (teacher_placement='cpu_offload'), or give the "
             "server GPUs of its own (fewer --num_processes, no rollout_server_sharing)"
         )
-
-
-def _dtype(model: nn.Module, accelerator: Accelerator) -> str:
-    """What the student computes in while it trains: otherwise the server would be another model."""
-    precision = _PRECISIONS.get(str(accelerator.mixed_precision))
-    if precision is not None:
-        return precision
-    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return str(kinds[0]).removeprefix("torch.") if kinds else "auto"

@@ -226,7 +226,7 @@ def _nowhere() -> Any:
 def _student_rollout(order: SideOrder, sides: list[Side], ids: SharedIds) -> Rollout:
     assert order.student is not None
     args, own = order.ready.args, None
-    if args.starts_server:
+    if args.rollout_server is not None:
         own = own_rollout_servers(args, order.student.model, order.accelerator)
     writer = Writer(
         "student",

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.assembly.own_servers import gone_of
 from gkd.config.fields import GKDConfig
+from gkd.config.servers import longest_sequences
 from gkd.loss.parts import SplitSignal
 from gkd.loss.signals import TeacherSignal
 from gkd.rollouts.adapter_upload import agree
@@ -33,9 +34,7 @@ def connect(
     Raises:
         ValueError: a server is out of reach, has another tokenizer, or takes sequences that are too short.
     """
-    longest = None if args.prompt_limit is None else args.prompt_limit + args.most_new_tokens
-    lengths = [length for length in (longest, args.max_length) if length is not None]
-    needed = {"student": longest, "teacher": max(lengths) + 1 if lengths else None}
+    needed = longest_sequences(args)
     if args.teacher_tokenizer_alignment is not None:
         needed["teacher"] = None  # these count the student's tokens; what is too long in the teacher's is not compared
     fields = {"teacher": "teacher_server_url"}

@@ -21,6 +21,14 @@ def check_servers(config: Any) -> None:
             raise ValueError(text)
 
 
+def longest_sequences(config: Any) -> dict[str, int | None]:
+    """Tokens of the longest sequence that a server of the "student" and one of the "teacher" must take; None where
+    that is not known. Scoring samples one token more."""
+    written = None if config.prompt_limit is None else config.prompt_limit + config.most_new_tokens
+    lengths = [length for length in (written, config.max_length) if length is not None]
+    return {"student": written, "teacher": max(lengths) + 1 if lengths else None}
+
+
 def with_served_teacher(config: Any, url: str = "http://localhost") -> Any:
     """The fields as they are when the server that `teacher_server` asks for is there: a copy, or the config itself
     where it asks for none."""

@@ -459,4 +459,4 @@ def _plain(sampling: SamplingSettings) -> SamplingSettings:
 
 def _undistorted(sampling: SamplingSettings) -> SamplingSettings:
     """From the model's own distribution."""
-    return replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
+    return replace(_plain(sampling), temperature=1.0)

@@ -65,15 +65,8 @@ class AdapterUpload:
             ServerError: a server does not answer. OSError: the folder cannot be written.
         """
         model = _peft_model(self.get_model())
-        name, failure = None, None
-        # What fails here must not leave the other ranks waiting for the name.
         with gathered(p for key, p in model.named_parameters() if "lora_" in key):
-            if self.accelerator is None or self.accelerator.is_main_process:
-                try:
-                    name = self._publish(model, step)
-                except (ServerError, ValueError, OSError) as error:
-                    failure = error
-        self.name = agree(self.accelerator, name, failure)
+            self.name = from_main(self.accelerator, lambda: self._publish(model, step))
         return self.name
 
     def asked_as(self, name: str) -> str:
@@ -143,6 +136,22 @@ class AdapterUpload:
 def version_of(name: str) -> int:
     """The optimizer step that an adapter's name is stamped with."""
     return int(name.split("-")[-2])
+
+
+def from_main(accelerator: Accelerator | None, do: Callable[[], str]) -> str:
+    """What the main process gets by `do`, on every rank. What fails there must not leave the others waiting: it is
+    raised on every rank.
+
+    Raises:
+        ValueError, OSError, ServerError: as it was on the main process.
+    """
+    found, failure = None, None
+    if accelerator is None or accelerator.is_main_process:
+        try:
+            found = do()
+        except (ServerError, ValueError, OSError) as error:
+            failure = error
+    return agree(accelerator, found, failure)
 
 
 def agree(accelerator: Accelerator | None, value: str | None, failure: Exception | None) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from gkd.rollouts.adapter_upload import agree
-from gkd.servers.client import RefusedError, ServerError, VLLMClient
+from gkd.rollouts.adapter_upload import agree, from_main
+from gkd.servers.client import RefusedError, VLLMClient
 
 
 class SharedDevice:
@@ -49,17 +49,15 @@ class SharedDevice:
 
     def _tell(self, path: str) -> None:
         agree(self.accelerator, "", None)  # until all ranks are here
-        failure: Exception | None = None
-        if self.accelerator is None or self.accelerator.is_main_process:
-            try:
-                for url in self.client.urls:
-                    self.client.post(path, {}, url=url)
-            except RefusedError as error:
-                failure = ValueError(
-                    f"{error}. rollout_server_sharing='sleep' needs a server that was started with "
-                    "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode, on a GPU; rollout_server='auto' starts one"
-                )
-                failure.__cause__ = error
-            except ServerError as error:
-                failure = error
-        agree(self.accelerator, "", failure)
+        from_main(self.accelerator, lambda: self._ask(path))
+
+    def _ask(self, path: str) -> str:
+        try:
+            for url in self.client.urls:
+                self.client.post(path, {}, url=url)
+        except RefusedError as error:
+            raise ValueError(
+                f"{error}. rollout_server_sharing='sleep' needs a server that was started with "
+                "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode, on a GPU; rollout_server='auto' starts one"
+            ) from error
+        return path

@@ -21,7 +21,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from gkd.models.zero import gathered
-from gkd.rollouts.adapter_upload import agree
+from gkd.rollouts.adapter_upload import from_main
 from gkd.servers.client import RefusedError, ServerError, VLLMClient
 
 _INFO_SECONDS = 60.0
@@ -68,13 +68,7 @@ class WeightUpload:
             ValueError: a server refuses the weights. ServerError: it does not answer. OSError: they cannot be written.
         """
         state = self._state()
-        name, failure = None, None
-        if state is not None:
-            try:
-                name = self._publish(state, step)
-            except (ServerError, ValueError, OSError) as error:
-                failure = error
-        self.name = agree(self.accelerator, name, failure)
+        self.name = from_main(self.accelerator, lambda: self._publish(state, step))
         return self.name
 
     def lost(self, name: str) -> bool:
@@ -84,16 +78,12 @@ class WeightUpload:
         Raises:
             ServerError: a server does not answer.
         """
-        gone, failure = "", None
-        if self.accelerator is None or self.accelerator.is_main_process:
-            try:
-                gone = "yes" if any(self._version(url) != name for url in self.client.urls) else "no"
-            except (ServerError, ValueError) as error:
-                failure = error
-        return agree(self.accelerator, gone, failure) == "yes"
+        found = from_main(self.accelerator, lambda: str([self._version(url) for url in self.client.urls]))
+        return found != str([name for _ in self.client.urls])
 
-    def _state(self) -> dict[str, Tensor] | None:
-        """The weights in CPU memory, on the main process; one parameter at a time is whole on the other ranks."""
+    def _state(self) -> dict[str, Tensor]:
+        """The weights in CPU memory, on the main process; one parameter at a time is whole on the other ranks, which
+        get none."""
         model: Any = extract_model_from_parallel(self.get_model(), keep_torch_compile=False)
         main = self.accelerator is None or self.accelerator.is_main_process
         dtype = _DTYPES.get("no" if self.accelerator is None else str(self.accelerator.mixed_precision))
@@ -103,11 +93,9 @@ class WeightUpload:
                 if main:
                     whole = parameter.detach()
                     state[name] = whole.to("cpu", dtype if whole.is_floating_point() else None, copy=True)
-        if not main:
-            return None
-        trained = set(state)
-        buffers = {name for name, _ in model.named_buffers()}
-        state |= {k: v.detach().cpu() for k, v in model.state_dict().items() if k in buffers and k not in trained}
+        if main:
+            buffers = {name for name, _ in model.named_buffers()}
+            state |= {name: value.detach().cpu() for name, value in model.state_dict().items() if name in buffers}
         return state
 
     def _publish(self, state: dict[str, Tensor], step: int) -> str:

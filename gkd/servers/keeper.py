@@ -63,12 +63,10 @@ class Keeper:
     def _end_group(self) -> None:
         """The server and what it has started, which may outlive it."""
         assert self.child is not None
-        for sent, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, TERM_SECONDS)):
-            end = time.monotonic() + seconds
+        for sent in (signal.SIGTERM, signal.SIGKILL):
+            self._signal_group(sent)
+            end = time.monotonic() + TERM_SECONDS
             while time.monotonic() < end and self._signal_group(0):
-                if sent is not None:
-                    self._signal_group(sent)
-                sent = None  # type: ignore[assignment]
                 self.child.poll()
                 time.sleep(POLL_SECONDS / 4)
 

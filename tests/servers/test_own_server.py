@@ -20,7 +20,8 @@ from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import change, config
 from vllm_server.serve import INSTALLED, PYTHON
 
-from gkd.assembly.own_servers import check_room, order_of
+from gkd.assembly.own_servers import check_room, gpus_of, order_of
+from gkd.config.servers import with_served_teacher
 from gkd.rollouts.hf import HFRollout
 from gkd.servers import own
 from gkd.servers.client import ServerError, VLLMClient
@@ -289,6 +290,16 @@ def test_a_server_gets_the_gpus_that_are_left_or_those_that_train(visible, ranks
     flags = {name: name in asked for name in ("rollouts", "shared", "teacher")}
     found = devices_of_servers(list(visible), ranks, **flags)
     assert found == {"rollout": tuple(rollout), "teacher": tuple(teacher)}
+
+
+def test_a_teachers_server_keeps_its_gpus_when_that_of_the_rollouts_is_started_behind_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    args = config(tmp_path, **AUTO, teacher_server="auto", teacher_model_name_or_path="some/teacher", teacher_top_k=4)
+    before = gpus_of(args, "rollout"), gpus_of(args, "teacher")
+    assert before == (("2",), ("3",))
+    url = own.remember([own.Address("http://127.0.0.1:4", "a-key-of-this-run", str(tmp_path / "teacher.ended"))])
+    assert gpus_of(with_served_teacher(args, url), "rollout") == before[0]
 
 
 @pytest.mark.parametrize(("ranks", "teacher"), [(2, False), (1, True)])

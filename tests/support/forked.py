@@ -9,12 +9,13 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from gkd.servers.own import free_port
 
 LIMIT_S = 300  # generous: the machine may be busy
 
@@ -94,10 +95,7 @@ def _result(work: Callable[[Callable[[str], None]], None], say: Callable[[str], 
 
 def ranks(work: Callable[[Callable[[str], None]], None], folder: Path, number: int = 2) -> list[Child]:
     """So many processes that find each other as if a launcher had started them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number)}
     return [
         Child(work, folder / f"rank-{rank}.txt", **common, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(number)

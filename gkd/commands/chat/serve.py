@@ -6,8 +6,7 @@ import shlex
 from pathlib import Path
 
 from gkd.commands.export.merging import check_run
-
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+from gkd.servers.engine import LORA_RANKS
 
 
 def serving(run: Path) -> list[str]:
@@ -21,7 +20,7 @@ def serving(run: Path) -> list[str]:
     if adapter is None:
         return [f"vllm serve {folder}", f"transformers serve {folder}"]
     base, rank = str(adapter["base_model_name_or_path"]), int(adapter.get("r") or 8)
-    room = next((most for most in _RANKS if most >= rank), rank)
+    room = next((most for most in LORA_RANKS if most >= rank), rank)
     template = run / "chat_template.jinja"
     parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(room)]
     parts += ["--lora-modules", f"{run.resolve().name}={run}"]

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gkd.assembly.own_servers import SHARED_MEMORY
+from gkd.assembly.own_servers import memory_share
 from gkd.commands.plan.memory import (
     GIB,
     MEASURED_ERROR,
@@ -93,7 +93,7 @@ def setup_of(recipe: Recipe, gpus: int, zero_stage: int, offload: bool, memory: 
         lent = lent or stands_on_it
     setup = replace(setups[0], others=tuple(setups[1:]))
     if args.rollout_server_sharing is not None and setup.device == "cuda":
-        setup = replace(setup, server=int((args.rollout_server_memory or SHARED_MEMORY) * (memory or 0)))
+        setup = replace(setup, server=int(memory_share(args) * (memory or 0)))
     if args.rollout_batch_size is not None:
         return setup
     window = setup.batch * args.gradient_accumulation_steps * args.rollout_every

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from gkd.servers.own import free_port
 
 ENVIRONMENT = Path(__file__).resolve().parents[3] / ".venv-vllm"
 PYTHON = ENVIRONMENT / "bin" / "python"
@@ -80,10 +81,3 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
