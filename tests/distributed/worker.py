@@ -1,6 +1,7 @@
 """Started by a launcher, once per rank: runs the cases of a JSON file. See cases.py."""
 
 import faulthandler
+import gc
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ if __name__ == "__main__":
     plan = json.loads(Path(sys.argv[1]).read_text())
     for values in plan["cases"]:
         print(f"== {values['name']}", flush=True)
+        gc.collect()
+        gc.freeze()  # every training collects garbage in full: what is imported is none
         run(Case(**values), Path(plan["models"]), Path(plan["folder"]))
     if dist.is_initialized():
         dist.destroy_process_group()

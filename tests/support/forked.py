@@ -6,6 +6,7 @@ The parent must not have run a backward pass: autograd's threads do not survive 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -36,6 +37,7 @@ class Child:
             os.close(read)
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
             os.environ.update(environment)
+            gc.freeze()  # a training collects garbage in full: what the parent has imported is none
             os._exit(_result(work, lambda line: os.write(write, line.encode() + b"\n")))
         os.close(write)
 
