@@ -35,7 +35,8 @@ def found_in(kept: Mapping[str, Any]) -> Found:
     found: dict[str, tuple[float, list[Curve]]] = {}
     for name in dict.fromkeys(run["contender"] for run in runs):
         own = [run for run in runs if run["contender"] == name]
-        rate = best_rate({run["rate"]: run["curve"] for run in own if run["seed"] == TUNING}, kept["levels"])
+        tuned = {run["rate"]: run["curve"] for run in own if run["seed"] == TUNING}
+        rate = best_rate(tuned, kept["levels"]) if tuned else own[0]["rate"]  # one alone needs no choice
         others = [run for run in own if run["seed"] != TUNING and run["rate"] == rate]
         found[name] = (rate, [run["curve"] for run in sorted(others, key=lambda run: run["seed"])])
     return found

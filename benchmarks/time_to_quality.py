@@ -2,13 +2,14 @@
 three fixed levels. This package, TRL's DistillationTrainer and TRL's GKDTrainer, each at its best of three learning
 rates.
 
-    python benchmarks/time_to_quality.py             # the glass pair, a quarter of an hour of one core
-    python benchmarks/time_to_quality.py --seeds 1   # sooner, with no error of the mean
+    python benchmarks/time_to_quality.py                  # the glass pair, a quarter of an hour of one core
+    python benchmarks/time_to_quality.py --pair smollm2   # SmolLM2-135M and 24 of its 30 layers, an hour and more
+    python benchmarks/time_to_quality.py --seeds 1        # sooner, with no error of the mean
 
-All train the student of recipes/gkd_glass.py with its LoRA, its prompts and its sizes, in one thread of one process,
-in turns. What is counted is the process's CPU time from the first step on; evaluations are off the clock. The measure:
-the generalized JSD (beta 0.5) to the teacher, in nats per token, over what the student writes at temperature 1 behind
-held-out prompts, up to the end of its sentence, as the model's generation config has it, or 40 tokens. The levels are
+All train the student of the pair's recipe with its LoRA and its prompts, in one thread of one process, in turns.
+What is counted is the process's CPU time from the first step on; evaluations are off the clock. The measure: the
+generalized JSD (beta 0.5) to the teacher, in nats per token, over what the student writes at temperature 1 behind
+held-out prompts, up to the end that the model's generation config has, or the longest completion. The levels are
 shares of where the student starts. The learning rate is chosen on a seed of its own, by the time to the lowest level
 that was reached, and the figures are means over other seeds.
 
@@ -16,7 +17,7 @@ that was reached, and the figures are means over other seeds.
 | --- | --- |
 | gkd | half its own completions, half the teacher's, as the recipe says |
 | gkd, own only | its own completions |
-| gkd, own, short first | its own completions, of at most 8 tokens at first and 40 at last: a schedule |
+| gkd, own, short first | its own completions, of at most 8 tokens at first and all at last: a schedule |
 | gkd, own, short first, ahead | the same, written for four steps at once (`rollout_every=4`) |
 | TRL DistillationTrainer | its own completions; it knows nothing else |
 | TRL GKDTrainer | as gkd: `lmbda=0.5, seq_kd=True` |
@@ -24,7 +25,7 @@ that was reached, and the figures are means over other seeds.
 Unsloth's patched GKDTrainer is left out: unsloth 2026.10.9 does not import without an accelerator
 (unsloth/device_type.py:124).
 
-Each run's curve is written to benchmarks/results/time_to_quality_cpu_glass.json when it is there; started again, the
+Each run's curve is written to benchmarks/results/time_to_quality_cpu_PAIR.json when it is there; started again, the
 script goes on.
 """
 
@@ -39,6 +40,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +62,65 @@ from gkd.config.fields import GKDConfig
 from gkd.training.trainer import GKDTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-RATES = (5e-3, 1e-2, 2e-2)
 TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What differs between the pairs; None takes the recipe's."""
+
+    recipe: str
+    held_out: str  # the recipe's set that the prompts come from
+    rates: tuple[float, ...]  # learning rates to choose from
+    steps: int  # most of a run
+    every: int  # steps between evaluations
+    prompts: int  # held out
+    batch: int | None = None  # sequences of a step
+    new_tokens: int | None = None
+
+
+PAIRS = {
+    "glass": Pair("gkd_glass", "eval", (5e-3, 1e-2, 2e-2), steps=60, every=5, prompts=64),
+    "smollm2": Pair("gkd_smollm2", "prompts", (1e-3, 2e-3), steps=24, every=2, prompts=24, batch=8, new_tokens=32),
+}
+NO_ANSWER = "I do not know of any short answer to this question that I would be sure of."  # of rows that have none
+
+
 class Task:
     """The recipe's models and rows, and the measure."""
 
-    def __init__(self, prompts: int) -> None:
-        recipe = runpy.run_path(str(ROOT / "recipes" / "gkd_glass.py"))
-        self.defaults = recipe["DEFAULTS"]
+    def __init__(self, pair: Pair, prompts: int) -> None:
+        recipe = runpy.run_path(str(ROOT / "recipes" / f"{pair.recipe}.py"))
+        own = {"max_new_tokens": pair.new_tokens, "per_device_train_batch_size": pair.batch}
+        self.defaults = recipe["DEFAULTS"] | {name: value for name, value in own.items() if value is not None}
         data = recipe["load_data"](None)
-        self.rows, held_out = list(data["train"]), list(data["eval"])[:prompts]
+        self.rows, held_out = list(data["train"]), list(data[pair.held_out])[:prompts]
         self.student, self.teacher = (str(self.defaults[f"{name}model_name_or_path"]()) for name in ("", "teacher_"))
         self.tokenizer = AutoTokenizer.from_pretrained(self.student)
-        self.tokenizer.chat_template = TEMPLATE
-        self.held_out = [self.tokenizer(row["prompt"])["input_ids"] for row in held_out]
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = TEMPLATE
+        self.held_out = [self._ids(row["prompt"]) for row in held_out]
         self.judge = self.load(self.teacher).eval()
-        self.stops = torch.tensor(self.judge.generation_config.eos_token_id)  # ends of sentences, too
+        ends = self.judge.generation_config.eos_token_id  # of glass the ends of sentences, too
+        self.stops = torch.tensor([ends] if isinstance(ends, int) else ends)
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        return list(
+            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+
+    def chats(self) -> list[dict[str, Any]]:
+        """The rows as TRL's GKDTrainer wants them: it must be given answers, which it does not read here."""
+        found = []
+        for row in self.rows:
+            asked, answer = row["prompt"], row.get("completion", NO_ANSWER)
+            turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            found.append({"messages": [*turns, {"role": "assistant", "content": answer}]})
+        return found
 
     def load(self, name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -173,11 +214,7 @@ def _gkd(share: float, shortest: int | None = None, **further: Any) -> Make:
 
 def _trl_gkd(task: Task, values: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]]]:
     own = {name: task.defaults[name] for name in ("max_new_tokens", "max_length")}
-    rows = [
-        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
-        for r in task.rows
-    ]
-    return TRLGKDTrainer, TRLGKDConfig(lmbda=0.5, seq_kd=True, **own, **values), rows
+    return TRLGKDTrainer, TRLGKDConfig(lmbda=0.5, seq_kd=True, **own, **values), task.chats()
 
 
 def _trl_distillation(task: Task, values: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]]]:
@@ -246,32 +283,38 @@ def table(kept: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="glass")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
-    parser.add_argument("--steps", type=int, default=60, help="most steps of a run")
-    parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose from")
+    parser.add_argument("--steps", type=int, help="most steps of a run")
+    parser.add_argument("--every", type=int, help="steps between evaluations")
+    parser.add_argument("--prompts", type=int, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the figures, beside the one for the rate")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/time_to_quality_cpu_glass.json")
+    parser.add_argument("--output", type=Path, help="benchmarks/results/time_to_quality_cpu_PAIR.json without it")
     args = parser.parse_args()
+    pair = PAIRS[args.pair]
+    for name in ("rates", "steps", "every", "prompts"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(pair, name))
+    output = args.output or ROOT / f"benchmarks/results/time_to_quality_cpu_{args.pair}.json"
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    task = Task(args.prompts)
+    task = Task(pair, args.prompts)
     start = task.divergence(task.load(task.student))
     levels = [share * start for share in LEVELS]
     print(f"before training {start:.4f} nats per token; levels {', '.join(f'{level:.4f}' for level in levels)}")
     about = {"start": start, "levels": levels, "steps": args.steps, "every": args.every, "prompts": args.prompts}
     machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    results = Results(args.output, {**about, **machine})
+    results = Results(output, {**about, **machine})
 
     def curve(name: str, rate: float, seed: int) -> list[Any]:
         return results.curve(name, rate, seed, lambda: train(task, name, rate, seed, args, levels[-1]))
 
     tuned: dict[str, dict[float, list[Any]]] = {name: {} for name in args.contenders}
-    for rate in args.rates:  # in turns
+    for rate in args.rates if len(args.rates) > 1 else ():  # in turns; of one there is none to choose
         for name in args.contenders:
             tuned[name][rate] = curve(name, rate, TUNING)
-    rates = {name: best_rate(curves, levels) for name, curves in tuned.items()}
+    rates = {name: best_rate(curves, levels) if curves else args.rates[0] for name, curves in tuned.items()}
     for seed in range(TUNING + 1, args.seeds + 1):
         for name in args.contenders:
             curve(name, rates[name], seed)

@@ -38,6 +38,12 @@ def test_the_rate_is_the_tunings_and_the_figures_are_of_the_other_seeds():
     ]
 
 
+def test_one_rate_alone_needs_no_tuning():
+    runs = [run("gkd", 0.2, 1, 1.0, 2.0, 4.0), run("gkd", 0.2, 2, 1.0, 4.0, 6.0)]
+    found = LEVELS["found_in"]({"levels": [0.4], "runs": runs})
+    assert found == {"gkd": (0.2, [one["curve"] for one in runs])}
+
+
 def test_a_level_is_reached_at_the_first_place_that_is_not_above_it():
     curve = [[5, 1.0, 0.8], [10, 2.0, 0.5], [15, 3.0, 0.6]]
     assert LEVELS["reached"](curve, 0.8) == 1.0
