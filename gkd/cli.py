@@ -212,8 +212,10 @@ def _chat(arguments: argparse.Namespace, flags: list[str]) -> int:
 def _shrink(arguments: argparse.Namespace, flags: list[str]) -> int:
     from gkd.commands.shrink import Order, shrink
 
-    names = ("teacher", "layers", "rows", "output", "single", "trust_remote_code")
-    for line in shrink(Order(**{name: getattr(arguments, name) for name in names})):
+    names = ("teacher", "rows", "layers", "width", "output", "single", "trust_remote_code")
+    with SignOfLife("shrinking"):
+        lines = shrink(Order(**{name: getattr(arguments, name) for name in names}))
+    for line in lines:
         print(line)
     return 0
 

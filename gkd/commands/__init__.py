@@ -12,6 +12,7 @@ plan: `gkd plan`: memory, before a machine is rented
 precompute: `gkd precompute`: the teacher's answers and scores, made beforehand
 recipes: `gkd recipes`: those that come with the package, listed, and copied to be changed
 serve: `gkd serve`: the vLLM server that a recipe's run needs, started by hand
-shrink: `gkd shrink`: a student from a teacher, without the layers that change the hidden state least
+shrink: `gkd shrink`: a student from a teacher, without the layers and inner neurons that change the hidden state
+    least
 sweep: `gkd sweep`: a grid of runs over several seeds, as a table with errors
 """

@@ -281,16 +281,17 @@ def _add_shrink(commands: Any) -> None:
     command = _command(
         commands,
         "shrink",
-        summary="a student from a teacher, with fewer layers",
+        summary="a student from a teacher, with fewer layers or neurons",
         description=(
-            "Leave out the run of layers that changes the hidden state least on your rows, and save the rest with "
-            "tokenizer, chat template and generation config as a student. Widths stay: there is no --width."
+            "Leave out the run of layers, and the inner neurons of every MLP, that change the hidden state least on "
+            "your rows, and save the rest with tokenizer, chat template and generation config as a student."
         ),
-        example="gkd shrink my/model --layers 24 --rows rows.jsonl",
+        example="gkd shrink my/model --layers 24 --width 4096 --rows rows.jsonl",
     )
     command.add_argument("teacher", metavar="TEACHER", help="name or folder")
-    command.add_argument("--layers", metavar="N", type=int, required=True, help="how many the student has")
+    command.add_argument("--layers", metavar="N", type=int, help="how many layers the student has")
+    command.add_argument("--width", metavar="N", type=int, help="how many inner neurons each of its MLPs has")
     command.add_argument("--rows", metavar="ROWS", required=True, help="a file of rows, or a recipe with its own")
-    command.add_argument("--output", metavar="DIR", type=Path, help="outputs/TEACHER-N-layers without it")
+    command.add_argument("--output", metavar="DIR", type=Path, help="else outputs/TEACHER-N-layers-N-wide")
     command.add_argument("--single", action="store_true", help="single layers that change least, not one run")
     command.add_argument("--trust_remote_code", action="store_true", help="let the model's own code run")

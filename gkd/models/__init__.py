@@ -12,6 +12,8 @@ hidden: run a causal language model up to its output head and do something else 
     built
 loading: loading by name: tokenizer, configuration and teacher, with errors that name the fault
     (SFTTrainer loads the student)
+narrow: a smaller model out of a large one: inner neurons of its MLPs left out, those that add least to the hidden
+    state
 placement: where a frozen model's weights stand: whole on every rank's accelerator, in CPU memory while it
     does nothing, or split over the ranks by DeepSpeed ZeRO-3 (Rajbhandari et al., arXiv 1910.02054),
     whatever the student's stage

@@ -11,7 +11,7 @@ T tokens, D hidden size, L layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,7 +115,6 @@ def with_layers(model: Any, kept: Sequence[int]) -> Any:
         if isinstance(value, list) and len(value) == number:  # one entry a layer: which attention, which kind
             setattr(of_text, key, [value[layer] for layer in kept])
     of_text.num_hidden_layers = len(kept)
-    smaller = type(model)(config).to(model.dtype)
     new_number = {str(old): str(new) for new, old in enumerate(kept)}
     state = {}
     for key, tensor in model.state_dict().items():
@@ -125,11 +124,21 @@ def with_layers(model: Any, kept: Sequence[int]) -> Any:
             state[key] = tensor
         elif layer in new_number:
             state[f"{name}.{new_number[layer]}.{tail}"] = tensor
+    return rebuilt(model, config, state)
+
+
+def rebuilt(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
+    """A model of the same class by another config with these weights, in eval mode.
+
+    Raises:
+        ValueError: the weights are not those of such a model.
+    """
+    smaller = type(model)(config).to(model.dtype)
     try:
         smaller.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{type(model).__name__}: its layers cannot be numbered anew: {reason}") from error
+        raise ValueError(f"{type(model).__name__} cannot be built with other sizes: {reason}") from error
     smaller.tie_weights()
     smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.eval()

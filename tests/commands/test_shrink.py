@@ -104,6 +104,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("shrink")
     quiet(tiny_model(layers=5, seed=4, tie_word_embeddings=True), (1, 2)).save_pretrained(path / "teacher")
     tiny_tokenizer().save_pretrained(path / "teacher")
+    save_tiny(path / "mixture", "mixtral", num_local_experts=2)
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
     return path
 
@@ -134,9 +135,53 @@ def test_the_command_writes_a_folder_that_trains(folder, rows, tmp_path, capsys,
     assert student.lm_head.weight is student.get_input_embeddings().weight, "tied as the teacher's"
 
 
+@torch.no_grad()
+def silenced(model, kept, ids, width):
+    """The definition: of every layer's inner neurons only these are read."""
+    hooks = []
+    for layer, numbers in zip(model.model.layers, kept, strict=True):
+        stay = torch.zeros(width).index_fill(0, numbers, 1.0)
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(lambda module, args, stay=stay: (args[0] * stay,)))
+    found = model(input_ids=torch.tensor([ids])).logits
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_width_takes_inner_neurons_out_after_the_layers(folder, layers, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = [] if layers is None else ["--layers", str(layers)]
+    argv = ["shrink", str(folder / "teacher"), "--width", "24", *more, "--rows", str(folder / "rows.jsonl")]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "40 of 64 inner neurons in every layer" in said
+    assert ("left out layers 1-2 of 0-4 and" in said) == (layers == 3)
+    student = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "outputs" / ("teacher-24-wide" if layers is None else "teacher-3-layers-24-wide")
+    ).eval()
+    assert student.config.intermediate_size == 24
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
+    if layers is not None:  # which neurons count is another question without the layers
+        teacher = with_layers(teacher, (0, 3, 4))
+    kept = []
+    for large, small in zip(teacher.model.layers, student.model.layers, strict=True):
+        columns = large.mlp.down_proj.weight.T[:, None] == small.mlp.down_proj.weight.T
+        kept.append(columns.all(-1).any(1).nonzero()[:, 0])
+    assert [len(numbers) for numbers in kept] == [24] * len(student.model.layers)
+    assert len({tuple(numbers.tolist()) for numbers in kept}) > 1, "each layer's own"
+    torch.testing.assert_close(logits(student, IDS[1]), silenced(teacher, kept, IDS[1], 64), rtol=1e-5, atol=1e-5)
+    assert (logits(student, IDS[1]) - logits(teacher, IDS[1])).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
+        (["{t}", "--rows", "{r}"], "say what to shrink it to: --layers N, --width N"),
+        (["{t}", "--width", "64", "--rows", "{r}"], "--width 64: the MLPs of '{t}' have 64 inner neurons, so keep 1"),
+        (["{t}", "--width", "0", "--rows", "{r}"], "--width 0: the MLPs of '{t}' have 64 inner neurons, so keep 1"),
+        (["{t}", "--width", "9", "--single", "--rows", "{r}"], "--single has no effect without --layers"),
+        (["{m}", "--width", "9", "--rows", "{r}"], "MixtralForCausalLM has no dense MLP in every layer"),
         (["{t}", "--layers", "5", "--rows", "{r}"], "--layers 5: '{t}' has 5, so keep 1 to 4"),
         (["{t}", "--layers", "0", "--rows", "{r}"], "--layers 0"),
         (["{t}", "--layers", "2", "--rows", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -145,7 +190,7 @@ def test_the_command_writes_a_folder_that_trains(folder, rows, tmp_path, capsys,
     ],
 )
 def test_mistakes_end_in_one_line(folder, capsys, argv, told):
-    named = {"t": folder / "teacher", "r": folder / "rows.jsonl"}
+    named = {"t": folder / "teacher", "r": folder / "rows.jsonl", "m": folder / "mixture"}
     with pytest.raises(SystemExit) as stopped:
         main(["shrink", *(part.format(**named) for part in argv)])
     assert stopped.value.code == 2
