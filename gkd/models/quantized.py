@@ -15,6 +15,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 _SWITCHES = ("load_in_4bit", "load_in_8bit")
+_SAVED_BESIDE = ("quant_method", "_load_in_4bit", "_load_in_8bit")  # what a saved one says twice
 _KNOWN = frozenset(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"}
 
 
@@ -38,7 +39,7 @@ def with_quantization(kwargs: dict[str, Any], dtype: torch.dtype, field: str) ->
             f"{field} has quantization_config and {', '.join(sorted(flat))} side by side: put all of it into one"
         )
     if isinstance(given, dict) and given.get("quant_method", "bitsandbytes") == "bitsandbytes":
-        flat = {name: value for name, value in given.items() if name != "quant_method"}
+        flat = {name: value for name, value in given.items() if name not in _SAVED_BESIDE}
     if flat:
         rest["quantization_config"] = _bits_and_bytes(flat, dtype, field)
     if isinstance(rest.get("quantization_config"), BitsAndBytesConfig):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import save_tiny, tiny_tokenizer
+from tiny import save_tiny, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, pipeline
+from user import flags
 
 from gkd.cli import main
+from gkd.models.quantized import keep_layout
 
 IDS = torch.tensor([[257, 65, 66, 67, 68, 69, 258, 10, 257, 70]])
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -61,19 +63,33 @@ def test_a_merged_folder_says_what_base_and_adapter_say(tmp_path, capsys, tied, 
     assert f"transformers chat {folder}" in said
 
 
-def test_a_base_of_four_bits_is_unpacked(tmp_path):
+def served_in_four_bits(base, run, **options):
+    """Base and adapter, computed from the packed weights themselves."""
+    packed = keep_layout(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options))
+    assert packed.is_quantized
+    return logits(PeftModel.from_pretrained(packed, run).eval())
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_base_of_four_bits_on_disk_is_unpacked(tmp_path, capsys, tied):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    plain = save_tiny(tmp_path / "plain", hidden=128, initializer_range=0.05)
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    plain = save_tiny(tmp_path / "plain", hidden=128, initializer_range=0.05, tie_word_embeddings=tied)
+    four = BitsAndBytesConfig(**NF4)
     packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=four, dtype=torch.float32)
     packed.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     run = run_folder(tmp_path / "run", str(tmp_path / "base"))
     assert main(["export", str(run), "--dtype", "float32"]) == 0
+    assert f"of {tmp_path / 'base'}, its 4-bit weights unpacked, with the adapter" in capsys.readouterr().out
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run-merged")
     assert not getattr(whole, "is_quantized", False)
-    four_bits = beside(str(tmp_path / "base"), run, torch.float32)
-    torch.testing.assert_close(logits(whole), four_bits, rtol=0.05, atol=0.05)  # packed weights are computed in bf16
+    four_bits = served_in_four_bits(tmp_path / "base", run)
+    torch.testing.assert_close(logits(whole), four_bits, rtol=1e-5, atol=1e-5)
+    # another road to the same: transformers' own layout for processors with AVX512-BF16 computes in bf16
+    torch.testing.assert_close(logits(whole), beside(tmp_path / "base", run, torch.float32), rtol=0.05, atol=0.05)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(loaded, run)
     layer = adapted.base_model.model.model.layers[1].self_attn.q_proj
@@ -81,6 +97,42 @@ def test_a_base_of_four_bits_is_unpacked(tmp_path):
     plain_weight = bitsandbytes.functional.dequantize_4bit(packed_weight.data, packed_weight.quant_state).float()
     wanted = plain_weight + 4 * layer.lora_B.default.weight @ layer.lora_A.default.weight  # alpha / r = 8 / 2
     torch.testing.assert_close(whole.model.layers[1].self_attn.q_proj.weight, wanted)
+
+
+def test_a_student_that_trained_in_four_bits_is_exported_and_asked_with_its_rounding(tmp_path, capsys):
+    """A real run: the base is whole on disk, and the adapter has learnt beside its rounded weights."""
+    pytest.importorskip("bitsandbytes")
+    base = save_tiny(tmp_path / "student", hidden=128, seed=1)
+    save_tiny(tmp_path / "teacher", seed=2)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+    (tmp_path / "recipe.py").write_text(
+        "from gkd.run import dataset_by_name, run\nif __name__ == '__main__':\n    run(dataset_by_name)\n"
+    )
+    trained = flags(
+        tmp_path,
+        tmp_path / "run",
+        load_in_4bit=True,
+        use_peft=True,
+        learning_rate=0.05,
+        max_steps=1,
+        evaluate_before_and_after=False,
+        num_eval_prompts=None,
+    )
+    assert main(["run", str(tmp_path / "recipe.py"), *trained]) == 0
+    assert main(["export", str(tmp_path / "run"), "--dtype", "float32"]) == 0
+    assert "its 4-bit weights unpacked, with the adapter" in capsys.readouterr().out
+    whole = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run-merged"))
+    rounded = served_in_four_bits(base, tmp_path / "run", quantization_config=BitsAndBytesConfig(**NF4))
+    torch.testing.assert_close(whole, rounded, rtol=1e-3, atol=1e-3)
+    unrounded = beside(base, tmp_path / "run")
+    assert (whole - unrounded).abs().max() > 0.05, "the rounding says something"
+    without = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**NF4))
+    assert (whole - logits(keep_layout(without))).abs().max() > 0.05, "and so does the adapter"
+    assert main(["chat", str(tmp_path / "run"), "--serve"]) == 0
+    assert "--quantization bitsandbytes" in capsys.readouterr().out
+    asked = ["--ask", "one", "--models", "before,after", "--max_new_tokens", "2", "--json"]
+    assert main(["chat", str(tmp_path / "run"), *asked]) == 0
+    assert set(json.loads(capsys.readouterr().out)[0]["answers"]) == {"student before", "student after"}
 
 
 def test_narrow_weights_stay_narrow_unless_asked(tmp_path):

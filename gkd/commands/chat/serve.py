@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gkd.commands.export.merging import check_run
 from gkd.servers.engine import LORA_RANKS
+from gkd.training.origin import read_origin
 
 
 def serving(run: Path) -> list[str]:
@@ -24,6 +25,8 @@ def serving(run: Path) -> list[str]:
     template = run / "chat_template.jinja"
     parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(room)]
     parts += ["--lora-modules", f"{run.resolve().name}={run}"]
+    packed = read_origin(run).quantization or {}
+    parts += ["--quantization", "bitsandbytes"] if packed.get("load_in_4bit") else []  # as the run's student was
     parts += ["--chat-template", str(template)] if template.is_file() else []
     merged = shlex.quote(str(run.resolve().parent / f"{run.resolve().name}-merged"))
     return [

@@ -75,7 +75,8 @@ def export(order: Order) -> list[str]:
 
 
 def _about(made: Merged) -> list[str]:
-    origin = "the run's own weights" if made.base is None else f"{made.base} with the adapter"
+    rounded = "" if made.bits is None else f", its {made.bits}-bit weights unpacked,"
+    origin = "the run's own weights" if made.base is None else f"{made.base}{rounded} with the adapter"
     return [
         f"wrote {made.folder}: {made.parameters:,} weights in {made.dtype}, tokenizer and card",
         f"loaded again: logits within {made.largest_difference:.1e} of {origin} (largest {made.largest_logit:.0f})",

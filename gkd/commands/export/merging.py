@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from gkd.models.adapters import load_adapter, merged
-from gkd.models.loading import adapter_config, load_errors_named, load_tokenizer
+from gkd.models.loading import adapter_config, load_config, load_errors_named, load_tokenizer
+from gkd.models.quantized import with_quantization
+from gkd.training.origin import read_origin
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROBE = "The quick brown fox jumps over the lazy dog. 12 + 30 = 42, and the sky above the harbour was grey."
@@ -27,6 +29,7 @@ class Merged:
 
     Attributes:
         folder: with the whole model. base: the model that the adapter was for; None for a run without one.
+        bits: of the base's weights while the run trained, 4 or 8, which were unpacked; None for others.
         parameters: number of weights. dtype: theirs.
         largest_difference: of the logits, from base and adapter in the same precision, on a short text.
         largest_logit: of them, by absolute value.
@@ -34,6 +37,7 @@ class Merged:
 
     folder: Path
     base: str | None
+    bits: int | None
     parameters: int
     dtype: str
     largest_difference: float
@@ -56,7 +60,7 @@ def save_merged(run: Path, folder: Path, dtype: str = "auto", *, trust_remote_co
         raise ValueError(f"{str(folder)!r} is not empty: name another folder with --output")
     adapter = check_run(run)
     tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
-    model, own = _loaded(run, adapter, dtype, trust_remote_code)
+    model, own, bits = _loaded(run, adapter, dtype, trust_remote_code)
     ids = _probe(tokenizer)
     before = _logits(model, ids)
     whole: Any = merged(model) if adapter else model
@@ -69,6 +73,7 @@ def save_merged(run: Path, folder: Path, dtype: str = "auto", *, trust_remote_co
     return Merged(
         folder=folder,
         base=own,
+        bits=bits,
         parameters=sum(p.numel() for p in again.parameters()),
         dtype=str(again.dtype).removeprefix("torch."),
         largest_difference=float(difference.max()),
@@ -94,22 +99,40 @@ def check_run(run: Path) -> dict[str, Any] | None:
 
 def _loaded(
     run: Path, adapter: dict[str, Any] | None, dtype: str, trust_remote_code: bool
-) -> tuple[nn.Module, str | None]:
-    """The model, with its adapter beside its weights, and the base's name. Weights of 4 or 8 bits are unpacked."""
+) -> tuple[nn.Module, str | None, int | None]:
+    """The model, with its adapter beside its weights, the base's name and how many bits its weights had.
+
+    Weights of 4 or 8 bits are unpacked; a base that the run had in so few is rounded as it was there, since the
+    adapter has learnt what the rounding does.
+    """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     name = str(run)
     if adapter is not None:
         name, options["revision"] = str(adapter["base_model_name_or_path"]), adapter.get("revision")
+        options |= _as_the_run_had_it(run, name, options["revision"], trust_remote_code)
     with load_errors_named(f"the model {name!r}", "the adapter's base has to be where it was, or on the Hub"):
         model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    bits = None
     if getattr(model, "is_quantized", False):
+        bits = next((number for number in (4, 8) if getattr(model, f"is_loaded_in_{number}bit", False)), None)
         model = model.dequantize()
         vars(model).pop("_weight_conversions", None)  # of packed weights, which transformers cannot take back
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
     if adapter is None:
-        return model.eval(), None
-    return load_adapter(model, str(run), "RUN"), name
+        return model.eval(), None, bits
+    return load_adapter(model, str(run), "RUN"), name, bits
+
+
+def _as_the_run_had_it(run: Path, base: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Options that round a base, whole on disk, as `load_in_4bit` and the like did for the run."""
+    packed = read_origin(run).quantization
+    if packed is None:
+        return {}
+    config = load_config(base, field="the base", trust_remote_code=trust_remote_code, revision=revision)
+    if getattr(config, "quantization_config", None) is not None:
+        return {}  # it is packed on disk
+    return with_quantization({"quantization_config": packed}, torch.float32, "the run's student")
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase) -> Tensor:
