@@ -97,6 +97,7 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
         launch=arguments.launch,
         folder=arguments.output_dir or Path("outputs", f"{recipe.stem}-sweep"),
         arms=parse_arms(arguments.arm),
+        first_seed=arguments.first_seed,
     )
     return sweep(order, Console())
 

@@ -198,16 +198,14 @@ def _add_sweep(commands: Any) -> None:
         commands,
         "sweep",
         summary="a grid of runs over several seeds, as a table with errors",
-        description=(
-            "Run each cell of a grid with each seed, compared with the first cell by seed. Goes on where it was "
-            "stopped. Other flags go to the recipe."
-        ),
+        description="Each cell of a grid with each seed; other flags go to the recipe. Can go on.",
         example='gkd sweep recipes/gkd_glass.py --grid "lmbda=0,0.5,1" --seeds 5',
     )
     sweep.add_argument("--grid", metavar="FIELD=A,B", action="append", default=[], help="a field; may come again")
     arm = "NAME: FIELD=A FIELD=B, fields that go together"
     sweep.add_argument("--arm", metavar="ARM", action="append", default=[], help=arm)
     sweep.add_argument("--seeds", metavar="N", type=int, default=3, help="seeds of each cell (default 3)")
+    sweep.add_argument("--first_seed", metavar="N", type=int, help="instead of the recipe's own (42)")
     sweep.add_argument("--at", metavar="WHAT", default="steps", help="compare at equal steps, seconds, or both")
     sweep.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (default 1)")
     sweep.add_argument("--tune", metavar="FIELD=A,B", action="append", default=[], help="choose it for each cell")

@@ -16,6 +16,26 @@ FIRST, MOST = 10.0, 60.0  # seconds of silence before the first line, and betwee
 _LOOK = 1.0  # how often, in seconds
 _SHORT = 2.0  # what is over sooner gets no bar, unless it counts something
 
+
+class Silence:
+    """When to say something though nothing has happened: after 10 seconds, 20 more, 40 more, then every minute."""
+
+    def __init__(self) -> None:
+        self._heard, self._patience = time.monotonic(), FIRST
+
+    def said(self) -> None:
+        """Something has been shown, so that the silence begins anew."""
+        self._heard, self._patience = time.monotonic(), FIRST
+
+    def is_long(self) -> bool:
+        """Whether it has lasted too long; if so it is taken to be broken now, and may last longer the next time."""
+        now = time.monotonic()
+        if now - self._heard < self._patience:
+            return False
+        self._heard, self._patience = now, min(2 * self._patience, MOST)
+        return True
+
+
 _open: list[SignOfLife] = []  # the innermost last: it alone writes lines
 
 
@@ -56,13 +76,14 @@ class SignOfLife:
         self.bar: Any = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        self._began = self._heard = 0.0
-        self._patience = FIRST
+        self._began = 0.0
+        self._silence = Silence()
         self._draws = False
         self._around = ExitStack()
 
     def __enter__(self) -> SignOfLife:
-        self._began = self._heard = time.monotonic()
+        self._began = time.monotonic()
+        self._silence.said()
         if os.environ.get("RANK", "0") != "0":
             return self
         self._draws = on_terminal()
@@ -103,7 +124,7 @@ class SignOfLife:
 
     def said(self) -> None:
         """Something else has been shown, so that the silence begins anew."""
-        self._heard, self._patience = time.monotonic(), FIRST
+        self._silence.said()
 
     def line(self, seconds: float) -> str:
         """What is said where there is no bar."""
@@ -135,9 +156,8 @@ class SignOfLife:
                     self.bar = self._new_bar()
                 elif self.bar is not None:
                     self.bar.refresh()
-            elif _open[-1] is self and now - self._heard >= self._patience:
+            elif _open[-1] is self and self._silence.is_long():
                 print(self.line(now - self._began), file=sys.stderr, flush=True)
-                self._heard, self._patience = now, min(2 * self._patience, MOST)
 
 
 def _write_above(stack: ExitStack) -> None:

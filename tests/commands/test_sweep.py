@@ -1,5 +1,6 @@
 """`gkd sweep`: its arithmetic against values by hand, its mistakes, and real sweeps, one of them killed on its way."""
 
+import io
 import json
 import math
 import os
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from rich.console import Console
 from user import flags, user_folder
 
 from gkd.cli import main
+from gkd.commands.sweep.board import Board
 from gkd.commands.sweep.budget import common_budget, curve_of, value_at
 from gkd.commands.sweep.comparison import compare
 from gkd.commands.sweep.grid import Arm, Axis, cells_of, flags_of, parse_arms, parse_axes, split_values
-from gkd.commands.sweep.plan import launch_words
+from gkd.commands.sweep.plan import Run, launch_words
 from gkd.commands.sweep.report import estimate
 from gkd.commands.sweep.statistics import Stat, mean_of, paired
 from gkd.commands.sweep.tuning import best, tuning_seed
@@ -197,7 +200,7 @@ def test_the_best_of_what_was_tuned():
         (["--grid", "lmbda=0", "--grid", "lmbda=1"], "lmbda comes twice"),
         (["--grid", "lmda=0,1"], "there is no field '--lmda'; did you mean --lmbda?"),
         (["--grid", "lmbda=0,1.5"], "lmbda=1.5: lmbda"),
-        (["--grid", "seed=1,2"], "seed is set by the sweep (--seeds says how many)"),
+        (["--grid", "seed=1,2"], "seed is set by the sweep (--seeds says how many, --first_seed"),
         (["--grid", "lmbda=0,1", "--seed", "3"], "--seed is set by the sweep"),
         (["--grid", "lmbda=0,1", "--lmbda", "1"], "--lmbda is in the grid and among the flags"),
         (["--grid", "lmbda=0,1", "--tune", "lmbda=1"], "--tune: lmbda is in the grid, too"),
@@ -213,6 +216,8 @@ def test_the_best_of_what_was_tuned():
         (["--arm", "a: lmda=0"], "there is no field '--lmda'"),
         ([], "name what to compare"),
         (["--grid", "lmbda=0,1", "--seeds", "0"], "--seeds 0 should be 1 or more"),
+        (["--grid", "lmbda=0,1", "--first_seed", "-1"], "--first_seed -1 should be 0 or more"),
+        (["--grid", "lmbda=0,1", "--first_seed", "40", "--tune", "beta=0,1"], "seed 41 is the one that values are"),
         (["--grid", "lmbda=0,1", "--at", "hours"], "--at 'hours' should be steps or seconds"),
         (["--grid", "lmbda=0,1", "--at", "seconds", "--eval_strategy", "no"], "needs evaluations along the run"),
         (["--grid", "lmbda=0,1", "--launch", "no_such_program x"], "there is no program 'no_such_program'"),
@@ -275,7 +280,7 @@ def test_a_failing_cell_is_told_and_the_rest_goes_on(quick, runs_quickly, monkey
     assert [line["value"]["count"] for line in found["comparisons"][0]["lines"]] == [3, 3, 3]
     assert {path.read_text() for path in Path("out").rglob("times_run")} == {"x"}
 
-    with pytest.raises(SystemExit):  # another sweep in its folder
+    with pytest.raises(SystemExit):  # another sweep in its folder, for want of one of its values
         main(["sweep", str(quick), "--grid", "lmbda=0,1", "--output_dir", "out", "--at", "steps,seconds"])
     assert "holds another sweep (another grid): name another folder" in capsys.readouterr().err
     Path("other").mkdir()
@@ -283,6 +288,94 @@ def test_a_failing_cell_is_told_and_the_rest_goes_on(quick, runs_quickly, monkey
     with pytest.raises(SystemExit):
         main(["sweep", str(quick), "--grid", "lmbda=0,1", "--output_dir", "other"])
     assert "holds something else (thesis.tex)" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_with_more_values_arms_and_seeds(quick, runs_quickly, capsys):
+    """Nothing that was finished is run again, or lost, though the new values stand before and between the old ones."""
+
+    def swept(*axes, seeds, more=()):
+        grids = [word for axis in axes for word in ("--grid", axis)]
+        assert main(["sweep", str(quick), *grids, "--seeds", str(seeds), "--output_dir", "out", *more]) == 0
+        found = results(Path("out"))
+        assert not found["failed"]
+        assert {path.read_text() for path in Path("out").rglob("times_run")} == {"x"}
+        return found, len(list(Path("out").rglob("times_run")))
+
+    _, before = swept("beta=0,1", "lmbda=0,1", seeds=1)
+    assert before == 4
+    plan = json.loads(Path("out/sweep.json").read_text())
+    folders = plan.pop("folders")
+    Path("out/sweep.json").write_text(json.dumps(plan))  # as it was before folders were written down
+    files = {path: path.read_bytes() for path in Path("out").rglob("run.json")}
+    capsys.readouterr()
+    found, after = swept("beta=0,1", "lmbda=0.5,0,1", seeds=2)
+    assert after == 12
+    assert capsys.readouterr().out.count("already done: ") == 4
+    assert {path: path.read_bytes() for path in files} == files
+    assert found["cells"] == [f"beta={b}, lmbda={a}" for b in "01" for a in ("0.5", "0", "1")]
+    for line in found["comparisons"][0]["lines"]:
+        lmbda = float(line["cell"].rpartition("=")[2])
+        assert line["by_seed"] == {"42": pytest.approx(1 + lmbda), "43": pytest.approx(1 + 1.1 * lmbda)}
+    now = json.loads(Path("out/sweep.json").read_text())["folders"]
+    assert now.items() >= folders.items()
+    assert len(set(now.values())) == 6
+    found, after = swept("beta=0,1", "lmbda=0.5,0,1", seeds=1, more=("--first_seed", "43"))
+    assert after == 12
+    assert found["comparisons"][0]["lines"][2]["by_seed"] == {"43": pytest.approx(2.1)}
+    for axes, more, said in (
+        (("beta=0,1", "lmbda=0,1"), (), "another grid): name another folder, or delete it (values, arms and"),
+        (("lmbda=0.5,0,1", "beta=0,1"), (), "another grid"),
+        (("beta=0,1", "lmbda=0.5,0,1"), ("--learning_rate", "3e-4"), "another flags): name another folder, or"),
+        (("beta=0,1",), ("--arm", "a: lmbda=0"), "another grid, another arms"),
+    ):
+        with pytest.raises(SystemExit):
+            swept(*axes, seeds=1, more=more)
+        assert said in capsys.readouterr().err
+
+
+def test_arms_are_added_and_none_is_changed(quick, runs_quickly, capsys):
+    command = ["sweep", str(quick), "--seeds", "1", "--output_dir", "out", "--arm", "low: lmbda=0"]
+    assert main(command) == 0
+    assert main([*command[:-2], "--arm", "high: lmbda=1", "--arm", "low: lmbda=0"]) == 0
+    assert "already done: low, seed 42" in capsys.readouterr().out
+    assert [line["value"]["mean"] for line in results(Path("out"))["comparisons"][0]["lines"]] == [2.0, 1.0]
+    with pytest.raises(SystemExit):
+        main([*command[:-2], "--arm", "high: lmbda=1", "--arm", "low: lmbda=0.5"])
+    assert "another arms" in capsys.readouterr().err
+
+
+def going(text):
+    return {Run(cells_of([], [Arm(text, ())])[0], 42, Path("nowhere")): 35.0}
+
+
+def test_a_log_gets_a_line_after_a_while_and_a_terminal_a_bar_that_moves(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    board = Board(Console(file=(log := io.StringIO()), width=80), 3, 1)
+    said = []
+    with board.shown():
+        for second in range(0, 200):
+            clock[0] = float(second)
+            if second == 150:
+                board.advance("done: low, seed 42", 120.0)
+            before = log.getvalue()
+            board.look({**going("high"), **going("low")})
+            if log.getvalue() != before:
+                said.append(second)
+    assert said == [10, 30, 70, 130, 160, 180], "10, 20, 40, 60 seconds of silence, which a run's end breaks"
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "running: high, seed 42 and 1 more, for 35 s (0 of 3 done)"
+    assert "done: low, seed 42 (1 of 3, about 4 min left)" in lines
+    shown = Console(file=(screen := io.StringIO()), width=80, force_terminal=True, get_time=lambda: clock[0])
+    board = Board(shown, 3, 1)
+    with board.shown():
+        for second in range(0, 4):
+            clock[0] = 200.0 + second
+            board.look(going("a cell whose name is far longer than a bar has room"))
+    drawn = screen.getvalue()
+    assert "a cell whose name is far long… " in drawn
+    assert all(f"0:00:0{second}" in drawn for second in range(0, 4))
+    assert "running:" not in drawn
 
 
 def test_a_value_is_tuned_for_each_cell_on_a_seed_of_its_own(quick, runs_quickly, monkeypatch):

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # What the sweep itself sets for every run.
-OWN_FIELDS = {"seed": "--seeds says how many", "output_dir": "every run has a folder of its own in the sweep's"}
+OWN_FIELDS = {
+    "seed": "--seeds says how many, --first_seed from which on",
+    "output_dir": "every run has a folder of its own in the sweep's",
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,13 @@ class Cell:
     @property
     def folder(self) -> str:
         """A name that any file system takes, different for every cell."""
+        return self.numbered(self.index)
+
+    def numbered(self, number: int) -> str:
+        """The same with another number in front."""
         parts = [*self._arms_name, *(f"{field}-{value}" for field, value in self.values)]
         plain = re.sub(r"[^\w.+-]+", "_", "_".join(parts))
-        return f"{self.index:02d}_{plain[:80]}"
+        return f"{number:02d}_{plain[:80]}"
 
 
 def flags_of(values: Sequence[tuple[str, str]]) -> list[str]:

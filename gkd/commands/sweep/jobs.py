@@ -1,4 +1,4 @@
-"""Runs as processes of their own, some at a time; progress; what a failed one said last."""
+"""Runs as processes of their own, some at a time; what a failed one said last."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from gkd.commands.sweep.plan import Run
 from gkd.common.redact import harmless
-from gkd.common.text import duration, rough_duration
+from gkd.common.text import duration
 from gkd.training.output_folder import locked
 
 TAIL_LINES = 5
@@ -51,50 +48,6 @@ class _Going:
     since: float
 
 
-class Board:
-    """The progress of a sweep: runs done and the time that is left, judged by those that have ended."""
-
-    def __init__(self, console: Console, total: int, jobs: int) -> None:
-        self._console, self._total, self._jobs = console, total, jobs
-        self._durations: list[float] = []
-        self._done = 0
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        # No thread of its own: processes are forked here.
-        self._progress = Progress(*columns, console=console, auto_refresh=False)
-        self._task = self._progress.add_task("runs", total=total, left="")
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        with self._progress:
-            yield
-
-    @property
-    def left(self) -> str:
-        rest = self._total - self._done
-        if not rest or not self._durations:
-            return ""
-        mean = sum(self._durations) / len(self._durations)
-        return f"about {rough_duration(mean * rest / self._jobs)} left"
-
-    def advance(self, line: str, seconds: float | None = None) -> None:
-        """A run is done; `seconds` that it took, None if it was done before."""
-        self._done += 1
-        if seconds is not None:
-            self._durations.append(seconds)
-        self._progress.update(self._task, advance=1, left=self.left)
-        ahead = f"{self._done} of {self._total}" + (f", {self.left}" if self.left else "")
-        self.say(f"{line} ({ahead})")
-        self._progress.refresh()
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def run_all(
     runs: Sequence[Run],
     command: Callable[[Run], list[str]],
@@ -102,8 +55,12 @@ def run_all(
     *,
     jobs: int,
     environment: Mapping[str, str],
+    meanwhile: Callable[[Mapping[Run, float]], None] = lambda going: None,
 ) -> None:
-    """Run them, `jobs` at a time, in their order. None outlives this process, however it ends (on Linux)."""
+    """Run them, `jobs` at a time, in their order. None outlives this process, however it ends (on Linux).
+
+    `meanwhile` is told many times a second which runs are going on, and for how many seconds.
+    """
     waiting = list(runs)
     going: list[_Going] = []
     try:
@@ -117,6 +74,8 @@ def run_all(
                 if ended is not None:
                     going.remove(one)
                     on_end(ended)
+            now = time.monotonic()
+            meanwhile({one.run: now - one.since for one in going})
     finally:
         _stop(going)
 

@@ -1,9 +1,8 @@
-"""What will run: every cell's config built before the first starts, and the folder it may use."""
+"""What will run: every cell's config built before the first starts."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shlex
 import shutil
@@ -16,14 +15,10 @@ from typing import Any
 from gkd.commands.sweep.budget import AXES
 from gkd.commands.sweep.grid import OWN_FIELDS, Arm, Axis, Cell, cells_of, flags_of
 from gkd.commands.sweep.tuning import tuning_seed
-from gkd.common.disk import write_whole
 from gkd.common.redact import redact_command, redact_words
 from gkd.recipe.capture import capture
 from gkd.recipe.set_aside import flag_values
 from gkd.recipe.settings import Settings
-from gkd.training.output_folder import LOCK_FILE
-
-PLAN_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,7 @@ class Order:
     launch: str | None
     folder: Path
     arms: list[Arm] = field(default_factory=list)
+    first_seed: int | None = None  # the recipe's own
 
     def __post_init__(self) -> None:
         if not self.axes and not self.arms:
@@ -47,6 +43,8 @@ class Order:
         for name, value in (("--seeds", self.seeds), ("--jobs", self.jobs)):
             if value < 1:
                 raise ValueError(f"{name} {value} should be 1 or more")
+        if self.first_seed is not None and not 0 <= self.first_seed < 2**32 - self.seeds:
+            raise ValueError(f"--first_seed {self.first_seed} should be 0 or more, and below {2**32 - self.seeds}")
         for name in self.at:
             if name not in AXES:
                 raise ValueError(f"--at {name!r} should be {' or '.join(AXES)}, or both with a comma between")
@@ -74,13 +72,14 @@ class Order:
             words += ["--arm", f"{arm.name}: {values}"]
         for option, axes in (("--grid", self.axes), ("--tune", self.tune)):
             words += [word for axis in axes for word in (option, f"{axis.field}={','.join(axis.values)}")]
+        words += ["--first_seed", str(self.first_seed)] if self.first_seed is not None else []
         words += ["--seeds", str(self.seeds), "--at", ",".join(self.at), "--jobs", str(self.jobs)]
         words += ["--launch", self.launch] if self.launch is not None else []
         return redact_command([*words, "--output_dir", str(self.folder), *self.flags])
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the numbers of a folder have in common. More seeds may be added later."""
+        """What the numbers of a folder have in common. More values, arms and seeds may be added later."""
         return {
             "recipe": str(self.recipe),
             "recipe's content": hashlib.sha256(self.recipe.read_bytes()).hexdigest(),
@@ -123,12 +122,14 @@ class Run:
 
 @dataclass
 class Plan:
-    """The cells and seeds, each cell's config having been built once."""
+    """The cells and seeds, each cell's config having been built once. `folders`: by a cell's name."""
 
     order: Order
     cells: list[Cell]
     seeds: list[int]
+    tuning_seed: int
     shares_text: set[int] = field(default_factory=set)  # cells whose teacher's sequences all runs share
+    folders: dict[str, str] = field(default_factory=dict)
 
     def command(self, run: Run) -> list[str]:
         """As a user would start the run."""
@@ -143,13 +144,12 @@ class Plan:
         """One for each combination of the values to tune; none without --tune."""
         if not self.order.tune:
             return []
-        place = self.order.folder / cell.folder / "tuning"
-        seed = tuning_seed(self.seeds[0])
-        return [Run(cell, seed, place / one.folder, one.values, True) for one in cells_of(self.order.tune)]
+        place = self.order.folder / self.folders[cell.name] / "tuning"
+        return [Run(cell, self.tuning_seed, place / one.folder, one.values, True) for one in cells_of(self.order.tune)]
 
     def runs(self, cell: Cell, tuned: tuple[tuple[str, str], ...]) -> list[Run]:
         """One for each seed."""
-        place = self.order.folder / cell.folder
+        place = self.order.folder / self.folders[cell.name]
         return [Run(cell, seed, place / f"seed_{seed}", tuned) for seed in self.seeds]
 
 
@@ -192,8 +192,15 @@ def make_plan(order: Order) -> Plan:
     assert first is not None
     if "seconds" in order.at:  # then every run pays for its own
         shares = set()
-    seeds = [first.training.seed + i for i in range(order.seeds)]
-    return Plan(order, cells, seeds, shares)
+    own = first.training.seed
+    begin = own if order.first_seed is None else order.first_seed
+    seeds = [begin + i for i in range(order.seeds)]
+    if order.tune and tuning_seed(own) in seeds:
+        raise ValueError(
+            f"--first_seed {begin}: with --tune seed {tuning_seed(own)} is the one that values are tried on: begin "
+            f"with {own}, or above"
+        )
+    return Plan(order, cells, seeds, tuning_seed(own), shares)
 
 
 def _settings(order: Order, cell: Cell, tuned: Sequence[tuple[str, str]]) -> Settings:
@@ -225,27 +232,3 @@ def _check_measured(order: Order, settings: Settings, cell: Cell) -> None:
         )
     if settings.training.push_to_hub:
         raise ValueError(f"{cell.name}: the runs of a sweep are not pushed: add --push_to_hub false")
-
-
-def claim(order: Order) -> None:
-    """Take the sweep's folder, new or with the same sweep in it. The folder is locked by the caller.
-
-    Raises:
-        ValueError: something else is there.
-    """
-    path = order.folder / PLAN_FILE
-    if not path.is_file():
-        others = sorted(one.name for one in order.folder.iterdir() if one.name != LOCK_FILE)
-        if others:
-            raise ValueError(
-                f"--output_dir {order.folder} holds something else ({', '.join(others[:3])}): name another folder"
-            )
-        write_whole(path, json.dumps(order.identity, indent=1).encode(), "the sweep's plan", "Make room")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in order.identity.items() if before.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"--output_dir {order.folder} holds another sweep (another {', another '.join(changed)}): "
-            "name another folder, or delete it"
-        )

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from gkd.commands.sweep import report
+from gkd.commands.sweep.board import Board
 from gkd.commands.sweep.comparison import compare
+from gkd.commands.sweep.folder import claim
 from gkd.commands.sweep.grid import Cell
-from gkd.commands.sweep.jobs import Board, Ended, run_all, told
+from gkd.commands.sweep.jobs import Ended, run_all, told
 from gkd.commands.sweep.outcome import Outcome, keep, kept, read_output, surroundings
-from gkd.commands.sweep.plan import Order, Plan, Run, claim, make_plan
+from gkd.commands.sweep.plan import Order, Plan, Run, make_plan
 from gkd.commands.sweep.tuning import best
 from gkd.common.redact import redact_command
 from gkd.training.output_folder import locked, make
@@ -80,7 +82,14 @@ class Sweep:
                 found[ended.run] = outcome
 
         missing = [run for run in runs if run not in found]
-        run_all(missing, self.plan.command, on_end, jobs=self.plan.order.jobs, environment=self._environment)
+        run_all(
+            missing,
+            self.plan.command,
+            on_end,
+            jobs=self.plan.order.jobs,
+            environment=self._environment,
+            meanwhile=self._board.look,
+        )
         return found
 
     def _outcome(self, ended: Ended) -> Outcome | None:
@@ -147,7 +156,7 @@ def sweep(order: Order, console: Console) -> int:
     plan = make_plan(order)
     make(str(order.folder))
     with locked(str(order.folder)):
-        claim(order)
+        plan.folders = claim(order, plan.cells)
         swept = Sweep(plan, environment, console).run()
         report.write(order.folder, swept)
     console.print(report.table(swept))
