@@ -13,6 +13,8 @@ end_map: the tokens that end a turn where the student's template and the teacher
     one pair
 files: local data files as data sets: JSON, JSON Lines, CSV, Parquet, with the line number of what is
     broken
+folders: folders of text files as data sets: `datasets` says which files are which split, and each is read
+    exactly
 formats: row formats
 held_out: held-out rows whose prompts are not trained on, and a count of those that are
 joined_tokens: tokens that only one of two vocabularies has, each counted with the common token that its text

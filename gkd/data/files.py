@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ _AT_ONCE = 1000  # rows compared at a time
 _DAMAGE = (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
-def read_rows(path: str | Path) -> Dataset:
-    """Reads a local file of rows; nothing is downloaded. A large one stays on disk (`gkd.data.large_files`).
+def read_rows(path: str | Path, large: bool = False) -> Dataset:
+    """Reads a local file of rows; nothing is downloaded. A large one, or one of many (`large`), stays on disk
+    (`gkd.data.large_files`).
 
     `.jsonl`: an object per line. `.json`: a list of objects, an object per line, or an object whose only list of
     objects is the rows ({"data": [...]}). `.csv`, `.tsv`: a header line; every cell is text. `.parquet`.
@@ -42,7 +44,7 @@ def read_rows(path: str | Path) -> Dataset:
     ending = path.suffix.lower()
     if ending not in DATA_ENDINGS:
         raise ValueError(f"the data file {path} should end with one of {', '.join(DATA_ENDINGS)}")
-    if path.stat().st_size > LARGE:
+    if large or path.stat().st_size > LARGE:
         return _nonempty(read_large(path, _tables), path)
     tables = list(_tables(path))
     return _nonempty(Dataset(pyarrow.concat_tables(tables)), path)
@@ -130,7 +132,9 @@ def _are_plain_chats(values: list[Any]) -> bool:
 
 
 def _json_array(values: list[Any]) -> pyarrow.Array:
-    """A column of JSON values; or, where decoding those loses digits of a number, of texts: JSON but for texts."""
+    """A column of JSON values; or, where decoding those loses digits of a number, of texts: JSON but for texts. NaN, a
+    table's empty cell, is None among them, never the text "NaN"."""
+    values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     if all(text is None or _decoded(text) == json.dumps(value) for value, text in zip(values, texts, strict=True)):
         return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts, pyarrow.string()))

@@ -179,6 +179,9 @@ class _Reader:
 
     def prompt(self) -> Row:
         prompt, completion = self.row["prompt"], self.row.get("completion")
+        for column, value in (("prompt", prompt), ("completion", completion)):
+            if not isinstance(value, (str, list, tuple, type(None))):
+                self.place.bad(column, f"should be text or a list of turns, got {describe(value)}")
         as_text = chat_as_text(prompt)
         if isinstance(prompt, str) and not as_text and (completion is None or isinstance(completion, str)):
             if not prompt:

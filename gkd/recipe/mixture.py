@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-from gkd.data.files import in_json
+from gkd.data.folders import alike
 from gkd.data.row_report import MIXED_FROM
 
 logger = logging.getLogger(__name__)
@@ -149,9 +149,9 @@ def mixture(entries: Sequence[Entry], load: Callable[[Entry], Mapping[str, Any]]
             raise ValueError(f"{entry.label}: test_split={test!r} is what is trained on: hold out another split")
         if test != entry.split and (test in splits or entry.test_split is not None):
             held_out.append(_rows(entry, splits, test))
-    mixed = _mixed(_alike(train), entries, seed)
+    mixed = _mixed(alike(train), entries, seed)
     _tell_shares(mixed, entries)
-    return {"train": mixed, "eval": concatenate_datasets(_alike(held_out)) if held_out else None}
+    return {"train": mixed, "eval": concatenate_datasets(alike(held_out)) if held_out else None}
 
 
 def _rows(entry: Entry, splits: Mapping[str, Any], split: str) -> Dataset:
@@ -175,17 +175,6 @@ def _rows(entry: Entry, splits: Mapping[str, Any], split: str) -> Dataset:
         rows = rows.remove_columns([name for name in ("teacher",) if name in rows.column_names])
         rows = rows.add_column("teacher", [teacher or entry.teacher for teacher in own])
     return rows.add_column(MIXED_FROM, [entry.path] * len(rows))
-
-
-def _alike(parts: list[Dataset]) -> list[Dataset]:
-    """Sets whose columns of one name have one type: values of any kind as JSON, where they differ. A column that a set
-    lacks is empty there."""
-    types: dict[str, set[str]] = {}
-    for part in parts:
-        for name, feature in part.features.items():
-            types.setdefault(name, set()).add(repr(feature))
-    differ = [name for name, found in types.items() if len(found) > 1]
-    return [in_json(part, [name for name in differ if name in part.column_names]) for part in parts]
 
 
 def _mixed(parts: list[Dataset], entries: Sequence[Entry], seed: int) -> Dataset:

@@ -10,6 +10,7 @@ from datasets.exceptions import DatasetsError
 
 from gkd.common.sign_of_life import SignOfLife
 from gkd.data.files import DATA_ENDINGS, read_rows
+from gkd.data.folders import folder_files, rows_of_files
 from gkd.data.kinds import check_kind
 from gkd.recipe.mixture import Entry, entries_of, mixture
 from gkd.recipe.settings import _DATA_SETS, LoadData, Settings, _check_read, _in_load_data, _loaded, _Precomputed
@@ -42,12 +43,15 @@ def _load(name: str, config: str | None, split: str | None, what: str = "dataset
             found = load_from_disk(str(path))
             splits = found if isinstance(found, dict) else {"train": found}
             return splits[split] if split else splits
-        return load_dataset(str(path) if path.is_dir() else name, name=config, split=split)
-    except (FileNotFoundError, ConnectionError, DatasetsError) as error:
+        files = folder_files(path, config) if path.is_dir() else None
+        if files is None or split not in (None, *files):
+            return load_dataset(str(path) if path.is_dir() else name, name=config, split=split)
+    except (FileNotFoundError, ConnectionError, DatasetsError, ValueError) as error:
         why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"{what}={name!r} is neither a local file nor a data set that can be loaded: {why}"
         ) from error
+    return rows_of_files({split: files[split]})[split] if split else rows_of_files(files)
 
 
 def dataset_by_name(settings: Settings) -> dict[str, Any]:

@@ -183,12 +183,56 @@ def test_folders_and_other_files(tmp_path):
     DatasetDict(test=rows).save_to_disk(tmp_path / "splits")
     assert list(load_rows(str(tmp_path / "one"))["train"]) == ROWS
     assert list(load_rows(str(tmp_path / "splits"), split="test")) == ROWS
-    (tmp_path / "broken").mkdir()
-    written(tmp_path / "broken", "rows.jsonl", '{"prompt": "a"')
-    with pytest.raises(ValueError, match=r"broken' is neither a local file nor .*JSON parse error"):
-        load_rows(str(tmp_path / "broken"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none' is neither a local file nor .* doesn't contain any data files"):
+        load_rows(str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"rows\.txt should end with one of \.json"):
         load_rows(str(written(tmp_path, "rows.txt", "a")))
+
+
+# What `datasets` would make of a column of its own accord: numbers, nothing, dates, values moved to another column.
+GUESSED = {
+    "train.csv": "prompt,completion\n1+1,2\n1+2,007\n",
+    "train.tsv": "prompt\tcompletion\nNamibia\tNA\nnothing\tNone\n",
+    "train-00000-of-00001.jsonl": lines([{"prompt": "2024-01-01", "completion": "2024-01-02T10:00:00"}] * 2),
+    "train.json": json.dumps([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "x2", "completion": "True"}]),
+}
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_a_folder_gives_the_rows_that_its_files_give(tmp_path, name):
+    """Each file exactly as by itself, whatever columns and types the others have; splits by the files' names."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    alone = [list(read_rows(written(folder, n, GUESSED[name]))) for n in (name, name.replace("train", "test"))]
+    found = load_rows(str(folder))
+    assert list(found) == ["train", "test"]
+    assert [list(found[split]) for split in found] == alone
+    assert list(load_rows(str(folder), split="test")) == alone[1]
+    other = '{"messages": [{"role": "user", "content": "Hi"}], "id": [1]}'
+    if name.endswith("json"):
+        written(folder, "train2.json", other)
+        assert [{k: v for k, v in row.items() if v is not None} for row in load_rows(str(folder))["train"]] == [
+            *({k: v for k, v in row.items() if v is not None} for row in alone[0]),
+            json.loads(other),
+        ]
+    written(folder, name, GUESSED[name] + "{a\tb,c\td,e")
+    with pytest.raises(ValueError, match=rf"{name}, line \d: "):
+        load_rows(str(folder))
+
+
+def test_a_folder_that_says_how_its_files_are_read_is_believed(tmp_path):
+    written(tmp_path, "README.md", "---\nconfigs:\n- config_name: x\n  data_files: a.csv\n  sep: ';'\n---\n")
+    written(tmp_path, "a.csv", "prompt;completion\na;b\n")
+    assert list(load_rows(str(tmp_path), "x")["train"]) == [{"prompt": "a", "completion": "b"}]
+
+
+def test_an_empty_cell_is_no_text(tmp_path):
+    """NaN is how tables write one: never the answer "NaN"."""
+    read = read_rows(
+        written(tmp_path, "r.jsonl", '{"prompt": "a", "completion": NaN}\n{"prompt": "b", "completion": "c"}')
+    )
+    assert read["completion"] == [None, "c"]
 
 
 def test_missing_files(tmp_path):
