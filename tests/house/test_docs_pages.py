@@ -13,9 +13,11 @@ import shlex
 from pathlib import Path
 
 import matplotlib.image
+import nbformat
 import pytest
 import yaml
 from datasets import Dataset
+from nbclient import NotebookClient
 from peft import LoraConfig
 from tiny import save_tiny, tiny_rows
 from training import trainer_of
@@ -28,6 +30,7 @@ from gkd.config.fields import GKDConfig
 from gkd.data.formats import canonical_row
 from gkd.data.row_values import RowPlace
 from gkd.data.teacher_rows import COLUMNS
+from gkd.demo.models import GLASS, GLASS_KEPT, cached_folder
 from gkd.evaluation.measures import METRICS
 from gkd.loss import DIVERGENCES
 from gkd.recipe.capture import execute_recipe
@@ -279,25 +282,43 @@ def test_every_page_is_named_in_the_readme_and_every_recipe_in_its_page():
 # ------------------------------------------------------------------------------------------- the longer examples
 
 
-def test_the_session_runs(tmp_path, monkeypatch, capsys):
-    """All cells of docs/example_session.ipynb, with tiny models in place of those that pip fetches."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gkd.demo.models.glass_student", lambda: save_tiny(tmp_path / "student", seed=1))
-    monkeypatch.setattr("gkd.demo.models.glass_teacher", lambda: save_tiny(tmp_path / "teacher", seed=2))
-    page = DOCS / "example_session.ipynb"
-    text = page.read_text(encoding="utf-8")
+LOOK = """
+import json
+print(json.dumps({
+    "step": trainer.state.global_step,
+    "sources": list(sources),
+    "before": [row[0] for row in before],
+    "old": [row[1] for row in before],
+    "after": [row[0] for row in after],
+    "new": [row[1] for row in after],
+    "loss": history[-1]["loss/student"],
+}))
+"""
+
+
+def test_the_session_runs(tmp_path, monkeypatch):
+    """docs/example_session.ipynb in a kernel of its own, with tiny models in the place of those that pip fetches."""
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path))
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
+    made_of = {"source": str(GLASS)}
+    cached_folder("glass-teacher", made_of, lambda out: save_tiny(out, seed=2))
+    cached_folder("glass-student", {**made_of, "layers": list(GLASS_KEPT)}, lambda out: save_tiny(out, seed=1))
+    text = (DOCS / "example_session.ipynb").read_text(encoding="utf-8")
     assert text == runpy.run_path(str(DOCS / "site" / "notebook.py"))["notebook"](), "run docs/site/notebook.py"
-    code = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-    assert len(code) >= 8
-    cells = {"__name__": "__main__"}
-    for number, source in enumerate(code):
-        exec(compile(source, f"{page}, code cell {number}", "exec"), cells)
-    trainer, shown = cells["trainer"], capsys.readouterr().out
-    assert trainer.state.global_step == 20
-    assert set(cells["sources"]) == {"student", "teacher"}
-    assert len(cells["before"]) == len(cells["after"]) == len(cells["SENTENCE"]) - 1  # a token is a byte here
-    assert [old[1] for old in cells["before"]] != [new[1] for new in cells["after"]]
-    assert f"{cells['history'][-1]['loss/student']:.3f}" in shown
+    page = nbformat.reads(text, as_version=4)
+    page.cells.append(nbformat.v4.new_code_cell(LOOK))
+    NotebookClient(page, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    code = [cell for cell in page.cells if cell.cell_type == "code"]
+    assert len(code) >= 9
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    told = ["".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stdout") for cell in code]
+    found = json.loads(told[-1])
+    assert found["step"] == 20
+    assert set(found["sources"]) == {"student", "teacher"}
+    assert found["before"] == found["after"] == list("lice was beginning to get very tired.")  # a token is a byte
+    assert all(old != new for old, new in zip(found["old"], found["new"], strict=True))
+    assert any(f"-> {found['loss']:.3f}" in text for text in told)
     plots = sorted((tmp_path / "outputs/session/plots").glob("*.png"))
     assert len(plots) >= 3
     assert all(matplotlib.image.imread(plot).std() > 0 for plot in plots)
