@@ -133,7 +133,12 @@ def rebuilt(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
     Raises:
         ValueError: the weights are not those of such a model.
     """
-    smaller = type(model)(config).to(model.dtype)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)  # `to` would round what stays in float32, such as the rotary frequencies
+    try:
+        smaller = type(model)(config)
+    finally:
+        torch.set_default_dtype(usual)
     try:
         smaller.load_state_dict(state)
     except RuntimeError as error:

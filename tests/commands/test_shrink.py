@@ -71,6 +71,18 @@ def test_a_model_of_some_layers_is_the_model_that_passes_over_the_others(kind, t
     assert again.generation_config.eos_token_id == 258
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_teacher_of_16_bits_has_a_student_of_16_bits(folder, dtype, tmp_path, capsys):
+    """Whose rotary frequencies are not rounded: a folder that says something else than in memory is refused."""
+    narrow = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=getattr(torch, dtype))
+    narrow.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    sizes = ["--layers", "3", "--width", "40", "--output", str(tmp_path / "out")]
+    assert main(["shrink", str(tmp_path / "teacher"), *sizes, "--rows", str(folder / "rows.jsonl")]) == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in student.parameters()} == {getattr(torch, dtype)}
+
+
 def test_changes_are_one_minus_the_cosine_of_what_goes_in_and_comes_out():
     model = tiny_model(layers=4, seed=2)
     for run in (1, 2, 3):

@@ -118,7 +118,8 @@ def _loaded(
         model = model.dequantize()
         vars(model).pop("_weight_conversions", None)  # of packed weights, which transformers cannot take back
         if dtype != "auto":
-            model = model.to(getattr(torch, dtype))
+            for weight in model.parameters():  # not the buffers: rotary frequencies stay in float32
+                weight.data = weight.data.to(getattr(torch, dtype))
     if adapter is None:
         return model.eval(), None, bits
     return load_adapter(model, str(run), "RUN"), name, bits
