@@ -16,6 +16,7 @@ from tiny import TURN_END, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from vllm_server.fake import FakeServer
 
 import gkd.commands.doctor.examine
+import gkd.commands.doctor.models
 from gkd.cli import main
 from gkd.commands.doctor.cost import examine_schedules, timed_steps
 from gkd.commands.doctor.examine import examine
@@ -312,11 +313,12 @@ def test_findings_are_printed_as_soon_as_they_are_known(folder, monkeypatch):
     file = io.StringIO()
     known = {}
 
-    def attempt(out, name, action, original=gkd.commands.doctor.examine._attempt):
+    def attempt(out, name, action, original=gkd.commands.doctor.examine.attempt):
         known[name] = file.getvalue()
         return original(out, name, action)
 
-    monkeypatch.setattr("gkd.commands.doctor.examine._attempt", attempt)
+    for file_of in ("examine", "models"):
+        monkeypatch.setattr(f"gkd.commands.doctor.{file_of}.attempt", attempt)
     recipe, *flags = argv(folder)
     examine(capture(recipe, flags), Console(file=file, width=100))
     assert "Token maps" in known["Rows"]
@@ -348,7 +350,7 @@ def test_rows_name_a_teacher_that_exists(folder, tmp_path):
 def test_the_share_of_cut_off_rollouts_is_judged_as_in_the_metrics(ended, level):
     values = {"ended": Estimate(ended, None, 8), "length": Estimate(5.0), "repeated_4grams": Estimate(0.0)}
     out = Diagnosis()
-    gkd.commands.doctor.examine._rollouts(out, Measures("student", values), 32, 0.5)
+    gkd.commands.doctor.models._rollouts(out, Measures("student", values), 32, 0.5)
     assert out.checks[0].level == level
 
 

@@ -14,19 +14,18 @@ from transformers import DynamicCache
 
 from gkd.assembly.rollouts import rows_at_a_time
 from gkd.cli import main
+from gkd.commands.plan.changes import changes, smallest_change
 from gkd.commands.plan.memory import (
     GIB,
     MEASURED_ERROR,
     OVERHEAD,
     Setup,
     activations,
-    changes,
     estimate,
     host_memory,
     kept_activations,
     kv_cache,
     layer_activations,
-    smallest_change,
 )
 from gkd.commands.plan.plan import parse_memory, shape_of
 from gkd.config.teacher import PLACEMENTS

@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from gkd.commands.doctor.view import Diagnosis
-from gkd.commands.plan.memory import GIB, Estimate, estimate, smallest_change
+from gkd.commands.plan.changes import smallest_change
+from gkd.commands.plan.memory import GIB, Estimate, estimate
 from gkd.commands.plan.plan import setup_of
 from gkd.common.sign_of_life import SignOfLife
 from gkd.common.text import rough_duration

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gkd.assembly.own_servers import memory_share
+from gkd.commands.plan.changes import smallest_change
 from gkd.commands.plan.memory import (
     GIB,
     MEASURED_ERROR,
@@ -24,7 +25,6 @@ from gkd.commands.plan.memory import (
     estimate,
     host_memory,
     kv_cache,
-    smallest_change,
 )
 from gkd.config.several import of_entry
 from gkd.models.facts import key_width
