@@ -14,9 +14,16 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from operators import build, share_folder
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 torch.set_num_threads(1)
+share_folder()
+gc.disable()  # until all tests are collected: what is imported is no garbage
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,6 +39,12 @@ def _own_log_level():
     """A recipe that ran in this process has raised the package's log level: back to the default."""
     yield
     logging.getLogger("gkd").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def operators():
+    """DeepSpeed's C++ operators, built before anything is timed."""
+    build()
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ if not torch.accelerator.is_available():
 """
 
 
-@pytest.mark.slow  # builds DeepSpeed's communication for the CPU where that is not built yet
+@pytest.mark.slow
+@pytest.mark.usefixtures("operators")
 def test_a_config_with_deepspeed_joins_no_process_group(tmp_path):
     """One process, as a launcher of ranks describes it; accelerate, which joins several while `TrainingArguments` sets
     up its device, has nothing to join here."""

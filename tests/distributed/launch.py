@@ -29,18 +29,12 @@ def environment(**extra: str) -> dict[str, str]:
         **kept,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")]),  # DeepSpeed wants ninja
         "PYTHONPATH": os.pathsep.join(filter(None, folders)),
-        "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **extra,
     }
-
-
-def extensions_folder() -> Path:
-    """Where DeepSpeed's compiled operators stay between test runs."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", ROOT / ".cache" / "torch_extensions"))
 
 
 def execute(command: Sequence[str], **variables: str) -> str:
@@ -78,12 +72,22 @@ def launch(
     **variables: str,
 ) -> str:
     """`accelerate launch` with two processes that run the cases one after the other."""
+    command = ["-m", "accelerate.commands.launch", *options, *machines, "--num_processes", str(RANKS)]
+    return execute([*command, "--dynamo_backend", "no", *_worker(cases, models, folder)], **variables)
+
+
+def fork(cases: Sequence[Case], models: Path, folder: Path, **variables: str) -> str:
+    """The same on two ranks that are forked from one process, whose slow imports are done once, with no launcher;
+    in full precision."""
+    return execute(_worker(cases, models, folder), ACCELERATE_MIXED_PRECISION="no", **variables)
+
+
+def _worker(cases: Sequence[Case], models: Path, folder: Path) -> list[str]:
+    """The script of each rank, and what it is to do."""
     plan = folder / "plan.json"
     plan.write_text(
         json.dumps(
             {"cases": [dataclasses.asdict(case) for case in cases], "models": str(models), "folder": str(folder)}
         )
     )
-    command = ["-m", "accelerate.commands.launch", *options, *machines, "--num_processes", str(RANKS)]
-    command += ["--dynamo_backend", "no", str(HERE / "worker.py"), str(plan), str(LIMIT_S - 60)]
-    return execute(command, **variables)
+    return [str(HERE / "worker.py"), str(plan), str(LIMIT_S - 60)]

@@ -1,4 +1,4 @@
-"""Started by test_scores_ranks.py: two forked ranks that share a folder of the teacher's hidden states."""
+"""Started by test_scores_ranks.py: forked ranks that share what a teacher was asked for, hidden states or answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def precomputed(folder: Path, store: str) -> list[Any]:
     return outcome(ranks(work, folder))
 
 
+@contextmanager
+def split_up(folder: Path, **stage3: Any) -> Iterator[None]:
+    """Inside, ranks are wired as DeepSpeed ZeRO-3, where all of them run a model together or not at all."""
+    plan = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **stage3}}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    path = folder / "plan.json"
+    path.write_text(json.dumps({**plan, **dict.fromkeys(sizes, "auto"), "bf16": {"enabled": "auto"}}))
+    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+
+
 def runs(folder: Path) -> dict[str, Any]:
     """Live; filling; filled; half filled (by another run) with the student writing, too."""
     kept = str(folder / "scores")
@@ -107,35 +124,57 @@ def runs(folder: Path) -> dict[str, Any]:
 
 def under_zero3(folder: Path) -> dict[str, Any]:
     """The same with a teacher that all ranks must run together or not at all."""
-    saving = {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
-    plan = {"zero_optimization": {"stage": 3, **saving}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    path = folder / "plan.json"
-    path.write_text(json.dumps({**plan, **dict.fromkeys(sizes, "auto")}))
-    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
-    os.environ.update(variables)
-    try:
-        half = {"lmbda": 0.5, "teacher_scores_dir": str(folder / "half")}
-        kept = {"teacher_scores_dir": str(folder / "scores")}
+    half = {"lmbda": 0.5, "teacher_scores_dir": str(folder / "half")}
+    kept = {"teacher_scores_dir": str(folder / "scores")}
+    saving = {"stage3_gather_16bit_weights_on_model_save": True}
+    with split_up(folder, **saving):
         result: dict[str, Any] = {
             "live": on_ranks(folder, ROWS),
             "precomputed": precomputed(folder, str(folder / "scores")),
         }
         result |= {"filled": on_ranks(folder, ROWS, **kept), "mixed_live": on_ranks(folder, ROWS, lmbda=0.5)}
-        for name in variables:
-            del os.environ[name]
-        one = Child(lambda _say: train(folder, ROWS[:5], None, **{**half, "lmbda": 0.0}), folder / "one.txt")
-        assert one.join() == 0, one.said()[-6000:]
-        os.environ.update(variables)
+    one = Child(lambda _say: train(folder, ROWS[:5], None, **{**half, "lmbda": 0.0}), folder / "one.txt")
+    assert one.join() == 0, one.said()[-6000:]
+    with split_up(folder, **saving):
         result["mixed"] = on_ranks(folder, ROWS, **half)
-        result["stores"] = [len(list((folder / name).iterdir())) for name in ("scores", "half")]
-        return result
-    finally:
-        for name in variables:
-            os.environ.pop(name, None)
+    result["stores"] = [len(list((folder / name).iterdir())) for name in ("scores", "half")]
+    return result
 
 
-SCENES = {"runs": runs, "under_zero3": under_zero3}
+def answers(folder: Path) -> dict[str, Any]:
+    """`gkd precompute`, the teacher's answers, by two ranks under ZeRO-3 and by one process."""
+    save_tiny(folder / "student", seed=1)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(9)))
+    values = {
+        "model_name_or_path": folder / "student",
+        "teacher_model_name_or_path": folder / "teacher",
+        "dataset_name": folder / "rows.jsonl",
+        "max_new_tokens": 6,
+        "rollout_batch_size": 4,  # 9 prompts, 8 at a time: the second rank has none in the last call
+    }
+
+    def work(name: str) -> None:
+        out = {"output_dir": folder / name, "precompute_output": folder / name / "data"}
+        flags = [part for key, value in {**values, **out}.items() for part in (f"--{key}", str(value))]
+        assert main(["precompute", "recipes/gkd_qwen2.py", *flags]) == 0
+
+    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+    with split_up(folder):
+        outcome(ranks(lambda _say: work("two"), folder))
+    del os.environ["TORCH_DISTRIBUTED_DEBUG"]
+    one = Child(lambda _say: work("one"), folder / "one.txt")
+    assert one.join() == 0, one.said()[-6000:]
+    result: dict[str, Any] = {}
+    for name in ("two", "one"):
+        table = folder / name / "data" / "data" / "train-00000-of-00001.parquet"
+        stores = {path.parent.name: 0 for path in (folder / name).glob("_teacher_sequences/*/about.json")}
+        for path in (folder / name).glob("_teacher_sequences/*/*.jsonl"):
+            stores[path.parent.name] += len(path.read_text().splitlines())
+        result[name] = {"table": Dataset.from_parquet(str(table)).to_list(), "stores": stores}
+    return result
+
+
+SCENES = {"runs": runs, "under_zero3": under_zero3, "answers": answers}
 
 if __name__ == "__main__":
     for scene in sys.argv[2:]:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from accelerate import Accelerator
 from cases import ALIGNED, VIEWS, Case, run
-from launch import launch
+from launch import fork
 from results import assert_all_saved_whole, assert_as_dense, assert_as_one_process, read
 
 from gkd.assembly.launch_checks import check_wiring
@@ -104,8 +104,8 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def folder(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("ddp")
-    # TORCH_DISTRIBUTED_DEBUG=DETAIL crashes DDP itself (torch 2.13), so it is left to the ZeRO launches.
-    launch([*CASES, *REFUSED], models, out, ["--multi_gpu", "--mixed_precision", "no"])
+    # TORCH_DISTRIBUTED_DEBUG=DETAIL crashes DDP itself (torch 2.13), so it is left to the ZeRO cases.
+    fork([*CASES, *REFUSED], models, out)
     return out
 
 

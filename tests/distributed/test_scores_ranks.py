@@ -1,4 +1,5 @@
-"""Two ranks share the teacher's hidden states: DDP, and ZeRO-3, where all of them run the teacher or none."""
+"""Two ranks share the teacher's hidden states, and its answers: DDP, and ZeRO-3, where all of them run the teacher or
+none."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ SCENES = ["runs", "under_zero3"]
 def results(operators: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each scene of scores_worker.py came to."""
     folder = tmp_path_factory.mktemp("scores")
-    execute([str(HERE / "scores_worker.py"), str(folder), *SCENES])
-    return {scene: json.loads((folder / scene / "result.json").read_text()) for scene in SCENES}
+    scenes = [*SCENES, "answers"]
+    execute([str(HERE / "scores_worker.py"), str(folder), *scenes])
+    return {scene: json.loads((folder / scene / "result.json").read_text()) for scene in scenes}
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -41,3 +43,12 @@ def test_ranks_share_scores_and_train_as_with_the_live_teacher(results: dict[str
         assert result["filling"][0]["losses"] == pytest.approx(live[0]["losses"], rel=1e-4)
         assert sum(rank["scored"] for rank in mixed) < sum(rank["scored"] for rank in result["mixed_live"])
     assert result["stores"] == [1, 1]  # split up or whole, it is one teacher
+
+
+def test_sharded_ranks_share_the_work_and_write_what_one_process_writes(results: dict[str, Any]) -> None:
+    """`gkd precompute` on two ranks under ZeRO-3: the same answers as one process gives, and one fingerprint."""
+    two, one = results["answers"]["two"], results["answers"]["one"]
+    assert two["table"] == one["table"]
+    assert len(two["table"]) == 9
+    assert two["stores"] == one["stores"]  # a folder of the same name: the sharded teacher has the whole's fingerprint
+    assert list(two["stores"].values()) == [9]

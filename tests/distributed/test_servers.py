@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cases import SPLIT_ALL, Case
-from launch import launch
+from launch import fork
 from other_tokens import other_model, other_tokenizer
 from results import assert_equal, assert_saved_whole, largest_differences, read
 from tiny import tiny_model
@@ -40,7 +40,7 @@ def ran(models: Path, tmp_path_factory: pytest.TempPathFactory):
         ]
         refused = Case("refused", {**args, "rollout_server_url": strict.url}, refused="is greater than max_lora_rank")
         # ZeRO-3 last: what transformers remembers of it outlives its case
-        launch([*cases[:3], refused, *cases[3:]], models, out, ["--multi_gpu", "--mixed_precision", "no"])
+        fork([*cases[:3], refused, *cases[3:]], models, out)
         yield out, cases, server
 
 

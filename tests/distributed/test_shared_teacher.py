@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cases import KINDS, SEVERAL, Case
-from launch import launch
+from launch import fork
 from results import assert_all_saved_whole, assert_as_one_process, read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
@@ -71,7 +71,7 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for case in CASES
     ]
     placed.sort(key=lambda case: case.engine)  # ZeRO-3 last: what transformers remembers of it outlives its case
-    launch(placed, models, out, ["--multi_gpu", "--mixed_precision", "no"])
+    fork(placed, models, out)
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cases import SPLIT_ALL, Case
-from launch import launch
+from launch import fork
 from results import assert_equal, largest_differences, read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
@@ -63,7 +63,7 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     # A ZeRO-3 case leaves its configuration behind for what is loaded after it in the same process.
     cases.sort(key=lambda case: "zero3.json" in str(case.environment))
-    launch(cases, models, out, ["--multi_gpu", "--mixed_precision", "no"])
+    fork(cases, models, out)
     return out
 
 

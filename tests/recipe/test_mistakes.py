@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from forked import Child
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model, tiny_rows
 
@@ -206,14 +208,19 @@ def test_a_fault_of_our_own_keeps_its_trace(folder, monkeypatch):
         main(command(["run", "good.py"]))
 
 
-@pytest.mark.parametrize("name", ["run", "doctor", "evaluate", "precompute"])
-def test_ctrl_c_is_clean(name, folder, tmp_path):
-    """While the recipe loads its data: the process says so in one line and leaves with 130."""
+@pytest.fixture
+def slow(tmp_path):
+    """A recipe whose data take a minute to load, and the file that it leaves when it has begun to."""
     mark = tmp_path / "loading"
-    recipe = tmp_path / "slow.py"
     wait = f"    import pathlib, time\n    pathlib.Path({str(mark)!r}).touch()\n    time.sleep(60)\n"
-    recipe.write_text(START + wait + GOOD + END)
-    argv = [sys.executable, "-m", "gkd.cli", name, str(recipe), *command([])]
+    (tmp_path / "slow.py").write_text(START + wait + GOOD + END)
+    return str(tmp_path / "slow.py"), mark
+
+
+def test_ctrl_c_is_clean(slow, folder):
+    """While the recipe loads its data: the process says so in one line and leaves with 130."""
+    recipe, mark = slow
+    argv = [sys.executable, "-m", "gkd.cli", "run", recipe, *command([])]
     process = subprocess.Popen(
         argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | _path()
     )
@@ -223,6 +230,21 @@ def test_ctrl_c_is_clean(name, folder, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in out + err
+    assert err.rstrip().endswith("stopped by Ctrl-C")
+
+
+@pytest.mark.parametrize("name", ["run", "doctor", "evaluate", "precompute"])
+def test_ctrl_c_is_clean_in_every_command(name, slow, folder, tmp_path, monkeypatch, capfd):
+    """The same of processes that have imported everything."""
+    recipe, mark = slow
+    monkeypatch.chdir(folder)
+    child = Child(lambda _say: sys.exit(main([name, recipe, *command([])])), tmp_path / "said.txt")
+    while not mark.exists() and psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    child.send(signal.SIGINT)
+    assert child.join() == 130, child.said()
+    out, err = capfd.readouterr()  # the child writes where this process does
+    assert "Traceback" not in out + err + child.said()
     assert err.rstrip().endswith("stopped by Ctrl-C")
 
 
