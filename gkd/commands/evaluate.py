@@ -31,7 +31,7 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
 
     Args:
         recipe: as `gkd.recipe.capture.capture` gives it. Its `use_peft` is set aside, since nothing is trained, unless
-            the teacher shares the student's weights: a new adapter changes nothing.
+            the teacher shares the student's weights or these are packed: a new adapter changes nothing.
         adapter: folder or name of a PEFT adapter; None = the student as it is.
 
     Returns:
@@ -48,7 +48,8 @@ def evaluate_recipe(recipe: Recipe, adapter: str | None) -> list[Measures]:
     if adapter is not None:
         adapter = str(adapter_folder(adapter, "--adapter"))
     settings = copied(recipe.settings)
-    settings.model.use_peft = settings.model.use_peft and settings.training.shares_weights
+    model = settings.model
+    model.use_peft &= settings.training.shares_weights or model.load_in_4bit or model.load_in_8bit
     # The harness lets every model write in this process; a server for the rollouts would want a student in training.
     settings.training.rollout_backend, settings.training.rollout_server_url = "hf", None
     settings.training.rollout_server = None

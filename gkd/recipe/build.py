@@ -16,7 +16,7 @@ from trl import get_peft_config, get_quantization_config
 from gkd.common.sign_of_life import SignOfLife
 from gkd.config.fields import GKDConfig
 from gkd.data.teacher_rows import View
-from gkd.models.loading import load_tokenizer
+from gkd.models.loading import adapter_config, load_tokenizer
 from gkd.recipe.objective import leave_teacher_out
 from gkd.recipe.settings import Settings
 from gkd.training.progress import ProgressBar
@@ -59,6 +59,7 @@ def loading_arguments(settings: Settings) -> GKDConfig:
     }
     args.model_init_kwargs = {**shared, "revision": model.model_revision, **(args.model_init_kwargs or {})}
     if quantization is not None:
+        _check_adapter(settings)
         device_map = {"": str(PartialState().device)}  # quantized weights cannot be moved later
         args.model_init_kwargs |= {"device_map": device_map, "quantization_config": quantization}
     if args.shares_weights and args.teachers is None:  # the teacher is not loaded
@@ -69,6 +70,16 @@ def loading_arguments(settings: Settings) -> GKDConfig:
     dtype = "auto" if model.dtype == "float32" else model.dtype
     args.teacher_model_init_kwargs = {**shared, "dtype": dtype, **own}
     return args
+
+
+def _check_adapter(settings: Settings) -> None:
+    model = settings.model
+    if not model.use_peft and adapter_config(student_name(settings), model.model_revision) is None:
+        field = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        raise ValueError(
+            f"{field}=True without use_peft: packed weights are not trained, only an adapter on them is; add "
+            f"--use_peft, or leave {field} out"
+        )
 
 
 def copied(settings: Settings) -> Settings:

@@ -99,20 +99,20 @@ def test_a_base_of_four_bits_on_disk_is_unpacked(tmp_path, capsys, tied):
     torch.testing.assert_close(whole.model.layers[1].self_attn.q_proj.weight, wanted)
 
 
-def test_a_student_that_trained_in_four_bits_is_exported_and_asked_with_its_rounding(tmp_path, capsys):
+def test_a_student_that_trained_in_four_bits_is_exported_asked_and_measured_with_its_rounding(tmp_path, capsys):
     """A real run: the base is whole on disk, and the adapter has learnt beside its rounded weights."""
     pytest.importorskip("bitsandbytes")
     base = save_tiny(tmp_path / "student", hidden=128, seed=1)
     save_tiny(tmp_path / "teacher", seed=2)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
     (tmp_path / "recipe.py").write_text(
-        "from gkd.run import dataset_by_name, run\nif __name__ == '__main__':\n    run(dataset_by_name)\n"
+        "from gkd.run import dataset_by_name, run, with_held_out\nif __name__ == '__main__':\n"
+        "    run(lambda settings: with_held_out(dataset_by_name(settings), 4), defaults={'use_peft': True})\n"
     )
     trained = flags(
         tmp_path,
         tmp_path / "run",
         load_in_4bit=True,
-        use_peft=True,
         learning_rate=0.05,
         max_steps=1,
         evaluate_before_and_after=False,
@@ -133,6 +133,16 @@ def test_a_student_that_trained_in_four_bits_is_exported_and_asked_with_its_roun
     asked = ["--ask", "one", "--models", "before,after", "--max_new_tokens", "2", "--json"]
     assert main(["chat", str(tmp_path / "run"), *asked]) == 0
     assert set(json.loads(capsys.readouterr().out)[0]["answers"]) == {"student before", "student after"}
+    assert main(["evaluate", str(tmp_path / "recipe.py"), *trained, "--adapter", str(tmp_path / "run"), "--json"]) == 0
+    packed = json.loads(capsys.readouterr().out)["models"]
+    whole = {"model_name_or_path": tmp_path / "run-merged", "num_eval_prompts": None}
+    assert main(["evaluate", str(tmp_path / "recipe.py"), *flags(tmp_path, tmp_path / "x", **whole), "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)["models"]["student"]
+    assert merged["perplexity"]["value"] == pytest.approx(packed["student + adapter"]["perplexity"]["value"], rel=1e-3)
+    assert merged["perplexity"]["value"] != pytest.approx(packed["student"]["perplexity"]["value"], rel=0.01)
+    with pytest.raises(SystemExit):
+        main(["run", str(tmp_path / "recipe.py"), *trained, "--use_peft", "false", "--overwrite_output_dir", "true"])
+    assert "load_in_4bit=True without use_peft: packed weights are not trained" in capsys.readouterr().err
 
 
 def test_narrow_weights_stay_narrow_unless_asked(tmp_path):
