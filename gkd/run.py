@@ -95,6 +95,7 @@ def _run(recipe: Recipe) -> None:
                 f"{name}={value} has no effect with evaluate_before_and_after=False: leave one of them out"
             )
     end_with_the_launcher()
+    _check_resumed(args)
     output_folder.make(args.output_dir)
     first = int(os.environ.get("RANK", "0")) == 0
     with output_folder.locked(args.output_dir) if first else nullcontext():
@@ -144,6 +145,14 @@ def _train(recipe: Recipe) -> None:
         print(f"next: gkd chat {folder}, and gkd export {folder} --to merged (or gguf, ollama)")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.script.dataset_name)
+
+
+def _check_resumed(args: GKDConfig) -> None:
+    """A checkpoint that is not there is told before models are loaded and measured."""
+    wanted = args.resume_from_checkpoint
+    switch = wanted is None or str(wanted).lower() in ("true", "false", "none")
+    if not switch and not os.path.isdir(str(wanted)):
+        raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: there is no such folder")
 
 
 def _starts_anew(args: GKDConfig) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from transformers.integrations import get_available_reporting_integrations
 
 from gkd.common.launcher import end_with_the_launcher
 from gkd.config.fields import GKDConfig
@@ -30,6 +31,7 @@ def check_launch(args: GKDConfig) -> None:
             "FSDP is not supported: the output heads and the rollouts need whole weights; use DDP "
             "(deepspeed_configs/ddp.yaml) or, for models that do not fit, ZeRO-3 (deepspeed_configs/zero3.yaml)"
         )
+    _check_loggers(args)
     _check_parallelism(args)
     check_tasks(args.world_size)
     if args.n_gpu > 1:
@@ -46,6 +48,17 @@ def check_launch(args: GKDConfig) -> None:
         raise ValueError(
             "accelerator_config={'dispatch_batches': True} is not supported: the main process would join rows of "
             "different lengths for the others. Leave it out: each process reads its own rows"
+        )
+
+
+def _check_loggers(args: GKDConfig) -> None:
+    """Trackers whose packages are not there; those that transformers does not look for are left to their callbacks."""
+    missing = set(args.report_to) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    if missing:
+        name = min(missing)
+        raise ValueError(
+            f"report_to={name!r}: its package is not installed here, or switched off: install it, or take {name} out "
+            "of report_to (none for no tracker)"
         )
 
 

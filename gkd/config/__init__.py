@@ -16,6 +16,8 @@ settings: from fields to settings objects, which hold the ranges and choices of 
 several: the field `teachers`: several teachers of any kind, each of which is a run's one teacher for
     its own rows
 teacher: fields about the teacher: where it stands, what is kept of it, its adapters, and what goes together
+training_values: fields of the base classes: values that the libraries meet long after the start, or
+    never, refused with the config
 values: single fields: sizes and choices that no settings object holds, and options that this
     trainer cannot honour
 weights: fields about what a token, or a whole completion, counts: weights of tokens, and the reward term

@@ -25,6 +25,7 @@ from gkd.config.servers import LOGPROB_TOLERANCE, SERVER_TIMEOUT, check_servers
 from gkd.config.settings import check_settings, loss_settings
 from gkd.config.several import check_entries, check_several, config_of, entry_of, stands_on_base, weight_of
 from gkd.config.teacher import SELF_TEACHER_DECAY, check_teacher
+from gkd.config.training_values import check_accelerator_config, check_training_values
 from gkd.config.values import check_counts, check_dicts, check_options, check_values
 from gkd.config.weights import check_weights
 from gkd.data.sources import SOURCES
@@ -344,9 +345,11 @@ class GKDConfig(SFTConfig):
             # after set_seed(..., device_specific=True)) would each shuffle in their own way.
             self.data_seed = self.seed
         check_dicts(self)
+        check_accelerator_config(self)
         super().__post_init__()
         check_entries(self)
         check_counts(self)
+        check_training_values(self)
         check_settings(self)
         check_values(self)
         check_options(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from typing import Any
 
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -79,8 +80,10 @@ def check_counts(config: Any) -> None:
         value = getattr(config, name)
         if value < 1:
             raise ValueError(f"{name}={value} should be 1 or more")
-    if config.max_steps <= 0 and config.num_train_epochs <= 0:
+    if config.max_steps <= 0 and not 0 < config.num_train_epochs < math.inf:
         raise ValueError(f"num_train_epochs={config.num_train_epochs} should be above 0, or set max_steps")
+    if config.max_steps == 0:
+        raise ValueError("max_steps=0 trains nothing: leave it out to train for num_train_epochs")
 
 
 def check_values(config: Any) -> None:

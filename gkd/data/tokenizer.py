@@ -1,4 +1,4 @@
-"""`eos_token` and `chat_template_path`: options of `SFTConfig` about the tokenizer, applied before any row is read.
+"""`eos_token`, `pad_token`, `chat_template_path`: options of `SFTConfig` about the tokenizer, before any row is read.
 
 `SFTTrainer` applies them itself, but after the rows of this package have been rendered; and it would add the tokens of
 another tokenizer to the student, which the teacher does not know.
@@ -17,18 +17,21 @@ from gkd.models.loading import load_tokenizer
 
 
 def apply_options(tokenizer: PreTrainedTokenizerBase, args: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, with `args.eos_token` as its end-of-sequence token and the template of `args.chat_template_path`.
+    """The tokenizer, with `args.eos_token` as its end-of-sequence token, `args.pad_token` as its padding and the
+    template of `args.chat_template_path`.
 
     Raises:
-        ValueError: an `eos_token` that the vocabulary lacks; a template file that is missing, or a tokenizer whose
+        ValueError: one of these tokens is not in the vocabulary; a template file that is missing, or a tokenizer whose
             template needs tokens that the student lacks.
     """
     if args.chat_template_path is not None:
         _take_template(tokenizer, args.chat_template_path, args.trust_remote_code)
-    if args.eos_token is not None:
-        if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token={args.eos_token!r} is not in the vocabulary of the student's tokenizer")
-        tokenizer.eos_token = args.eos_token
+    for name in ("eos_token", "pad_token"):
+        token = getattr(args, name)
+        if token is not None and token not in tokenizer.get_vocab():
+            raise ValueError(f"{name}={token!r} is not in the vocabulary of the student's tokenizer")
+        if token is not None:
+            setattr(tokenizer, name, token)
     return tokenizer
 
 

@@ -33,7 +33,7 @@ def load_errors_named(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the file system, and it names the file
         cause = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -225,7 +225,8 @@ def load_teacher(
         check_loading(kwargs, placement, getattr(config, "quantization_config", None) is not None)
         with split_while_loading(placement, full, int(config.hidden_size)):
             model = keep_layout(create_model_from_path(name, **kwargs))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"teacher_model_name_or_path={name!r} cannot be loaded: {error}") from error
+    except (OSError, ImportError, SafetensorError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"teacher_model_name_or_path={name!r} cannot be loaded: {cause}") from error
     check_not_split(model, "teacher")
     return model

@@ -5,6 +5,8 @@ capture: recipe files: executing one, or taking from it what it would run
 command_line: the parser of a run's flags and of its `--config` YAML: TRL's; an error names field, value
     and remedy
 help: `--help` of a recipe: grouped, the project's own fields first
+ineffective: flags about the student's adapter and its quantization that would have no effect, since
+    neither is asked for
 mistakes: a user's mistake ends in one line, anybody else's with its traceback
 objective: `objective`: a word for fields that go together. "sft" trains on the data's answers, and asks no teacher
 report: what a run shows of itself: student before and after, in the log, the table, the files and the card

@@ -134,6 +134,22 @@ def refuse_unknown(names: Iterable[str], known: list[str], where: str, dashes: s
             raise ValueError(f"{where}: there is no field {name!r}; {hint}")
 
 
+class _TwiceError(Exception):
+    pass
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key may not stand twice: of two values, the first would be lost without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = getattr(key, "value", None), key.start_mark.line + 1
+            if isinstance(name, str) and seen.setdefault(name, line) != line and name != "<<":
+                raise _TwiceError(f"{name} stands twice, in lines {seen[name]} and {line}: leave one of them out")
+        return super().construct_mapping(node, deep)
+
+
 def read_config(argv: list[str]) -> dict[str, Any]:
     """What the YAML file after `--config` says; {} without one.
 
@@ -147,9 +163,11 @@ def read_config(argv: list[str]) -> dict[str, Any]:
         raise ValueError("--config needs a YAML file after it" if path is None else f"--config {path}: no such file")
     try:
         with open(path, encoding="utf-8") as file:
-            given = yaml.safe_load(file)
+            given = yaml.load(file, _EachKeyOnce)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} is no YAML: {_line(str(error))}") from error
+    except _TwiceError as error:
+        raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ValueError(f"--config {path} should hold fields and their values, for example `lmbda: 0.5`")
     variables = given.get("env", {})

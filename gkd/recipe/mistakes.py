@@ -49,6 +49,11 @@ def in_the_users_code(error: BaseException) -> str | None:
     return f"{last.filename}, line {last.lineno}, `{last.line}`: {type(error).__name__}: {told}"
 
 
+def _of_a_library(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _is_librarys(frames[-1].filename)
+
+
 def _is_ours(file: str) -> bool:
     return file.startswith(_PACKAGE + os.sep)
 
@@ -88,4 +93,7 @@ def mistake(error: BaseException) -> str | None:
     """The line that tells a user's mistake; None when the error is none."""
     if isinstance(error, ValueError) or (isinstance(error, TypeError) and str(error).startswith("args is")):
         return str(error)
-    return in_the_users_code(error)
+    own = in_the_users_code(error)
+    if own is None and isinstance(error, ImportError) and _of_a_library(error):
+        return " ".join(str(error).split())  # a package that an option needs and that is not here
+    return own

@@ -21,6 +21,7 @@ from gkd.config.fields import GKDConfig
 from gkd.config.values import INEFFECTIVE
 from gkd.evaluation.public_tasks import check_installed
 from gkd.recipe.command_line import Parser, arguments, read_config, refuse_unknown
+from gkd.recipe.ineffective import check_effective
 from gkd.recipe.mixture import entries_of
 from gkd.recipe.objective import OBJECTIVES, fields_of
 from gkd.recipe.set_aside import flag_values, set_aside
@@ -173,6 +174,7 @@ def parse(defaults: dict[str, Any], argv: list[str] | None = None, description: 
     script, training, model, around, unused = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unused:
         refuse_unknown([unused[0].partition("=")[0]], known, "the command line", "--")
+    check_effective(said, model)
     return Settings(script, training, model, around, remarks)
 
 

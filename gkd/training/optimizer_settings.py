@@ -19,8 +19,25 @@ class OptimizerSettings:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._check()
         self._kind: str | None = None
         self._asked_for: Sequence[dict[str, Any]] = ()  # of the optimizer's groups
+
+    def _check(self) -> None:
+        """An optimizer that cannot be made is told now, not when the training begins.
+
+        Raises:
+            ValueError: its package is not installed, or `optim_args` are not for it.
+        """
+        trainer, args = self._trainer, self._trainer.args
+        if getattr(trainer, "optimizer", None) is not None:
+            return
+        name = getattr(args.optim, "value", args.optim)
+        try:
+            trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        except (ImportError, ValueError) as error:
+            told = f"optim={name!r}" + (f" with optim_args={args.optim_args!r}" if args.optim_args else "")
+            raise ValueError(f"{told} cannot be made: {' '.join(str(error).split())}") from error
 
     @property
     def kind(self) -> str:

@@ -11,6 +11,7 @@ the loss is divided by the number of tokens that are trained on; docs/coming_fro
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -117,6 +118,9 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         reward: Reward | None = None,
         token_weights: Own | None = None,
     ) -> None:
+        model, teacher_model = (
+            os.fspath(one) if isinstance(one, os.PathLike) else one for one in (model, teacher_model)
+        )
         given = Given(
             student=model,
             teacher=teacher_model,

@@ -37,6 +37,11 @@ def test_tasks_that_do_not_know_of_each_other_are_refused(environment, who, monk
         GKDTrainer(model="nowhere", teacher_model="nowhere", args=args)
 
 
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="report_to='neptune': its package is not installed here"):
+        GKDTrainer(model="nowhere", teacher_model="nowhere", args=config(tmp_path, report_to=["neptune"]))
+
+
 @pytest.mark.parametrize(
     ("environment", "joined"),
     [

@@ -47,6 +47,27 @@ RANGES = [
     ({"unanswered_rows": "keep"}, "unanswered_rows='keep' is unknown: use one of cut, drop"),
     ({"assistant_turns": "first"}, "assistant_turns='first' is unknown: use one of last, all"),
     ({"rollout_backend": "sglang"}, "rollout_backend='sglang' is unknown: use one of hf, vllm"),
+    # what the base classes' fields hold, and their libraries would meet late or never
+    ({"learning_rate": -1.0}, "learning_rate=-1.0 is out of range [0, inf)"),
+    ({"learning_rate": math.nan}, "learning_rate=nan is out of range [0, inf)"),
+    ({"weight_decay": math.inf}, "weight_decay=inf is out of range [0, inf)"),
+    ({"adam_beta2": 1.0}, "adam_beta2=1.0 is out of range [0, 1)"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is out of range [0, inf): 0 does not clip"),
+    ({"max_steps": 0}, "max_steps=0 trains nothing"),
+    ({"num_train_epochs": math.inf}, "num_train_epochs=inf should be above 0, or set max_steps"),
+    ({"save_steps": 0}, "save_steps=0 should be above 0: a number of steps, or below 1 a share"),
+    ({"eval_strategy": "steps", "eval_steps": -5}, "eval_steps=-5 should be above 0"),
+    ({"logging_steps": -1}, "logging_steps=-1 should be above 0: a number of steps"),
+    (
+        {"load_best_model_at_end": True, "save_strategy": "no"},
+        "load_best_model_at_end=True has no effect with eval_st",
+    ),
+    ({"train_sampling_strategy": "length"}, "train_sampling_strategy='length' is unknown: use one of random, sequent"),
+    ({"log_level": "loud"}, "log_level='loud' is unknown: use one of"),
+    ({"report_to": ["wandbb"]}, "report_to='wandbb' is unknown: use one of none, all, "),
+    ({"seed": -1}, "seed=-1 is out of range: use a whole number of at least 0"),
+    ({"pad_to_multiple_of": -8}, "pad_to_multiple_of=-8 is out of range"),
+    ({"accelerator_config": {"split": True}}, "accelerator_config='split' is unknown: use one of"),
     ({"teacher_placement": "gpu"}, "teacher_placement='gpu' is unknown: use one of same, cpu_offload"),
 ]
 
@@ -54,7 +75,7 @@ RANGES = [
 @pytest.mark.parametrize(("values", "message"), RANGES, ids=[" ".join(map(str, values)) for values, _ in RANGES])
 def test_a_config_names_the_field_the_value_and_the_remedy(tmp_path, values, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        GKDConfig(output_dir=str(tmp_path), report_to=[], **values)
+        GKDConfig(**{"output_dir": str(tmp_path), "report_to": [], **values})
 
 
 # The settings object that holds the range of a field, and what else it needs.

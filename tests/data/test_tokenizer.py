@@ -75,9 +75,15 @@ def test_eos_token_ends_the_answers_and_the_rollouts(tmp_path, monkeypatch):
     assert 256 in run.rollouts["student"].settings.stop_ids
 
 
-def test_an_unknown_eos_token_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="eos_token='<nope>' is not in the vocabulary"):
-        trainer(tmp_path, tiny_tokenizer(), eos_token="<nope>")
+def test_pad_token_is_what_batches_are_padded_with(tmp_path):
+    run = trainer(tmp_path, tiny_tokenizer(), pad_token="<|im_start|>")
+    assert run.processing_class.pad_token_id == run.data_collator.pad_id == run.model.config.pad_token_id == 257
+
+
+@pytest.mark.parametrize("name", ["eos_token", "pad_token"])
+def test_an_unknown_token_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}='<nope>' is not in the vocabulary"):
+        trainer(tmp_path, tiny_tokenizer(), **{name: "<nope>"})
 
 
 def test_options_of_the_base_class_that_would_do_nothing_are_refused(tmp_path):

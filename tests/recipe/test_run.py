@@ -150,7 +150,11 @@ def test_unknown_keys_in_yaml_and_in_defaults_are_errors(tmp_path):
         ({"dataset_name": None}, ["dataset_name is missing"]),
         ({"teacher_model_name_or_path": "nowhere/teacher"}, ["nowhere/teacher"]),
         ({"generation_kwargs": '{"num_beans": 3}'}, ["num_beans"]),
-        ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "no such folder"]),
+        ({"resume_from_checkpoint": "nowhere", "model_name_or_path": "not/loaded"}, ["nowhere", "no such folder"]),
+        ({"optim": "galore_adamw"}, ["optim='galore_adamw' cannot be made", "galore_torch"]),
+        ({"optim_args": "beta"}, ["optim_args='beta'"]),
+        ({"use_liger_kernel": "true"}, ["use_liger_kernel", "pip install"]),
+        ({"attn_implementation": "flash_attention_2"}, ["teacher_model_name_or_path", "FlashAttention2"]),
     ],
 )
 def test_wrong_values_name_field_value_and_remedy(folder, tmp_path, capsys, changes, parts):

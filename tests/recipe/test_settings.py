@@ -41,12 +41,22 @@ def test_a_default_that_is_made_is_made_only_where_nobody_gives_the_field(tmp_pa
         ({}, ["--lmbda", "2"], "", r"lmbda=2"),
         ({}, ["--num_eval_prompts", "0"], "", r"num_eval_prompts=0 .*evaluate_before_and_after=False"),
         ({}, ["--lm_eval_limit", "3"], "", r"lm_eval_limit=3"),
+        ({}, [], "lmbda: 0.1\nseed: 3\nlmbda: 0.9", r"run.yaml: lmbda stands twice, in lines 1 and 3"),
+        ({}, ["--lora_r", "8"], "", r"lora_r=8 has no effect with use_peft=False: add --use_peft"),
+        ({"lora_r": 64}, [], "use_dora: true", r"use_dora=True has no effect with use_peft=False"),
+        ({}, ["--use_peft", "--use_bnb_nested_quant"], "", r"use_bnb_nested_quant=True .* load_in_4bit=False"),
     ],
 )
 def test_mistakes_are_told_with_their_place(tmp_path, recipe, argv, yaml, message):
     (tmp_path / "run.yaml").write_text(yaml or "seed: 3\n")
     with pytest.raises(ValueError, match=message):
         parse({"output_dir": str(tmp_path), **recipe}, ["--config", str(tmp_path / "run.yaml"), *argv])
+
+
+def test_a_recipes_values_may_wait_for_the_field_that_they_need(tmp_path):
+    recipe = {"output_dir": str(tmp_path), "lora_r": 64, "lora_target_modules": ["all-linear"]}
+    assert parse(recipe, []).model.lora_r == parse(recipe, ["--use_peft"]).model.lora_r == 64
+    assert parse(recipe, ["--use_peft", "--lora_r", "8"]).model.lora_r == 8
 
 
 def test_help_is_grouped_with_our_own_fields_first(capsys, monkeypatch):

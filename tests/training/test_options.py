@@ -1,15 +1,24 @@
 """Options of the trainer that reach the loss: each changes what it says, and only that."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from training import change, config, dense_loss, logged, losses, trainer_of
 from trl.experimental.utils import DataCollatorForChatML
 
 from gkd.assembly.models import disable_dropout
 from gkd.data.sequences import unpad
 from gkd.training.trainer import GKDTrainer
+
+
+def test_models_may_be_named_by_a_path(tmp_path):
+    folder = Path(save_tiny(tmp_path / "model", seed=1))
+    rows = Dataset.from_list(tiny_rows(4))
+    trainer = GKDTrainer(folder, folder, config(tmp_path / "out", max_steps=1), train_dataset=rows)
+    assert trainer.teacher_model.config.vocab_size == len(trainer.processing_class)
 
 
 def test_the_routers_auxiliary_loss_is_added_once_per_window(tmp_path):
