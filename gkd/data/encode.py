@@ -152,7 +152,12 @@ class RowEncoder:
         """`text` without what stands behind the stop token that ends its last answer."""
         if self.turn and self.turn.closing and text.endswith(self.turn.closing):
             return text[: -len(self.turn.closing)] + self.turn.kept
-        end, rest = None, text.rstrip()
+        return self._stopped_once(text)
+
+    def _stopped_once(self, text: str) -> str:
+        """A text without what stands behind the first of the stop tokens that it ends with: an answer whose content
+        ended with one has another by its template."""
+        end, rest = len(text), text.rstrip()
         while stop := next((stop for stop in self.stop_texts if rest.endswith(stop)), None):
             end, rest = len(rest), rest[: -len(stop)].rstrip()
         return text[:end]
@@ -188,6 +193,8 @@ class RowEncoder:
             prompt = self._render(self.template, row, messages[: row.answer], place, generate=True)
             whole = self._render(self.template, row, messages, place)
         text = self._closed(whole)
+        if text.startswith(prompt):
+            text = prompt + self._stopped_once(text[len(prompt) :])
         served, ids, start = self._joined(prompt, text)
         if start == 0:
             place.bad("messages", "the chat template renders the prompt and the whole chat with different beginnings")
@@ -238,7 +245,8 @@ class RowEncoder:
         found = finder.find(row, whole, numbers) if numbers else {}
         if len(found) < len(numbers):
             encoded = encoded.noted("turn_not_found")
-        spans = [span for span in found.values() if not self._is_bare(whole[slice(*span)])]
+        turns = [(first, self._stopped_once(whole[first:last])) for first, last in found.values()]
+        spans = [(first, first + len(turn)) for first, turn in turns if not self._is_bare(turn)]
         if not spans:
             return encoded
         labels = list(encoded.labels)

@@ -113,6 +113,17 @@ def test_answers_end_with_the_stop_token_and_nothing_follows(template, turns):
     ]
 
 
+@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|><|im_end|>"])
+def test_an_answer_that_brings_its_stop_token_has_one(turns, end):
+    """As in dumps of what a model has written: it stops at the first, so a second one is nothing to learn."""
+    said = [{**turn, "content": turn["content"] + end * (turn["role"] == "assistant")} for turn in THREE_TURNS]
+    tokenizer = with_template(CHATML)
+    rows = [one({"messages": messages}, tokenizer, assistant_turns=turns) for messages in (said, THREE_TURNS)]
+    found, expected = (parts(row, tokenizer)[1] for row in rows)
+    assert found == expected
+
+
 def test_a_template_without_end_of_turn_gets_eos_and_a_note():
     turns = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     template = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
