@@ -16,6 +16,7 @@ from launch import ROOT, execute, launch
 from results import read
 from tiny import tiny_rows
 
+from gkd.cli import main
 from gkd.servers.own import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("operators")]
@@ -160,7 +161,8 @@ def test_the_recipe_runs_from_start_to_end_and_measures_what_one_process_does(re
     assert f"saved to {folder}" in output.replace("\n", "")
     for name in ("adapter_model.safetensors", "adapter_config.json", "evaluation.json", "README.md"):
         assert (folder / name).exists(), name
-    execute([*recipe, f"--output_dir={tmp_path / 'alone'}", "--dtype=float32", "--per_device_train_batch_size=4"])
+    alone = [f"--output_dir={tmp_path / 'alone'}", "--dtype=float32", "--per_device_train_batch_size=4"]
+    assert main(["run", *recipe, *alone]) == 0
     numbers, expected = measured(folder), measured(tmp_path / "alone")
     assert len(expected) > 10
     assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-6)
