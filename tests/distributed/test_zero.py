@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from cases import ALIGNED, SPLIT_ALL, VIEWS, Case
-from launch import launch
+from launch import fork
 from results import assert_all_saved_whole, assert_as_dense, assert_as_one_process, read
 
 from gkd.assembly.checks import check_not_quantized
@@ -95,8 +95,8 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Case(**{**vars(case), "args": placed(case.args), "environment": placed(case.environment)})
         for case in (*CASES, *HALF, *REFUSED)
     ]
-    options = ["--multi_gpu", "--mixed_precision", "no"]  # the cases choose the engine by their environment
-    launch(cases, models, out, options, TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    # the cases choose the engine by their environment
+    fork(cases, models, out, TORCH_DISTRIBUTED_DEBUG="DETAIL")
     return out
 
 
