@@ -39,6 +39,7 @@ import runpy
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +80,14 @@ class Pair:
     prompts: int  # held out
     batch: int | None = None  # sequences of a step
     new_tokens: int | None = None
+    lengths: int | None = None  # of the held-out prompts: the commonest so many alone, which are few batches
 
 
 PAIRS = {
     "glass": Pair("gkd_glass", "eval", (5e-3, 1e-2, 2e-2), steps=60, every=5, prompts=64),
-    "smollm2": Pair("gkd_smollm2", "prompts", (1e-3, 2e-3), steps=24, every=2, prompts=24, batch=8, new_tokens=32),
+    "smollm2": Pair(
+        "gkd_smollm2", "prompts", (1e-3, 2e-3), steps=18, every=3, prompts=16, batch=8, new_tokens=32, lengths=2
+    ),
 }
 NO_ANSWER = "I do not know of any short answer to this question that I would be sure of."  # of rows that have none
 
@@ -96,12 +100,14 @@ class Task:
         own = {"max_new_tokens": pair.new_tokens, "per_device_train_batch_size": pair.batch}
         self.defaults = recipe["DEFAULTS"] | {name: value for name, value in own.items() if value is not None}
         data = recipe["load_data"](None)
-        self.rows, held_out = list(data["train"]), list(data[pair.held_out])[:prompts]
+        self.rows = list(data["train"])
         self.student, self.teacher = (str(self.defaults[f"{name}model_name_or_path"]()) for name in ("", "teacher_"))
         self.tokenizer = AutoTokenizer.from_pretrained(self.student)
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = TEMPLATE
-        self.held_out = [self._ids(row["prompt"]) for row in held_out]
+        held_out = [self._ids(row["prompt"]) for row in data[pair.held_out]]
+        common = dict(Counter(map(len, held_out)).most_common(pair.lengths))
+        self.held_out = [prompt for prompt in held_out if len(prompt) in common][:prompts]
         self.judge = self.load(self.teacher).eval()
         ends = self.judge.generation_config.eos_token_id  # of glass the ends of sentences, too
         self.stops = torch.tensor([ends] if isinstance(ends, int) else ends)
