@@ -55,6 +55,10 @@ LABELS = {
     "tail_4": "outside its first 4",
     "tail_16": "outside its first 16",
     "overconfidence": "too sure by",
+    "acceptance": "taken, T = 1",
+    "acceptance_greedy": "taken, greedy",
+    "block_efficiency": "tokens a pass of 4 drafted, T = 1",
+    "block_efficiency_greedy": "greedy",
     "cpu_seconds": "CPU s a run",
 }
 _WALK, _AFTER = "grid_walk/results/steps.json", "grid_walk/results/afterwards.json"
