@@ -64,6 +64,7 @@ LABELS = {
 _WALK, _AFTER = "grid_walk/results/steps.json", "grid_walk/results/afterwards.json"
 _LONGER, _LONGER_AFTER = "grid_walk/results/longer.json", "grid_walk/results/longer_afterwards.json"
 _ONE, _SHARE = "one_answer/results/steps.json", "share_and_divergence/results/steps.json"
+_LARGER = "share_and_divergence/results/smollm2.json"
 _WARM = "warm_start/results/steps.json"
 _WARM_KD, _WARM_OWN = "the teacher's text", "own text from the start"
 _KD, _OWN = "supervised KD, fresh", "on-policy, beta 0"
@@ -85,6 +86,8 @@ SUMMARY = (  # what is compared; file and cell without the student's text, file 
     ("– sampled at T = 1, %", _ONE, "supervised KD", _ONE, _OWN, "score_sampled %"),
     ("Short text: KL on own text, nats a token", _SHARE, _TEXT_KD, _SHARE, _TEXT_OWN, "forward_kl_own"),
     ("– KL on the teacher's text, nats a token", _SHARE, _TEXT_KD, _SHARE, _TEXT_OWN, "forward_kl_teacher_text"),
+    ("SmolLM2-135M, 10 steps: KL on own text", _LARGER, "lmbda=0", _LARGER, "lmbda=1", "forward_kl_own"),
+    ("– KL on the teacher's text, nats a token", _LARGER, "lmbda=0", _LARGER, "lmbda=1", "forward_kl_teacher_text"),
 )
 _SUMMARY_MARK = re.compile(r"(<!-- summary -->\n)((?:\|.*\n)*)")
 _MARK = re.compile(r"(<!-- table: (.+?) -->\n)((?:\|.*\n)*)")
