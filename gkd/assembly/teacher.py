@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pyarrow.compute as pc
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 
 from gkd.assembly.scores import with_scores
 from gkd.assembly.several import over_base
 from gkd.config.fields import GKDConfig
 from gkd.models.adapters import load_adapter
-from gkd.models.facts import head_size
+from gkd.models.facts import head_size, model_name
 from gkd.models.shared_weights import base_of_student, is_new, same_model, with_own_adapter
 from gkd.servers.checks import Server
 from gkd.teachers.average import AverageTeacher
@@ -145,8 +147,15 @@ def warn_of_one_model(args: GKDConfig, student: nn.Module, rows: Any) -> None:
     Args:
         rows: the prepared train rows; with prompts of the teacher's own, the two differ all the same.
     """
-    learns = args.ce_weight > 0 or (args.teacher_writes and args.seq_kd_loss == "nll")
-    if learns or not args.shares_weights or _teacher_reads_otherwise(rows):
+    learns = args.ce_weight > 0 or args.reward_weight > 0 or (args.teacher_writes and args.seq_kd_loss == "nll")
+    if learns or not (args.shares_weights or _is_named_twice(args, student)) or _teacher_reads_otherwise(rows):
+        return
+    if not args.shares_weights:
+        logger.warning(
+            "student and teacher are the same model, %s, so divergence and gradient are 0 and nothing is learnt: name "
+            "another one with teacher_model_name_or_path, or train on something beside it (ce_weight)",
+            args.teacher_model_name_or_path,
+        )
         return
     remedy = "give the teacher a prompt of its own (the column teacher_system or teacher_prompt)"
     if args.teacher_follows:
@@ -163,6 +172,18 @@ def warn_of_one_model(args: GKDConfig, student: nn.Module, rows: Any) -> None:
             "(ce_weight)",
             remedy,
         )
+
+
+def _is_named_twice(args: GKDConfig, student: nn.Module) -> bool:
+    """Whether the teacher that is loaded by name has the student's very weights, as they are before the training."""
+    name, own, kwargs = args.teacher_model_name_or_path, model_name(student), args.teacher_model_init_kwargs or {}
+    if name is None or own is None or args.teacher_names or args.teacher_adapter_name_or_path is not None:
+        return False
+    otherwise = not isinstance(kwargs, dict) or {"revision", "quantization_config", "subfolder"} & kwargs.keys()
+    otherwise = otherwise or getattr(student, "is_quantized", False) or not args.disable_dropout
+    if otherwise or (isinstance(student, PeftModel) and not is_new(student)):
+        return False
+    return os.path.realpath(own) == os.path.realpath(name) if os.path.isdir(own) else own == name
 
 
 def _teacher_reads_otherwise(rows: Any) -> bool:

@@ -46,3 +46,13 @@ def one_of(name: str, value: object, known: Collection[str]) -> None:
 def called(name: str, names: Mapping[str, str] | None) -> str:
     """What a user calls an attribute of a settings object: by `names`, else as it is."""
     return (names or {}).get(name, name)
+
+
+def as_number(value: object) -> float | None:
+    """What a user's own function gave, as a float; None when it is no single number: a text, None, several."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):  # an array's, a tensor's with several numbers; 10**400
+        return None

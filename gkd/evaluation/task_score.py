@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gkd.common.ranges import as_number
 from gkd.evaluation.measures import Estimate, bootstrap_estimate, mean_estimate
 
 Score = Callable[[str, dict[str, Any]], float]
@@ -39,6 +41,9 @@ class TaskScore:
         found = {}
         if self.score is not None:
             values = [_number(self.score(text, row), "score") for text, row in zip(texts, self.rows, strict=True)]
+            if any(map(math.isnan, values)):  # the mean of all would be none
+                at = [math.isnan(value) for value in values].index(True)
+                raise ValueError(f"the recipe's score of evaluation prompt {at} is nan: it should return a number")
             found[f"score_{way}"] = mean_estimate(values)
         if self.corpus_score is not None:
             found[f"corpus_score_{way}"] = bootstrap_estimate(
@@ -52,6 +57,7 @@ class TaskScore:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    number = as_number(value)
+    if number is None:
         raise ValueError(f"the recipe's {name} returned {value!r}: it should return a number")
-    return float(value)
+    return number

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -122,9 +123,19 @@ class Results:
 
 
 def write_history(trainer: Any, folder: str) -> None:
-    """Every logged line, for plots of one's own."""
+    """Every logged line, for plots of one's own. JSON has no NaN and no infinity, as a skipped step's gradient has:
+    null stands for them."""
     path = Path(folder) / "metrics.jsonl"
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        file.writelines(json.dumps(_without_nan(entry)) + "\n" for entry in trainer.state.log_history)
     os.replace(temporary, path)
+
+
+def _without_nan(value: Any) -> Any:
+    """A logged line, or a part of it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -59,8 +59,9 @@ class FaultGuard(TrainerCallback):
         self._counts: Tensor | None = None
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._skipped = False
+        self._lost: list[Tensor] = []  # the losses of a step that had one that is not finite, on any rank
         self.is_empty = False  # the present window: no rank has a target in it
-        self._since_log = self._in_training = (0, 0)  # steps, and those of them without a target
+        self._since_log = self._in_training = (0, 0)  # steps, and those of them without a target or a finite loss
 
     # ------------------------------------------------------------------------------ called by the trainer
 
@@ -81,14 +82,23 @@ class FaultGuard(TrainerCallback):
         return loss
 
     def logged_loss(self, mean: float) -> float | None:
-        """The mean over the steps of a logging period that had a target, from that over all; None without any."""
-        (steps, empty), self._since_log = self._since_log, (0, 0)
-        return None if empty >= steps > 0 else mean * steps / max(steps - empty, 1)
+        """The mean over the steps of a logging period that had a finite loss, from that over all; None without any."""
+        (steps, without), self._since_log = self._since_log, (0, 0)
+        return None if without >= steps > 0 else mean * steps / max(steps - without, 1)
 
     def mean_loss(self, mean: float) -> float:
         """The same over the whole training; 0 without any."""
-        steps, empty = self._in_training
-        return mean * steps / max(steps - empty, 1)
+        steps, without = self._in_training
+        return mean * steps / max(steps - without, 1)
+
+    def counted(self, loss: Tensor) -> Tensor:
+        """What a micro-batch's loss adds to the logged mean: nothing where it is not finite."""
+        return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def lost_loss(self) -> Tensor | None:
+        """What the step that has just ended added to the logged mean, of which it is to be no part; None otherwise."""
+        losses, self._lost = self._lost, []
+        return torch.stack([self.counted(loss) for loss in losses]).sum() if losses else None
 
     def watch(self, loss: Tensor, rows: Tensor) -> None:
         """A micro-batch's loss, and its row numbers. Nothing waits for the device here."""
@@ -119,8 +129,9 @@ class FaultGuard(TrainerCallback):
         if self.accelerator.mixed_precision == "fp16":  # overflowing is how its loss scale is found
             skipped = lost
         self._since_log, self._in_training = (
-            (steps + 1, empty + self.is_empty) for steps, empty in (self._since_log, self._in_training)
+            (steps + 1, without + (self.is_empty or lost)) for steps, without in (self._since_log, self._in_training)
         )
+        self._lost = [loss for loss, _ in self._losses] if lost else []
         assert self._counts is not None
         if not skipped and not self.accelerator.optimizer_step_was_skipped:
             self.record.ledger.add(self._counts)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd.common.ranges import as_number
 from gkd.common.ranks import sum_over_ranks
 from gkd.data.sequences import TokenSequence
 from gkd.loss.cross_entropy import log_probs
@@ -118,9 +119,10 @@ class RewardTerm:
         with ExitStack() as told:
             told.push(lambda kind, error, trace: _name_row(error, sequence.row))
             value = self._reward(text, dict(row))
-        if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+        number = as_number(value)
+        if number is None or not math.isfinite(number):
             raise ValueError(f"row {sequence.row}: the reward is {value!r}; it should be a finite number")
-        return float(value)
+        return number
 
 
 def _name_row(error: BaseException | None, row: int) -> None:

@@ -358,7 +358,7 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
         if self.guard.is_empty:
             loss = torch.zeros_like(loss)  # of nothing: also where a router's loss, or a NaN for the engine, was added
         self.guard.watch(loss, args[1]["rows"])
-        return loss
+        return self.guard.counted(loss)
 
     def compute_loss(
         self,
@@ -443,7 +443,11 @@ class GKDTrainer(TRLAttributes, SFTTrainer):
             return {}  # before the first step: nothing has been trained that could be saved
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As in `transformers.Trainer`; where a signal comes during the evaluation, it is left, and the step saved."""
+        """As in `transformers.Trainer`, without the loss of a step that was lost; where a signal comes during the
+        evaluation, it is left, and the step saved."""
+        lost = self.guard.lost_loss()
+        if lost is not None:
+            args[0].sub_(lost)  # the sum since the last log
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationLeft:

@@ -355,9 +355,9 @@ def test_a_bootstrap_of_a_mean_is_the_textbook_error():
     assert bootstrap_estimate(lambda rows: 1.0, 1, 10, random.Random(0)).error is None
 
 
-@pytest.mark.parametrize("value", ["good", None, [1.0]])
+@pytest.mark.parametrize("value", ["good", None, [1.0], np.ones(2), torch.ones(2), 10**400, math.nan])
 def test_a_score_that_is_no_number_is_told(value):
-    with pytest.raises(ValueError, match=r"score returned .* number"):
+    with pytest.raises(ValueError, match=r"score (returned|of evaluation prompt 0 is) .* number"):
         TaskScore([{}], lambda text, row: value).estimates(["a"], "greedy")
 
 

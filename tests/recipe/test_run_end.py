@@ -60,6 +60,25 @@ def test_what_cannot_be_written_keeps_nothing_else_back(folder, tmp_path, monkey
         assert (out / name).is_file(), name
 
 
+def test_metrics_jsonl_is_json(folder, tmp_path, monkeypatch):
+    """Whatever a step's numbers were: the norm of a skipped step's gradient is NaN, which JSON has not."""
+
+    def spoilt(*args, **kwargs):
+        trainer = build_trainer(*args, **kwargs)
+        for parameter in trainer.model.parameters():
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+        return trainer
+
+    def refuse(token):
+        raise AssertionError(token)
+
+    monkeypatch.setattr("gkd.run.build_trainer", spoilt)
+    run(argv=flags(folder, tmp_path, max_steps=1, evaluate_before_and_after="false"))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [line["grad_norm"] for line in history if "grad_norm" in line] == [None]
+
+
 def test_a_resumed_run_leaves_no_evaluation_of_other_weights(folder, tmp_path):
     """And its card counts the whole run, and says how all of it was started."""
     first = flags(folder, tmp_path, num_eval_prompts=2, save_strategy="steps", save_steps=2)

@@ -360,6 +360,37 @@ def test_one_model_that_reads_one_prompt_is_told(kind, tmp_path, caplog):
     assert losses(trainer) == pytest.approx([0], abs=1e-6)
 
 
+def test_a_teacher_of_the_students_own_name_is_told(tmp_path, caplog):
+    """The same flag twice: what is said of it where that teaches nothing, and not where it does."""
+    folder, other = save_tiny(tmp_path / "model", seed=1), save_tiny(tmp_path / "other", seed=2)
+    cases = {
+        (): True, (("ce_weight", 0.1),): False, (("disable_dropout", False),): False,
+        (("reward_weight", 0.1), ("temperature", 1.0)): False,
+    }  # fmt: skip
+    for teacher, values, told in [(folder, dict(case), told) for case, told in cases.items()] + [(other, {}, False)]:
+        caplog.clear()
+        trainer = GKDTrainer(
+            model=str(Path(folder) / "." / ".." / "model"),
+            teacher_model=None,
+            args=config(tmp_path / "out", teacher_model_name_or_path=teacher, **values),
+            train_dataset=Dataset.from_list(tiny_rows(8)),
+            processing_class=tiny_tokenizer(),
+            **({"reward": lambda completion, row: 0.0} if "reward_weight" in values else {}),
+        )
+        assert ("student and teacher are the same model" in caplog.text) == told, (teacher, values)
+        if told:
+            trainer.train()
+            assert losses(trainer) == pytest.approx([0], abs=1e-6)
+
+
+def test_a_card_in_the_working_folder_has_the_folders_name(tmp_path, monkeypatch):
+    folder = tmp_path / "my-student"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    trainer = build(".", "ema", max_steps=1)
+    assert card_info(trainer, None, None, None).model_name == "my-student"
+
+
 # ------------------------------------------------------------------------------------------ what is said about it
 
 

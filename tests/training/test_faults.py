@@ -245,6 +245,25 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog, how
     assert [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
 
 
+@pytest.mark.parametrize("lost", [{0}, {2}, {0, 3}])
+def test_a_lost_step_is_no_part_of_the_logged_loss(tmp_path, monkeypatch, lost):
+    """Nor are its other micro-batches; a period of lost steps alone has no loss."""
+    values = {
+        "lmbda": 0.0, "per_device_train_batch_size": 2, "max_steps": 4, "gradient_accumulation_steps": 2,
+        "learning_rate": 0.0,
+    }  # fmt: skip
+    each = trainer_of(tmp_path / "each", **values)
+    each.train()
+    true = [loss for step, loss in enumerate(losses(each)) if step not in lost]
+    for every in (1, 4):
+        trainer = trainer_of(tmp_path / str(every), **values, logging_steps=every)
+        spoil(trainer, lost, "nan", monkeypatch)
+        output = trainer.train()
+        expected = true if every == 1 else [sum(true) / len(true)]
+        assert losses(trainer) == pytest.approx(expected, rel=1e-6)
+        assert output.training_loss == pytest.approx(sum(true) / len(true), rel=1e-6)
+
+
 def test_the_rows_of_the_micro_batch_are_named(tmp_path, monkeypatch, caplog):
     trainer = trainer_of(tmp_path, max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     spoil(trainer, {0}, "nan", monkeypatch)

@@ -221,7 +221,7 @@ def test_the_running_mean_is_kept_in_a_checkpoint(tmp_path):
         assert torch.equal(mine, true)
 
 
-@pytest.mark.parametrize("value", [float("nan"), "good", None, float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), "good", None, float("inf"), torch.ones(2), 10**400])
 def test_a_reward_that_is_no_number_names_the_row(tmp_path, value):
     rows = Dataset.from_list(tiny_rows(16))
     with pytest.raises(ValueError, match=r"row \d+: the reward is"):
