@@ -539,7 +539,7 @@ def test_exit_codes_of_a_recipe(tmp_path, monkeypatch, capsys):
     assert code(lambda: monkeypatch.setattr(torch, "save", refuse), save_steps=1) == 1
     monkeypatch.undo()
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno 28] the disk is full: checkpoint-3")
-    diverging = {"learning_rate": "inf", "max_nonfinite_steps": 1, "output_dir": tmp_path / "inf"}
+    diverging = {"learning_rate": "1e38", "max_nonfinite_steps": 1, "output_dir": tmp_path / "inf"}
     assert code(lambda: None, **diverging, lmbda=0) == 1
     assert "error: the loss or gradient of 1 steps in a row" in capsys.readouterr().err
     assert code(lambda: None, **diverging, lmbda=1) == 1  # a rollout meets those weights
