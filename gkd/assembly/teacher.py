@@ -179,8 +179,9 @@ def _is_named_twice(args: GKDConfig, student: nn.Module) -> bool:
     name, own, kwargs = args.teacher_model_name_or_path, model_name(student), args.teacher_model_init_kwargs or {}
     if name is None or own is None or args.teacher_names or args.teacher_adapter_name_or_path is not None:
         return False
-    otherwise = not isinstance(kwargs, dict) or {"revision", "quantization_config", "subfolder"} & kwargs.keys()
-    otherwise = otherwise or getattr(student, "is_quantized", False) or not args.disable_dropout
+    loads: set[str] = {"revision", "quantization_config", "subfolder"} & set(kwargs)
+    otherwise = bool(loads or isinstance(kwargs, str) or getattr(student, "is_quantized", False))
+    otherwise = otherwise or not args.disable_dropout
     if otherwise or (isinstance(student, PeftModel) and not is_new(student)):
         return False
     return os.path.realpath(own) == os.path.realpath(name) if os.path.isdir(own) else own == name
