@@ -41,7 +41,13 @@ _open: list[SignOfLife] = []  # the innermost last: it alone writes lines
 
 def on_terminal() -> bool:
     """Whether bars can be drawn: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a notebook's kernel: that libraries import its package is no sign of it."""
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return kernel is not None and bool(kernel.IPKernelApp.initialized())
 
 
 @contextmanager

@@ -61,6 +61,15 @@ def test_the_innermost_speaks_and_what_is_short_says_nothing(hasty, monkeypatch)
     assert log.getvalue() == ""
 
 
+def test_a_notebook_is_a_process_that_is_a_kernel_not_one_that_has_its_package(monkeypatch):
+    from ipykernel.kernelapp import IPKernelApp
+
+    monkeypatch.setattr(sys, "stderr", Log())
+    assert not sign_of_life.on_terminal()
+    monkeypatch.setattr(IPKernelApp, "_instance", object())
+    assert sign_of_life.on_terminal()
+
+
 def test_other_ranks_are_silent(hasty, monkeypatch):
     monkeypatch.setattr(sys, "stderr", log := Log())
     monkeypatch.setenv("RANK", "1")

@@ -65,6 +65,11 @@ def flags(folder: Path, **changes: Any) -> list[str]:
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
+def whole(folder: Path, **changes: Any) -> list[str]:
+    """A student without an adapter."""
+    return flags(folder, use_peft=None, lora_r=None, **changes)
+
+
 def shared(folder: Path, **changes: Any) -> list[str]:
     return flags(folder, share_base_model=True, teacher_adapter_name_or_path=folder / "math", **changes)
 
@@ -107,17 +112,10 @@ def test_evaluate_measures_as_with_a_teacher_of_its_own(folder):
     """The teacher is the same, its adapter on the shared base or merged into a model of its own, also
     while the student carries an adapter of its own."""
     adapter = str(folder / "trained")
-    own = evaluate_recipe(
-        recipe_of(folder, flags(folder, teacher_model_name_or_path=folder / "math-merged", use_peft=False)), adapter
-    )
+    own = evaluate_recipe(recipe_of(folder, whole(folder, teacher_model_name_or_path=folder / "math-merged")), adapter)
     for argv in (
         shared(folder),
-        flags(
-            folder,
-            teacher_model_name_or_path=folder / "base",
-            teacher_adapter_name_or_path=folder / "math",
-            use_peft=False,
-        ),
+        whole(folder, teacher_model_name_or_path=folder / "base", teacher_adapter_name_or_path=folder / "math"),
     ):
         found = evaluate_recipe(recipe_of(folder, argv), adapter)
         assert [column.name for column in found] == ["student", "student + adapter", "teacher"]
