@@ -13,7 +13,6 @@ import gkd.recipe.quiet  # noqa: F401  (before the libraries that it quietens)
 from gkd.assembly.evaluator import evaluator_of
 from gkd.common.distribution import check_alone
 from gkd.common.launcher import end_with_the_launcher
-from gkd.config.fields import GKDConfig
 from gkd.data.held_out import hold_out, warn_of_overlap, with_held_out
 from gkd.data.teacher_rows import View
 from gkd.evaluation.task_score import CorpusScore, Score
@@ -25,6 +24,7 @@ from gkd.recipe.rows import dataset_by_name, load_rows, recipe_data
 from gkd.recipe.run_end import Results, save_weights, write_history
 from gkd.recipe.settings import LoadData, RunArguments, Settings, parse
 from gkd.training import output_folder
+from gkd.training.going_on import check_folder, checkpoint_asked
 from gkd.training.origin import write_origin
 from gkd.training.progress import close_bars
 from gkd.training.token_weights import Own
@@ -95,11 +95,13 @@ def _run(recipe: Recipe) -> None:
                 f"{name}={value} has no effect with evaluate_before_and_after=False: leave one of them out"
             )
     end_with_the_launcher()
-    _check_resumed(args)
+    wanted = checkpoint_asked(args)
+    if wanted is not None and wanted is not True:
+        check_folder(wanted)  # before models are loaded and measured
     output_folder.make(args.output_dir)
     first = int(os.environ.get("RANK", "0")) == 0
     with output_folder.locked(args.output_dir) if first else nullcontext():
-        if _starts_anew(args):
+        if wanted is None and not args.overwrite_output_dir:
             output_folder.check_free(args.output_dir, "", overwrite=False)
         _train(recipe)
 
@@ -145,16 +147,3 @@ def _train(recipe: Recipe) -> None:
         print(f"next: gkd chat {folder}, and gkd export {folder} --to merged (or gguf, ollama)")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.script.dataset_name)
-
-
-def _check_resumed(args: GKDConfig) -> None:
-    """A checkpoint that is not there is told before models are loaded and measured."""
-    wanted = args.resume_from_checkpoint
-    switch = wanted is None or str(wanted).lower() in ("true", "false", "none")
-    if not switch and not os.path.isdir(str(wanted)):
-        raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: there is no such folder")
-
-
-def _starts_anew(args: GKDConfig) -> bool:
-    """Whether the run neither goes on from a checkpoint nor may delete those that there are."""
-    return not args.overwrite_output_dir and str(args.resume_from_checkpoint or "none").lower() in ("false", "none")

@@ -158,19 +158,15 @@ def order_of(
         )
     return _order(
         args,
-        EngineOrder(
-            model,
-            _python(args),
-            free_port(),
-            dtype=_dtype(args, saved),
-            max_model_len=longest_sequences(args)["student"],
-            lora_rank=lora_rank,
-            whole_weights=lora_rank is None,
-            sleeps=args.rollout_server_sharing is not None,
-            memory=memory_share(args) if devices else None,
-            devices=devices,
-        ),
+        model,
         args.model_init_kwargs,
+        dtype=_dtype(args, saved),
+        max_model_len=longest_sequences(args)["student"],
+        lora_rank=lora_rank,
+        whole_weights=lora_rank is None,
+        sleeps=args.rollout_server_sharing is not None,
+        memory=memory_share(args) if devices else None,
+        devices=devices,
     )
 
 
@@ -184,31 +180,30 @@ def teacher_order(args: GKDConfig, model: str, devices: tuple[str, ...]) -> Engi
         asked = load_config(model, trust_remote_code=bool(args.trust_remote_code)).dtype or torch.float32
     return _order(
         args,
-        EngineOrder(
-            model,
-            _python(args),
-            free_port(),
-            dtype=str(asked).removeprefix("torch."),
-            max_model_len=longest_sequences(args)["teacher"],
-            top_log_probs=args.teacher_top_k or TOP_K,
-            memory=OWN_MEMORY if devices else None,
-            devices=devices,
-        ),
+        model,
         kwargs,
+        dtype=str(asked).removeprefix("torch."),
+        max_model_len=longest_sequences(args)["teacher"],
+        top_log_probs=args.teacher_top_k or TOP_K,
+        memory=OWN_MEMORY if devices else None,
+        devices=devices,
     )
 
 
-def _python(args: GKDConfig) -> str:
-    return args.vllm_python or sys.executable
-
-
-def _order(args: GKDConfig, order: EngineOrder, init_kwargs: Any) -> EngineOrder:
-    """With what both kinds are started with; what cannot be is refused now."""
+def _order(args: GKDConfig, model: str, init_kwargs: Any, **own: Any) -> EngineOrder:
+    """What both kinds are started with, beside each one's own; what cannot be is refused now."""
     kwargs = init_kwargs if isinstance(init_kwargs, dict) else {}
-    remote_code = bool(args.trust_remote_code)
-    whole = replace(order, revision=kwargs.get("revision"), extra=args.vllm_args or "", trust_remote_code=remote_code)
-    whole.flags()
-    return whole
+    order = EngineOrder(
+        model,
+        args.vllm_python or sys.executable,
+        free_port(),
+        revision=kwargs.get("revision"),
+        extra=args.vllm_args or "",
+        trust_remote_code=bool(args.trust_remote_code),
+        **own,
+    )
+    order.flags()
+    return order
 
 
 def memory_share(args: GKDConfig) -> float:

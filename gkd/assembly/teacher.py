@@ -177,14 +177,18 @@ def warn_of_one_model(args: GKDConfig, student: nn.Module, rows: Any) -> None:
 def _is_named_twice(args: GKDConfig, student: nn.Module) -> bool:
     """Whether the teacher that is loaded by name has the student's very weights, as they are before the training."""
     name, own, kwargs = args.teacher_model_name_or_path, model_name(student), args.teacher_model_init_kwargs or {}
-    if name is None or own is None or args.teacher_names or args.teacher_adapter_name_or_path is not None:
+    if name is None or own is None or args.teacher_names:
         return False
-    loads: set[str] = {"revision", "quantization_config", "subfolder"} & set(kwargs)
-    otherwise = bool(loads or isinstance(kwargs, str) or getattr(student, "is_quantized", False))
-    otherwise = otherwise or not args.disable_dropout
-    if otherwise or (isinstance(student, PeftModel) and not is_new(student)):
+    if os.path.realpath(own) != os.path.realpath(name) if os.path.isdir(own) else own != name:
         return False
-    return os.path.realpath(own) == os.path.realpath(name) if os.path.isdir(own) else own == name
+    return not (
+        args.teacher_adapter_name_or_path is not None
+        or (isinstance(student, PeftModel) and not is_new(student))
+        or isinstance(kwargs, str)
+        or {"revision", "quantization_config", "subfolder"} & set(kwargs)  # loaded in another way
+        or getattr(student, "is_quantized", False)
+        or not args.disable_dropout
+    )
 
 
 def _teacher_reads_otherwise(rows: Any) -> bool:

@@ -17,14 +17,14 @@ from transformers.training_args import trainer_log_levels
 
 from gkd.common.ranges import one_of, whole, within
 
-# (field, what it may be at least, the remedy); below infinity.
-_NUMBERS = (
-    ("learning_rate", 0, "1e-5 is usual for all weights, 1e-4 for LoRA"),
-    ("weight_decay", 0, "0 is none"),
-    ("adam_epsilon", 0, "1e-8 is usual"),
-    ("max_grad_norm", 0, "0 does not clip"),
-    ("neftune_noise_alpha", 0, "leave it out for none"),
-)
+# From 0 on, and finite: field, remedy.
+_NUMBERS = {
+    "learning_rate": "1e-5 is usual for all weights, 1e-4 for LoRA",
+    "weight_decay": "0 is none",
+    "adam_epsilon": "1e-8 is usual",
+    "max_grad_norm": "0 does not clip",
+    "neftune_noise_alpha": "leave it out for none",
+}
 _WHOLE = ("seed", "dataloader_num_workers", "dataset_num_proc", "pad_to_multiple_of")
 _SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
 _SEEDS = 2**32
@@ -36,9 +36,9 @@ def check_training_values(config: Any) -> None:
     Raises:
         ValueError: naming the field, the value and the remedy.
     """
-    for name, low, hint in _NUMBERS:
+    for name, hint in _NUMBERS.items():
         if getattr(config, name) is not None:
-            within(name, getattr(config, name), low, math.inf, hint)
+            within(name, getattr(config, name), 0, math.inf, hint)
     for name in ("adam_beta1", "adam_beta2"):
         value = getattr(config, name)
         if not 0 <= value < 1:

@@ -41,8 +41,8 @@ class TaskScore:
         found = {}
         if self.score is not None:
             values = [_number(self.score(text, row), "score") for text, row in zip(texts, self.rows, strict=True)]
-            if any(map(math.isnan, values)):  # the mean of all would be none
-                at = [math.isnan(value) for value in values].index(True)
+            at = next((number for number, value in enumerate(values) if math.isnan(value)), None)
+            if at is not None:  # the mean of all would be none
                 raise ValueError(f"the recipe's score of evaluation prompt {at} is nan: it should return a number")
             found[f"score_{way}"] = mean_estimate(values)
         if self.corpus_score is not None:

@@ -31,7 +31,7 @@ def card_info(
     args: Any = trainer.args
     student = trainer.accelerator.unwrap_model(trainer.model)
     values = {
-        "model_name": model_name or os.path.basename(os.path.abspath(args.output_dir)),
+        "model_name": model_name or _folder_name(args.output_dir),
         "student": Repo(name_of(student) or "in memory", revision_of(student, args.model_init_kwargs)),
         "teacher": _teacher(trainer.teacher, args) if args.needs_teacher else None,
         "settings": settings_for_card(args),
@@ -66,9 +66,14 @@ def _lora(student: Any) -> dict[str, Any] | None:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
 
 
+def _folder_name(output_dir: str) -> str:
+    """Also of the working folder, "."."""
+    return os.path.basename(os.path.abspath(output_dir))
+
+
 def _at_a_checkpoint(output_dir: str, state: Any, notes: list[str]) -> dict[str, Any]:
     """A card that is written while the run goes on: the weights are in the checkpoint, not beside the card."""
-    folder = f"{os.path.basename(os.path.abspath(output_dir))}/checkpoint-{state.global_step}"
+    folder = f"{_folder_name(output_dir)}/checkpoint-{state.global_step}"
     note = f"The run had not ended: these are the weights after step {state.global_step:,} of {state.max_steps:,}."
     return {"weights_in": folder, "notes": [note, *notes]}
 

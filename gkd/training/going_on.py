@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -108,11 +108,9 @@ class GoingOn:
         Raises:
             ValueError: nothing that is there can be gone on from, though a model was saved.
         """
-        wanted, folder = self._args.resume_from_checkpoint, self._args.output_dir
-        if wanted is None or str(wanted).lower() in ("false", "none"):
-            return None
-        if str(wanted).lower() != "true":
-            return str(wanted)
+        wanted, folder = checkpoint_asked(self._args), self._args.output_dir
+        if wanted is not True:
+            return wanted
 
         def there_is_one() -> bool:
             if files.newest(folder)[0] is not None:
@@ -151,8 +149,7 @@ class GoingOn:
 
     def _complete(self, wanted: str | bool) -> str:
         if not isinstance(wanted, bool):
-            if not os.path.isdir(wanted):
-                raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: there is no such folder")
+            check_folder(wanted)
             fault = files.fault_in_going_on(wanted, contents=True)
             if fault is None:
                 return str(wanted)
@@ -235,6 +232,24 @@ class GoingOn:
         best, accelerator = self._trainer.state.best_model_checkpoint, self._accelerator
         if best is not None and os.path.isdir(best):
             all_ranks(accelerator, lambda: check_pickles(best, accelerator.process_index, accelerator.num_processes))
+
+
+def checkpoint_asked(args: Any) -> str | Literal[True] | None:
+    """The field `resume_from_checkpoint` as it is meant: a folder, True for the newest in output_dir, else None."""
+    wanted = str(args.resume_from_checkpoint)
+    if wanted.lower() in ("false", "none"):
+        return None
+    return True if wanted.lower() == "true" else wanted
+
+
+def check_folder(checkpoint: str) -> None:
+    """Refuse a checkpoint that is not there.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if not os.path.isdir(checkpoint):
+        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: there is no such folder")
 
 
 def no_way_on(output_dir: str) -> str:

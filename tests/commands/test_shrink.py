@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from smaller import assert_writes_with_its_cache_as_without, logits
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,11 +24,6 @@ def quiet(model, numbers, by=0.02):
                 if weight.dim() > 1 and "norm" not in name:
                     weight.mul_(by)
     return model
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits
 
 
 @torch.no_grad()
@@ -63,12 +59,7 @@ def test_a_model_of_some_layers_is_the_model_that_passes_over_the_others(kind, t
         expected = passed_over(model, kept, ids)
         torch.testing.assert_close(logits(again, ids), expected, rtol=1e-5, atol=1e-5)
     assert (logits(model, IDS[0]) - expected[:, : len(IDS[0])]).abs().max() > 1e-3 or len(IDS[0]) != expected.shape[1]
-    written = again.generate(torch.tensor([IDS[0]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
-    ids = list(IDS[0])
-    for _ in range(4):
-        ids.append(int(logits(again, ids)[0, -1].argmax()))
-    assert written[0].tolist() == ids, "with its cache as without"
-    assert again.generation_config.eos_token_id == 258
+    assert_writes_with_its_cache_as_without(again, IDS[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

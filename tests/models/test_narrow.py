@@ -4,6 +4,7 @@ import pytest
 import torch
 from configs import tiny_config
 from configs import tiny_model as of_config
+from smaller import assert_writes_with_its_cache_as_without, logits
 from tiny import tiny_model, tiny_vision_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -56,11 +57,6 @@ def deaden(model, kind, dead):
             bias[unwritten] = 0.0
 
 
-@torch.no_grad()
-def logits(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_dead_neurons_are_the_ones_that_go_and_nothing_changes(kind, tmp_path):
     """Loaded again by plain transformers; other neurons are dead in every layer."""
@@ -77,12 +73,7 @@ def test_dead_neurons_are_the_ones_that_go_and_nothing_changes(kind, tmp_path):
     assert {part(layer, KINDS[kind][1])[0].shape for layer in decoder_layers(again)} == {(32, 44)}
     for ids in IDS:
         torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
-    written = again.generate(torch.tensor([IDS[0]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
-    ids = list(IDS[0])
-    for _ in range(4):
-        ids.append(int(logits(again, ids)[0, -1].argmax()))
-    assert written[0].tolist() == ids, "with its cache as without"
-    assert again.generation_config.eos_token_id == 258
+    assert_writes_with_its_cache_as_without(again, IDS[0])
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
